@@ -1,0 +1,227 @@
+"""A run's configuration: frozen dataclasses, one a group of keys, each checked once when it is made.
+
+Units stand in the names or in the sentence under a field. What one group can know is checked in its
+``__post_init__``; what needs two groups, in ``Config``'s; what needs the machine, the data or the model, where those
+are met. Every check raises :class:`UserError`, whose text is one line: field, value, constraint, remedy.
+"""
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+
+class UserError(ValueError):
+    """What a user can cause and mend; a launcher prints it as one line and ends with exit code 2."""
+
+
+def choice(key: str, value: str, choices: Any) -> None:
+    """Raise :class:`UserError` unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise UserError(f"{key}={value!r} is not known; use one of {', '.join(sorted(choices))}")
+
+
+def at_least(key: str, value: float, minimum: float) -> None:
+    """Raise :class:`UserError` unless ``value`` is a finite number >= ``minimum``."""
+    if not (math.isfinite(value) and value >= minimum):
+        raise UserError(f"{key}={value} is out of range; use a number of at least {minimum}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model, from where, stored in which type."""
+
+    name: str = ""
+    """Hub id, local folder, or the quickstart's packaged model ``smollm2-135m-instruct``."""
+    weights: str = "pretrained"
+    """``pretrained``, or ``random`` to build from the configuration alone."""
+    dtype: str = "float32"
+    """Stored type of the weights: ``float32``, ``bfloat16`` or ``float16``."""
+    task: str = "auto"
+    """``causal-lm``, ``sequence-classification``, or ``auto`` to read it from the model's configuration."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    tokenizer: str | None = None
+    """Hub id or folder of the tokenizer, where it is not the model's own."""
+    attention: str = "sdpa"
+    """``attn_implementation`` of transformers."""
+    trust_remote_code: bool = False
+    """Run code that the model's repository brings."""
+
+    def __post_init__(self) -> None:
+        choice("model.weights", self.weights, ("pretrained", "random"))
+        choice("model.dtype", self.dtype, ("float32", "bfloat16", "float16"))
+        choice("model.task", self.task, ("auto", "causal-lm", "sequence-classification"))
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which examples, and how they become a prompt."""
+
+    name: str = ""
+    """A task (``movie-reviews``), a file (.jsonl, .json, .csv, .parquet), a hub id, or ``synthetic``."""
+    subset: str | None = None
+    """Configuration of a hub data set, such as ``sst2`` of ``nyu-mll/glue``."""
+    split: str = "train"
+    """Split of a hub data set to train on."""
+    dev: str | None = None
+    """File or split to evaluate on; without it, examples are held out of the training data."""
+    dev_examples: int = 256
+    """Examples evaluated on, at most."""
+    train_examples: int | None = None
+    """Examples trained on, at most; all by default."""
+    template: str | None = None
+    """Prompt of an example with a label; ``{column}`` stands for the column's text. A task brings its own."""
+    label_words: list[str] | None = None
+    """One word a class, in the order of the labels; each one token of the model's tokenizer, given with its space."""
+
+    def __post_init__(self) -> None:
+        at_least("data.dev_examples", self.dev_examples, 0)
+        if self.train_examples is not None:
+            at_least("data.train_examples", self.train_examples, 1)
+        if self.label_words is not None and len(set(self.label_words)) < max(2, len(self.label_words)):
+            raise UserError(f"data.label_words={self.label_words} needs two or more different words")
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """The columns of the loss table."""
+
+    sequences: int = 16
+    """Sequences a step."""
+    micro: int = 8
+    """Sequences that one forward sees."""
+    max_tokens: int = 512
+    """Tokens a sequence at most; a longer one loses the start of its prompt."""
+
+    def __post_init__(self) -> None:
+        for key in ("sequences", "micro"):
+            at_least(f"batch.{key}", getattr(self, key), 1)
+        at_least("batch.max_tokens", self.max_tokens, 2)
+        if self.sequences % self.micro:
+            fits = ", ".join(str(d) for d in range(1, self.sequences + 1) if self.sequences % d == 0)
+            raise UserError(f"batch.micro={self.micro} does not divide batch.sequences={self.sequences}; use {fits}")
+
+    @property
+    def columns(self) -> int:
+        """Micro-batches a step."""
+        return self.sequences // self.micro
+
+
+@dataclass(frozen=True)
+class EstimatorConfig:
+    """The rows of the loss table."""
+
+    name: str = "spsa"
+    """``spsa`` (two-sided) or ``one-sided``."""
+    directions: int = 1
+    """Directions a step."""
+    eps: float = 1e-3
+    """Length of the step along a direction."""
+    distribution: str = "rademacher"
+    """``rademacher`` or ``gaussian``."""
+
+    def __post_init__(self) -> None:
+        choice("estimator.name", self.name, ("spsa", "one-sided"))
+        at_least("estimator.directions", self.directions, 1)
+        choice("estimator.distribution", self.distribution, ("rademacher", "gaussian"))
+        if not (math.isfinite(self.eps) and self.eps > 0):
+            raise UserError(f"estimator.eps={self.eps} must be a number above 0; MeZO uses 1e-3 for full fine-tuning")
+
+
+@dataclass(frozen=True)
+class UpdateConfig:
+    """How scalars become a change of the weights."""
+
+    name: str = "sgd"
+    """The rule; ``sgd``."""
+    lr: float = 1e-6
+    """Learning rate."""
+    schedule: str = "constant"
+    """``constant``, ``linear`` or ``cosine``, both to 0 at the last step."""
+    warmup_steps: int = 0
+    """Steps over which the rate rises linearly from 0."""
+    weight_decay: float = 0.0
+    """Decay a step is lr times this; none on parameters of fewer than two dims (biases, norms)."""
+
+    def __post_init__(self) -> None:
+        choice("update.name", self.name, ("sgd",))
+        choice("update.schedule", self.schedule, ("constant", "linear", "cosine"))
+        for key in ("lr", "warmup_steps", "weight_decay"):
+            at_least(f"update.{key}", getattr(self, key), 0)
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """How ranks share the table; their product is the number of ranks. Empty: the first that fits, perturb first."""
+
+    perturb: int | None = None
+    """Ranks that share the rows (probes)."""
+    data: int | None = None
+    """Ranks that share the columns (micro-batches)."""
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            if (size := getattr(self, f.name)) is not None:
+                at_least(f"mesh.{f.name}", size, 1)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where, how long, from which seed."""
+
+    dir: str | None = None
+    """The run's folder; by default ``runs/`` and the recipe's name with the time."""
+    steps: int = 1000
+    """Steps in all, resumed ones included."""
+    seed: int = 0
+    """Seed of everything that is random."""
+    snapshot_every: int = 0
+    """Steps between snapshots of the weights, which bound how much a resume replays; 0: never."""
+    device: str = "auto"
+    """``cpu``, ``cuda``, or ``auto`` for ``cuda`` where there is one."""
+    max_skipped: int = 10
+    """Steps in a row that may give no finite estimate before the run stops."""
+
+    def __post_init__(self) -> None:
+        for key in ("steps", "seed", "snapshot_every"):
+            at_least(f"run.{key}", getattr(self, key), 0)
+        at_least("run.max_skipped", self.max_skipped, 1)
+        if self.seed >= 2**63:
+            raise UserError(f"run.seed={self.seed} is out of range; use a number below 2**63")
+        choice("run.device", self.device, ("auto", "cpu", "cuda"))
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """When a run is scored."""
+
+    every: int = 0
+    """Steps between evaluations; 0: never. Otherwise also before the first and after the last step."""
+
+    def __post_init__(self) -> None:
+        at_least("eval.every", self.every, 0)
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """What is left beside the log when a run is done."""
+
+    at_end: bool = True
+    """Write ``model/``, a Hugging Face folder."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    recipe: str = ""
+    """Name of the recipe it came from; a label."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    estimator: EstimatorConfig = field(default_factory=EstimatorConfig)
+    update: UpdateConfig = field(default_factory=UpdateConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)

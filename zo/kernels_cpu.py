@@ -1,0 +1,262 @@
+"""The fused visit on CPU: compiled by numba, the same bits as the reference in ``perturbation``.
+
+Weights go through the cache once, tile by tile; inner loops are branch-free so that LLVM vectorises them. Kernels
+hold no lock and share no state, and bits depend on addresses alone, so any number of threads may split a call:
+our own pool does, because numba's default threading layer aborts when two Python threads enter it.
+"""
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from zo import perturbation as p
+from zo.philox import MULTIPLIER_0, MULTIPLIER_1, ROUNDS, WEYL_0, WEYL_1, Purpose
+
+TILE = 4096
+"""Elements a tile; with its words and values it stays in the first two cache levels."""
+PARALLEL_FROM = 1 << 17
+"""Below this many elements a second thread costs more than it gives."""
+
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+BFLOAT16, FLOAT16 = 1, 2
+RADEMACHER, GAUSSIAN, ROUNDING = (np.uint64(v) for v in (Purpose.RADEMACHER, Purpose.GAUSSIAN, Purpose.ROUNDING))
+NO_DIRECTION = -1
+
+u32, u64, i32, f32 = np.uint32, np.uint64, np.int32, np.float32
+_MUL_0, _MUL_1, _WEYL_0, _WEYL_1 = u64(MULTIPLIER_0), u64(MULTIPLIER_1), u64(WEYL_0), u64(WEYL_1)
+_MASK, _32 = u64(0xFFFFFFFF), u64(32)
+_LOG_P, _SIN_P, _COS_P = (tuple(f32(c) for c in poly) for poly in (p.LOG_P, p.SIN_P, p.COS_P))
+_LN_2 = f32(p.LN_2)
+
+_jit = numba.njit(nogil=True, cache=True, fastmath=False, error_model="numpy")
+
+
+@_jit
+def _words(seed, first_call, direction, purpose, count, words):  # type: ignore[no-untyped-def]
+    """Fill ``words[4, :count]`` (uint32) with calls ``first_call ..`` of one stream."""
+    for i in range(count):
+        call = first_call + u64(i)
+        x0, x1, x2, x3 = call & _MASK, call >> _32, direction & _MASK, purpose
+        k0, k1 = seed & _MASK, seed >> _32
+        for _ in range(ROUNDS):
+            p0, p1 = x0 * _MUL_0, x2 * _MUL_1
+            x0, x1, x2, x3 = (p1 >> _32) ^ x1 ^ k0, p1 & _MASK, (p0 >> _32) ^ x3 ^ k1, p0 & _MASK
+            k0, k1 = (k0 + _WEYL_0) & _MASK, (k1 + _WEYL_1) & _MASK
+        words[0, i], words[1, i], words[2, i], words[3, i] = u32(x0), u32(x1), u32(x2), u32(x3)
+
+
+@_jit
+def _horner(poly, t):  # type: ignore[no-untyped-def]
+    value = poly[len(poly) - 1]
+    for k in range(len(poly) - 2, -1, -1):
+        value = value * t + poly[k]
+    return value
+
+
+@_jit
+def _box_muller(words, count, u, z):  # type: ignore[no-untyped-def]
+    """``z[:4 * count]`` from ``words[4, :count]``; ``u`` is scratch of float32. The equations are perturbation's."""
+    u_bits = u.view(np.int32)
+    for pair in range(2):
+        for i in range(count):
+            u[i] = f32(words[2 * pair, i]) * f32(2.0**-32) + f32(2.0**-33)
+        for i in range(count):
+            exponent = (u_bits[i] - i32(p.SQRT_HALF_BITS)) >> i32(23)
+            u_bits[i] = u_bits[i] - (exponent << i32(23))
+            z[4 * i + 2 * pair] = f32(exponent)
+        for i in range(count):
+            t = u[i] - f32(1.0)
+            square = t * t
+            log = z[4 * i + 2 * pair] * _LN_2 + (
+                (_horner(_LOG_P, t) * (square * t) - square * f32(0.5)) + t
+            )
+            radius = np.sqrt(f32(-2.0) * log)
+            word = words[2 * pair + 1, i]
+            quadrant = word >> u32(30)
+            t = f32(i32(word & u32(0x3FFFFFFF))) * f32(2.0**-30) - f32(0.5)
+            square = t * t
+            sin, cos = _horner(_SIN_P, square) * t, _horner(_COS_P, square)
+            odd, far = (quadrant & u32(1)) != u32(0), quadrant >= u32(2)
+            x = -sin if odd else cos
+            y = cos if odd else sin
+            z[4 * i + 2 * pair] = radius * (-x if far else x)
+            z[4 * i + 2 * pair + 1] = radius * (-y if far else y)
+
+
+@_jit
+def _direction(seed, address, direction, gaussian, words, u, z):  # type: ignore[no-untyped-def]
+    """Fill ``z[:TILE]`` with z(seed, direction, address ..)."""
+    if gaussian:
+        _words(seed, address // u64(4), direction, GAUSSIAN, TILE // 4, words)
+        _box_muller(words, TILE // 4, u, z)
+    else:
+        _words(seed, address // u64(128), direction, RADEMACHER, TILE // 128, words)
+        for i in range(TILE // 128):
+            for j in range(4):
+                word = words[j, i]
+                for b in range(32):
+                    z[128 * i + 32 * j + b] = f32(i32((word >> u32(b)) & u32(1)) * i32(2) - i32(1))
+
+
+@_jit
+def _load(stored, start, count, kind, x):  # type: ignore[no-untyped-def]
+    """Widen ``stored[start : start + count]`` to float32, exactly."""
+    if kind == 0:
+        for i in range(count):
+            x[i] = stored[start + i]
+    elif kind == BFLOAT16:
+        bits = x.view(np.uint32)
+        for i in range(count):
+            bits[i] = u32(stored[start + i]) << u32(16)
+    else:
+        bits = x.view(np.uint32)
+        for i in range(count):
+            # Move the exponent as if it were float32's, then scale by 2**112: exact for subnormals too.
+            bits[i] = (u32(stored[start + i]) & u32(0x7FFF)) << u32(13)
+        for i in range(count):
+            x[i] = x[i] * f32(2.0**112)
+        for i in range(count):
+            half = u32(stored[start + i])
+            special = u32(0x7F800000) if (half & u32(0x7C00)) == u32(0x7C00) else u32(0)
+            bits[i] = bits[i] | special | ((half & u32(0x8000)) << u32(16))
+
+
+@_jit
+def _round_nearest(x, kind, stored, start, count):  # type: ignore[no-untyped-def]
+    """Write float32 ``x[:count]`` to ``stored`` in its dtype, ties to even."""
+    bits = x.view(np.uint32)
+    if kind == 0:
+        for i in range(count):
+            stored[start + i] = x[i]
+    elif kind == BFLOAT16:
+        for i in range(count):
+            b = bits[i]
+            rounded = (b + u32(0x7FFF) + ((b >> u32(16)) & u32(1))) >> u32(16)
+            stored[start + i] = u32(0x7FC0) if (b & u32(0x7FFFFFFF)) > u32(0x7F800000) else rounded
+    else:
+        for i in range(count):
+            sign, b = (bits[i] >> u32(16)) & u32(0x8000), bits[i] & u32(0x7FFFFFFF)
+            normal = ((b + u32(0xFFF) + ((b >> u32(13)) & u32(1))) >> u32(13)) - u32(112 << 10)
+            # Units of 2**-24 below 2**-14: x 2**24 is exact, rint rounds ties to even.
+            subnormal = u32(i32(np.rint(min(abs(x[i]), f32(1.0)) * f32(2.0**24))))
+            rounded = subnormal if b < u32(0x38800000) else min(normal, u32(0x7C00))
+            stored[start + i] = sign | (u32(0x7E00) if b > u32(0x7F800000) else rounded)
+
+
+@_jit
+def _round_stochastic(x, kind, seed, address, step, words, count):  # type: ignore[no-untyped-def]
+    """Round float32 ``x[:count]`` in place to numbers of the stored dtype; the equations are perturbation's."""
+    _words(seed, address // u64(8), step, ROUNDING, TILE // 8, words)
+    bits = x.view(np.uint32)
+    for j in range(8):
+        shift = u32(16 * (j % 2))
+        for i in range((count - j + 7) // 8):
+            k = 8 * i + j
+            random16 = (words[j // 2, i] >> shift) & u32(0xFFFF)
+            sign, b = bits[k] & u32(0x80000000), bits[k] & u32(0x7FFFFFFF)
+            finite = b < u32(0x7F800000)
+            if kind == BFLOAT16:
+                rounded = (b + random16) & u32(0xFFFF0000)
+                bits[k] = sign | (rounded if finite else b)
+            else:
+                normal = (b + (random16 >> u32(3))) & u32(0xFFFFE000)
+                normal = normal if normal < u32(0x47800000) else u32(0x7F800000)
+                units = min(abs(x[k]), f32(1.0)) * f32(2.0**24) + f32(i32(random16)) * f32(2.0**-16)
+                if b < u32(0x38800000):
+                    x[k] = f32(i32(units)) * f32(2.0**-24)
+                    bits[k] = sign | bits[k]
+                else:
+                    bits[k] = sign | (normal if finite else b)
+
+
+@_jit
+def _visit(  # type: ignore[no-untyped-def]
+    stored, start, stop, address, seed, gaussian, kind, steps, decays, directions, coefficients, probes, scales, out
+):
+    """The visit of ``stored[start:stop]``; ``start`` is a multiple of ``TILE``."""
+    x, y = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
+    z, u = np.empty(TILE, np.float32), np.empty(TILE // 4, np.float32)
+    words = np.empty((4, TILE // 4), np.uint32)
+    for lo in range(start, stop, TILE):
+        count, here, in_z = min(TILE, stop - lo), address + u64(lo), NO_DIRECTION
+        _load(stored, lo, count, kind, x)
+        for e in range(len(steps)):
+            if decays[e] != f32(1.0):
+                for i in range(count):
+                    x[i] = x[i] * decays[e]
+            for k in range(directions.shape[1]):
+                c = coefficients[e, k]
+                if c != f32(0.0):
+                    _direction(seed, here, directions[e, k], gaussian, words, u, z)
+                    for i in range(count):
+                        x[i] = x[i] + z[i] * c
+                    in_z = i32(NO_DIRECTION)
+            if kind != 0:
+                _round_stochastic(x, kind, seed, here, steps[e], words, count)
+        if len(steps) > 0:
+            _round_nearest(x, kind, stored, lo, count)
+        for row in range(len(probes)):
+            if scales[row] == f32(0.0):
+                _round_nearest(x, kind, out[row], lo, count)
+                continue
+            if in_z == NO_DIRECTION or probes[row] != probes[in_z]:
+                _direction(seed, here, probes[row], gaussian, words, u, z)
+                in_z = row
+            for i in range(count):
+                y[i] = x[i] + z[i] * scales[row]
+            _round_nearest(y, kind, out[row], lo, count)
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="zo-kernel")
+
+
+def _numpy(tensor: Tensor) -> np.ndarray:
+    """The tensor's memory: float32 as it is, the 16-bit types as their bits."""
+    return (tensor if tensor.dtype == torch.float32 else tensor.view(torch.uint16)).detach().numpy()
+
+
+def visit_cpu(
+    weights: Tensor,
+    address: int,
+    seed: int,
+    distribution: str,
+    changes: Sequence[p.Change] = (),
+    offsets: Sequence[p.Offset] = (),
+    out: Tensor | None = None,
+) -> None:
+    """:func:`zo.perturbation.visit` for tensors on CPU, on as many threads as torch uses."""
+    count, width = weights.numel(), max((len(c.directions) for c in changes), default=0)
+    stored = _numpy(weights)
+    directions, coefficients = np.zeros((len(changes), width), u64), np.zeros((len(changes), width), f32)
+    for row, change in enumerate(changes):
+        directions[row, : len(change.directions)] = change.directions
+        coefficients[row, : len(change.coefficients)] = change.coefficients
+    arguments = (
+        u64(address),
+        u64(seed),
+        distribution == "gaussian",
+        KINDS[weights.dtype],
+        np.array([c.step for c in changes], u64),
+        np.array([c.decay for c in changes], f32),
+        directions,
+        coefficients,
+        np.array([o.direction for o in offsets], u64),
+        np.array([o.scale for o in offsets], f32),
+        np.zeros((0, 0), stored.dtype) if out is None else _numpy(out),
+    )
+    threads = torch.get_num_threads() if count >= PARALLEL_FROM else 1
+    share = -(-count // (threads * TILE)) * TILE
+    ranges = [(lo, min(lo + share, count)) for lo in range(0, count, share)]
+    others = [_pool().submit(_visit, stored, lo, hi, *arguments) for lo, hi in ranges[1:]]
+    for lo, hi in ranges[:1]:
+        _visit(stored, lo, hi, *arguments)
+    for other in others:
+        other.result()
