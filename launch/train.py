@@ -1,0 +1,58 @@
+"""Fine-tune: torchrun [--nproc-per-node N] launch/train.py recipe=NAME [key=value ...]."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from omegaconf import DictConfig
+
+from zo.config import UserError
+from zo.launcher import asked_for_text, run, split
+from zo.recipe import DEFAULT, as_config, resolve
+
+USAGE = "usage: [torchrun --nproc-per-node N] launch/train.py [recipe=NAME] [key=value ...] [-m | --help | --cfg job]"
+
+
+def main(arguments: list[str]) -> None:
+    """Train as the arguments say; the last line on stdout is the run's summary."""
+    own, overrides = split(arguments, ("recipe",))
+    recipe = own.get("recipe", DEFAULT)
+    if text := asked_for_text(arguments, recipe, overrides, USAGE):
+        print(text)
+    elif "-m" in arguments or "--multirun" in arguments:
+        sweep(recipe, [o for o in overrides if o not in ("-m", "--multirun")])
+    else:
+        train(resolve(recipe, overrides))
+
+
+def train(node: DictConfig) -> None:
+    """One run."""
+    config = as_config(node)
+    # Imported here: torch and transformers take seconds, which --help and a mistyped key need not wait for.
+    from zo.trainer import Trainer
+
+    summary = Trainer(config).train()
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(json.dumps(summary), flush=True)
+
+
+def sweep(recipe: str, overrides: list[str]) -> None:
+    """Hydra's multirun, one run after another in this process."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("--multirun does not work under torchrun, whose ranks would meet out of step; sweep with python")
+    import hydra
+
+    from zo.recipe import FOLDER
+
+    resolve(recipe, [o for o in overrides if "," not in o])
+    # Runs have folders of their own; Hydra is to write none.
+    quiet = ["hydra.sweep.dir=.", "hydra.sweep.subdir=.", "hydra.output_subdir=null"]
+    sys.argv[1:] = ["-m", *overrides, f"recipe={recipe}", *quiet, "hydra/job_logging=none", "hydra/hydra_logging=none"]
+    hydra.main(version_base="1.3", config_path=str(FOLDER), config_name=recipe)(train)()
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,139 @@
+"""The equation, and the CPU kernel against it, bit for bit."""
+
+import math
+
+import pytest
+import torch
+
+from zo.estimator import float32
+from zo.perturbation import (
+    STORED_DTYPES,
+    Change,
+    Offset,
+    Z,
+    _cos_sin_turns,
+    _log_uniform,
+    gaussian,
+    rademacher,
+    round_stochastic,
+    rounding_bits,
+    visit,
+    visit_reference,
+)
+
+EPS, SEED = float32(1e-3), 2**63 + 12345
+CHANGES = [
+    Change(7, (14, 15), (float32(1.25e-4), float32(-3.3e-5)), float32(0.9999)),
+    Change(8, (16, 17), (float32(2e-6), 0.0)),
+]
+OFFSETS = [Offset(18, EPS), Offset(18, -EPS), Offset(19, EPS), Offset(0, 0.0)]
+
+
+def bits(tensor):
+    return tensor.view({4: torch.int32, 2: torch.int16}[tensor.element_size()])
+
+
+def weights(count, dtype):
+    values = torch.randn(count, generator=torch.Generator().manual_seed(0)) * 0.02
+    if count > 1000:
+        values[:1000] *= 1e-4  # subnormal in float16
+        special_values = torch.tensor([7e4, -7e4, math.inf, -math.inf, 65519.0, 0.0])
+        values[1000:1006] = special_values[: len(values[1000:1006])]
+    return values.to(dtype)
+
+
+@pytest.mark.parametrize("z", Z.values())
+def test_a_slice_of_z_is_z_of_the_slice(z):
+    whole = z(SEED, 3, 0, 4096)
+    assert torch.equal(z(SEED, 3, 700, 1000), whole[700:1700])
+
+
+def test_rademacher_is_plus_or_minus_one_in_equal_parts():
+    z = rademacher(1, 2, 0, 1 << 20)
+    assert set(z.tolist()) == {1.0, -1.0}
+    assert abs(z.mean()) < 4 / 1024  # four standard deviations of the mean
+
+
+def test_gaussian_has_the_moments_of_a_standard_normal():
+    z = gaussian(1, 2, 0, 1 << 20).double()
+    for power, moment, deviation in ((1, 0, 1), (2, 1, 2**0.5), (3, 0, 15**0.5), (4, 3, 96**0.5)):
+        assert abs((z**power).mean() - moment) < 4 * deviation / 1024
+    assert abs(z.view(-1, 2).prod(1).mean()) < 4 / 724  # the two of a Box-Muller pair
+
+
+def test_polynomials_are_as_good_as_float32_allows():
+    word = torch.cat([torch.tensor([0, 1, 2**31, 2**32 - 1]), torch.randint(0, 2**32, (1 << 18,))])
+    u = (word.to(torch.float32) * 2.0**-32 + 2.0**-33).double()
+    assert ((_log_uniform(word) - u.log()).abs() <= 2e-7 * u.log().abs() + 1e-9).all()
+    turns = 2 * math.pi * ((word & 0x3FFFFFFF).float().double() * 2.0**-32 + (word >> 30) / 4 - 1 / 8)
+    cos, sin = _cos_sin_turns(word)
+    assert (cos - turns.cos()).abs().max() < 2e-7
+    assert (sin - turns.sin()).abs().max() < 2e-7
+
+
+@pytest.mark.parametrize("distribution", Z)
+@pytest.mark.parametrize("dtype", STORED_DTYPES)
+@pytest.mark.parametrize(("count", "address"), [(200_001, 128_000), (5_000, 2**39 + 128), (1, 0)])
+def test_cpu_kernel_has_the_bits_of_the_equation(distribution, dtype, count, address):
+    expected, found = weights(count, dtype), weights(count, dtype)
+    expected_out, found_out = torch.zeros(4, count, dtype=dtype), torch.zeros(4, count, dtype=dtype)
+    visit_reference(expected, address, SEED, distribution, CHANGES, OFFSETS, expected_out)
+    visit(found, address, SEED, distribution, CHANGES, OFFSETS, found_out)
+    assert torch.equal(bits(found), bits(expected))
+    assert torch.equal(bits(found_out), bits(expected_out))
+
+
+@pytest.mark.parametrize("dtype", STORED_DTYPES)
+def test_threads_and_slices_do_not_change_bits(dtype):
+    count = 400_000
+    whole, parts = weights(count, dtype), weights(count, dtype)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        visit(whole, 0, SEED, "gaussian", CHANGES)
+        torch.set_num_threads(1)
+        for start in range(0, count, 128 * 999):
+            visit(parts[start : start + 128 * 999], start, SEED, "gaussian", CHANGES)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(bits(whole), bits(parts))
+
+
+@pytest.mark.parametrize("dtype", STORED_DTYPES)
+def test_entries_in_one_pass_have_the_bits_of_entries_one_by_one(dtype):
+    together, apart = weights(10_000, dtype), weights(10_000, dtype)
+    visit(together, 0, SEED, "rademacher", CHANGES)
+    for change in CHANGES:
+        visit(apart, 0, SEED, "rademacher", [change])
+    assert torch.equal(bits(together), bits(apart))
+
+
+def test_probes_leave_the_master_alone():
+    master, out = weights(10_000, torch.bfloat16), torch.empty(4, 10_000, dtype=torch.bfloat16)
+    visit(master, 0, SEED, "rademacher", [], OFFSETS, out)
+    assert torch.equal(bits(master), bits(weights(10_000, torch.bfloat16)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [1.0001, -0.0213, 3.1e-6])
+def test_stochastic_rounding_is_right_on_average(dtype, value):
+    """Nearest rounding would lose every step smaller than half the spacing: training in bf16 would stand still."""
+    count = 1 << 18
+    values = torch.full((count,), value)
+    rounded = round_stochastic(values, rounding_bits(1, 1, 0, count), dtype).double()
+    spacing = rounded.max() - rounded.min()
+    assert 0 < spacing <= abs(value) * 2**-6 + 2.0**-24
+    assert abs(rounded.mean() - values.double().mean()) < 4 * spacing / 2 / count**0.5
+
+
+def test_small_steps_on_bf16_weights_are_realised():
+    count, steps, step = 1 << 16, 50, float32(1e-6)
+    master = torch.full((count,), 0.02).to(torch.bfloat16)
+    before = master.double().mean()
+    for number in range(steps):
+        z = rademacher(5, number, 0, count)
+        visit(master, 0, 5, "rademacher", [Change(number + 1, (number,), (step,))])
+    wanted = sum(rademacher(5, n, 0, count).double() for n in range(steps)) * step
+    moved = master.double() - before
+    realised = (moved * wanted).sum() / (wanted * wanted).sum()
+    assert 0.9 < realised < 1.1, z

@@ -1,0 +1,158 @@
+"""A run's folder: what a run is, its log, its snapshots; made once, opened again to resume.
+
+    config.yaml     resolved configuration, versions, base model and its fingerprint
+    steps.log       the log
+    metrics.jsonl   one object a step and an evaluation
+    snapshots/      weights at some versions, the last two
+    model/          the Hugging Face folder at the end
+
+Files appear whole or not at all: written beside, synced, renamed.
+"""
+
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from zo.config import Config, UserError
+from zo.log import Log, sync_folder
+
+RESULT_KEYS = ("model", "data", "batch", "estimator", "update", "run.seed")
+"""Groups and keys that decide a run's bits, so that a resumed run must have the same."""
+SNAPSHOTS_KEPT = 2
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested groups as dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _write_whole(path: Path, text: str) -> None:
+    beside = path.with_name(path.name + ".new")
+    with open(beside, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.rename(beside, path)
+    sync_folder(path.parent)
+
+
+class RunFolder:
+    """Names of a run's files, and what may be done with them."""
+
+    def __init__(self, path: Path) -> None:
+        """Name the folder; nothing is read or written."""
+        self.path = path
+        self.config_file, self.log_file = path / "config.yaml", path / "steps.log"
+        self.metrics_file, self.snapshots, self.model = path / "metrics.jsonl", path / "snapshots", path / "model"
+
+    @property
+    def holds_run(self) -> bool:
+        """Whether a run was begun here."""
+        return self.config_file.exists()
+
+    def read_config(self) -> dict[str, Any]:
+        """What ``config.yaml`` says.
+
+        Raises:
+            UserError: there is no run here, or the file is damaged.
+        """
+        try:
+            content = yaml.safe_load(self.config_file.read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError) as error:
+            raise UserError(f"run.dir={self.path} holds no run that can be read: {' '.join(str(error).split())}") from error
+        if not isinstance(content, dict) or "config" not in content:
+            raise UserError(f"run.dir={self.path} holds a damaged config.yaml; use another run.dir")
+        return content
+
+    def check(self, config: Config) -> None:
+        """Refuse a folder that is no place for this run; nothing is written.
+
+        Raises:
+            UserError: it holds another run (says which keys differ), or files that are no run.
+        """
+        if not self.holds_run:
+            if self.path.is_dir() and any(self.path.iterdir()):
+                raise UserError(f"run.dir={self.path} is not empty and holds no run; use a new or empty folder")
+            return
+        before, now = flatten(self.read_config()["config"]), flatten(asdict(config))
+        keys = [k for k in now if k.startswith(RESULT_KEYS)]
+        if now["update.schedule"] != "constant":
+            keys.append("run.steps")
+        differing = [f"{k} ({before.get(k)} -> {now[k]})" for k in keys if before.get(k) != now[k]]
+        if differing:
+            raise UserError(
+                f"run.dir={self.path} holds another run: {', '.join(differing)}; use another run.dir, or those values"
+            )
+
+    def create(self, config: Config, facts: Mapping[str, Any], header: Mapping[str, Any]) -> Log:
+        """Begin a run here, or end its beginning where a crash cut it short.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            content = {"config": asdict(config), **facts}
+            _write_whole(self.config_file, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+            return Log.create(self.log_file, dict(header))
+        except OSError as error:
+            raise UserError(
+                f"run.dir={self.path} cannot be written: {error.strerror}; choose another folder or make room"
+            ) from error
+
+    def save_snapshot(self, version: int, tensors: Iterable[tuple[str, Tensor]], base: str, fingerprint: str) -> None:
+        """Keep the weights of one version; the last two snapshots stay.
+
+        Raises:
+            UserError: the disk refuses; earlier snapshots and the log are untouched.
+        """
+        path = self.snapshots / f"step-{version:09d}.safetensors"
+        beside = path.with_suffix(".new")
+        try:
+            self.snapshots.mkdir(exist_ok=True)
+            metadata = {"version": str(version), "base": base, "fingerprint": fingerprint}
+            save_file(dict(tensors), beside, metadata)
+            with open(beside, "rb+") as file:
+                os.fsync(file.fileno())
+            os.rename(beside, path)
+            sync_folder(self.snapshots)
+            for old in self._snapshot_files()[:-SNAPSHOTS_KEPT]:
+                old.unlink()
+        except (OSError, SafetensorError) as error:
+            beside.unlink(missing_ok=True)
+            raise UserError(
+                f"run.dir={self.path}: snapshot of step {version} cannot be written: {error}; the log is safe: make "
+                "room and start the same command again, or set run.snapshot_every=0"
+            ) from error
+
+    def _snapshot_files(self) -> list[Path]:
+        return sorted(self.snapshots.glob("step-*.safetensors"))
+
+    def snapshot(self, newest: int, base: str) -> tuple[int, str, dict[str, Tensor]] | None:
+        """Version, fingerprint and weights of the newest snapshot that the log covers, if there is one."""
+        for path in reversed(self._snapshot_files()):
+            try:
+                with safe_open(path, framework="pt") as file:
+                    facts = file.metadata() or {}
+                    if facts.get("base") == base and int(facts["version"]) <= newest:
+                        names = file.keys()
+                        return int(facts["version"]), facts["fingerprint"], {n: file.get_tensor(n) for n in names}
+            except (SafetensorError, OSError, KeyError):
+                continue  # A damaged snapshot is worth nothing: an older one, or the base, and the log are.
+        return None
+
+    def free_bytes(self) -> int:
+        """Room on the disk that the folder lies on, or will."""
+        existing = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
+        return shutil.disk_usage(existing).free

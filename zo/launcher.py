@@ -1,0 +1,84 @@
+"""What the commands of ``launch/`` share: arguments, ``--help``, and how a user's mistake ends."""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from zo.config import UserError
+from zo.recipe import DEFAULT, FOLDER, keys, recipe_names, resolve
+
+USER_ERROR, DONE = 2, 0
+
+
+def run(command: Callable[[list[str]], None]) -> int:
+    """Run a command on the process's arguments; a user's mistake becomes one line on stderr and exit code 2."""
+    rank = int(os.environ.get("RANK", 0))
+    try:
+        share_cores()
+        command(sys.argv[1:])
+    except UserError as error:
+        # Most mistakes are met by every rank; rank 0 speaks, and its end lets torchrun end the others.
+        if rank:
+            time.sleep(3)
+        print(f"error: {error}" if not rank else f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
+        return USER_ERROR
+    return DONE
+
+
+def share_cores() -> None:
+    """Share the machine's cores among its ranks; torchrun would give each rank one, however many there are."""
+    if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        import torch
+
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_WORLD_SIZE"])))
+
+
+def split(arguments: Sequence[str], own: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """A command's own ``key=value`` arguments, and the rest."""
+    mine, rest = {}, []
+    for argument in arguments:
+        key, sign, value = argument.partition("=")
+        if sign and key in own:
+            mine[key] = value
+        else:
+            rest.append(argument)
+    return mine, rest
+
+
+def asked_for_text(arguments: list[str], recipe: str, overrides: list[str], usage: str) -> str | None:
+    """What ``--help`` or ``--cfg job`` print, if one of them is asked for."""
+    if "--help" in arguments or "-h" in arguments:
+        return help_text(usage)
+    if "--cfg" in arguments:
+        at = overrides.index("--cfg")
+        if overrides[at + 1 : at + 2] != ["job"]:
+            raise UserError("--cfg shows one thing: --cfg job, the resolved configuration")
+        return OmegaConf.to_yaml(resolve(recipe, overrides[:at] + overrides[at + 2 :])).rstrip()
+    return None
+
+
+def help_text(usage: str) -> str:
+    """Usage, the recipes with their first line, and every key with its default and sentence."""
+    lines = [usage, "", "recipes:"]
+    for name in recipe_names():
+        first = (FOLDER / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+        lines.append(f"  {name:<14} {first}{' (default)' if name == DEFAULT else ''}")
+    lines += ["", "keys (default):"]
+    lines += [f"  {key} ({'' if default is None else default}): {sentence}" for key, default, sentence in keys()]
+    return "\n".join(lines)
+
+
+def existing_run(path: str) -> Path:
+    """The folder of a run.
+
+    Raises:
+        UserError: there is none.
+    """
+    folder = Path(path).expanduser()
+    if not (folder / "config.yaml").exists():
+        raise UserError(f"run={path} holds no run; give the folder that the last line of a training named run_dir")
+    return folder

@@ -1,0 +1,117 @@
+"""What a run tells while it runs: one JSON line a step in a file, a bar or plain lines on stderr."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+import psutil
+import torch
+from tqdm import tqdm
+
+from zo.config import UserError
+
+PLAIN_LINE_EVERY_S = 5.0
+GIB = 2**30
+
+
+class MetricsFile:
+    """``metrics.jsonl``: append-only, one object a line."""
+
+    def __init__(self, path: Path, last_step: int) -> None:
+        """Open for a run that goes on after ``last_step``; a torn last line and later steps are dropped."""
+        self._path = path
+        self._drop_after(last_step)
+        self._file: TextIO = open(path, "a", encoding="utf-8")  # noqa: SIM115
+
+    def _drop_after(self, last_step: int) -> None:
+        if not self._path.exists():
+            return
+        kept = 0
+        with open(self._path, "rb") as file:
+            for line in file:
+                try:
+                    whole = line.endswith(b"\n") and json.loads(line)["step"] <= last_step
+                except (ValueError, KeyError):
+                    whole = False
+                if not whole:
+                    break
+                kept += len(line)
+        with open(self._path, "rb+") as file:
+            file.truncate(kept)
+
+    def write(self, values: dict[str, Any]) -> None:
+        """Add one object.
+
+        Raises:
+            UserError: the disk refuses.
+        """
+        try:
+            self._file.write(json.dumps(values) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise UserError(
+                f"cannot write {self._path}: {error.strerror}; the log is safe: make room and start the same command again"
+            ) from error
+
+    def close(self) -> None:
+        """Close the file."""
+        try:
+            self._file.close()
+        except OSError:
+            pass  # What the full disk did not take was reported by write.
+
+
+def memory(device: torch.device) -> dict[str, int]:
+    """Bytes: the device's peak so far (0 on CPU) and this process's resident memory now."""
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+    return {"device_peak_bytes": peak, "host_rss_bytes": psutil.Process().memory_info().rss}
+
+
+class Progress:
+    """Progress on stderr: a bar with the time left on a terminal, plain lines elsewhere; silent on other ranks."""
+
+    def __init__(self, steps: int, done: int, active: bool) -> None:
+        """Begin at step ``done`` of ``steps``."""
+        self._active, self._steps, self._start_step = active, steps, done
+        self._start = self._last_line = time.monotonic()
+        terminal = active and sys.stderr.isatty()
+        self._bar = tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True) if terminal else None
+
+    def step(self, values: dict[str, Any], scores: dict[str, float]) -> None:
+        """Show one step's metrics and the newest scores."""
+        if not self._active:
+            return
+        resident = max(values["device_peak_bytes"], values["host_rss_bytes"]) / GIB
+        shown = [f"loss {values['loss']:.4f}", f"{values['tokens_per_s']:.0f} tokens/s", f"{resident:.2f} GiB"]
+        shown += [f"dev {name} {value:.4g}" for name, value in scores.items()]
+        if self._bar is not None:
+            self._bar.set_postfix_str(", ".join(shown), refresh=False)
+            self._bar.update(1)
+            return
+        now, step = time.monotonic(), values["step"]
+        if step == self._steps or step == self._start_step + 1 or now - self._last_line >= PLAIN_LINE_EVERY_S:
+            left_s = (now - self._start) / max(1, step - self._start_step) * (self._steps - step)
+            self.say(f"step {step}/{self._steps}  {'  '.join(shown)}  {_duration(left_s)} left")
+            self._last_line = now
+
+    def say(self, line: str) -> None:
+        """Print one line, above the bar if there is one."""
+        if not self._active:
+            return
+        if self._bar is not None:
+            self._bar.write(line, file=sys.stderr)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,155 @@
+"""Build and load models through transformers, whatever their family: configuration, tokenizer, skeleton, weights."""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from zo import assets
+from zo.config import ModelConfig, UserError
+from zo.tasks import ModelInfo
+
+AUTO_CLASS = {"causal-lm": AutoModelForCausalLM, "sequence-classification": AutoModelForSequenceClassification}
+"""transformers' builders, by the name that ``model.task`` takes."""
+
+
+class Source:
+    """A model before its weights are read: where it lies, its configuration, its head and its tokenizer."""
+
+    def __init__(self, config: ModelConfig, num_classes: int | None = None, class_names: list[str] | None = None) -> None:
+        """Read a model's configuration.
+
+        Raises:
+            UserError: no such folder or hub id, or the configuration is of no known kind.
+        """
+        if not config.name:
+            raise UserError("model.name is empty; give a hub id or a folder that holds a config.json")
+        self.config = config
+        self.path = str(assets.model_folder(config.name)) if config.name in assets.MODELS else config.name
+        self.hub = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+        self.hf_config: Any = self._read("model.name", self.path, AutoConfig)
+        self.task = self._task()
+
+    def _read(self, key: str, path: str, kind: Any) -> Any:
+        """Read a configuration or a tokenizer, from a folder or the hub."""
+        folder = Path(path).expanduser()
+        looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
+        if looks_local and not folder.is_dir():
+            raise UserError(f"{key}={path} is no folder; give an existing folder or a hub id such as facebook/opt-125m")
+        try:
+            return kind.from_pretrained(str(folder) if folder.is_dir() else path, **self.hub)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{key}={path} cannot be read: {_first_line(error)}") from error
+
+    def _task(self) -> str:
+        if self.config.task != "auto":
+            return self.config.task
+        architectures = self.hf_config.architectures or [""]
+        classifier = architectures[0].endswith("ForSequenceClassification")
+        return "sequence-classification" if classifier else "causal-lm"
+
+    def tokenizer(self) -> Any:
+        """The tokenizer of ``model.tokenizer``, else of the model.
+
+        Raises:
+            UserError: there is none.
+        """
+        name = self.config.tokenizer
+        return self._read("model.tokenizer" if name else "model.name", name or self.path, AutoTokenizer)
+
+    def set_classes(self, names: list[str], pad_token_id: int) -> None:
+        """Size a classifier's head; without effect on a language model."""
+        if self.task == "sequence-classification":
+            self.hf_config.num_labels = len(names)
+            self.hf_config.id2label = dict(enumerate(names))
+            self.hf_config.label2id = {name: i for i, name in enumerate(names)}
+            if getattr(self.hf_config, "pad_token_id", None) is None:
+                self.hf_config.pad_token_id = pad_token_id
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Stored dtype of the weights."""
+        return getattr(torch, self.config.dtype)  # type: ignore[no-any-return]
+
+    def skeleton(self) -> nn.Module:
+        """The model with real buffers and parameters on meta.
+
+        Raises:
+            UserError: transformers has no model of this kind for the configuration.
+        """
+        try:
+            with init_empty_weights(include_buffers=False):
+                model = self._from_config()
+        except ValueError as error:
+            raise UserError(f"model.name={self.config.name} has no {self.task} model: {_first_line(error)}") from error
+        # Registering on meta makes a new Parameter each time, which parts tied ones.
+        model.tie_weights()
+        return model.eval()
+
+    def _from_config(self) -> Any:
+        return AUTO_CLASS[self.task].from_config(
+            self.hf_config,
+            dtype=self.dtype,
+            attn_implementation=self.config.attention,
+            trust_remote_code=self.config.trust_remote_code,
+        )
+
+    def info(self, skeleton: nn.Module) -> ModelInfo:
+        """What data and objective need to know of the model."""
+        return ModelInfo(
+            task=self.task,
+            vocab_size=self.hf_config.get_text_config().vocab_size,
+            accepts=frozenset(inspect.signature(skeleton.forward).parameters),
+        )
+
+    def load(self, seed: int) -> nn.Module:
+        """The model with its weights, on CPU.
+
+        Args:
+            seed: of random weights and of a head that the checkpoint does not have.
+
+        Raises:
+            UserError: the folder holds no weights, or not all of them.
+        """
+        torch.manual_seed(seed)
+        if self.config.weights == "random":
+            return self._from_config().eval()  # type: ignore[no-any-return]
+        try:
+            model, report = AUTO_CLASS[self.task].from_pretrained(
+                self.path,
+                config=self.hf_config,
+                dtype=self.dtype,
+                attn_implementation=self.config.attention,
+                use_safetensors=True,
+                output_loading_info=True,
+                **self.hub,
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"model.name={self.config.name} has no weights that can be read: {_first_line(error)}; give a folder "
+                "with safetensors, or model.weights=random"
+            ) from error
+        missing = sorted(report["missing_keys"])
+        if missing and self.task == "causal-lm":
+            raise UserError(
+                f"model.name={self.config.name} lacks {len(missing)} weights, {missing[0]} first; give a whole "
+                "checkpoint of a causal language model, or model.weights=random"
+            )
+        return model.eval()  # type: ignore[no-any-return]
+
+
+def _first_line(error: Exception) -> str:
+    """What a library says, as one line."""
+    return " ".join(str(error).split())[:300]
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of what a result's bits depend on."""
+    import numba
+
+    return {"torch": torch.__version__, "transformers": transformers.__version__, "numba": numba.__version__}

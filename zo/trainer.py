@@ -1,0 +1,315 @@
+"""The loop of a run, and the wiring under it.
+
+    probes  = the rows of the table;  cells = the forwards of it that this rank owns, run in lockstep
+    losses  = the table of all ranks, gathered
+    scalars = the estimator's reading of it
+    log.append(Entry(step, lr, scalars))        # durable; blocks catch up when next visited
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zo import estimator
+from zo.blocks import find_layout, move_frozen, self_check
+from zo.config import Config, UserError
+from zo.evaluate import evaluate
+from zo.export import Card, write_folder
+from zo.folder import RunFolder
+from zo.lockstep import Lockstep
+from zo.log import Entry, Log
+from zo.mesh import Mesh, fit
+from zo.metrics import MetricsFile, Progress, memory
+from zo.problem import Batch, Problem, build_problem
+from zo.replay import Replay
+from zo.store import DeviceStore
+from zo.streamer import Streamer
+from zo.update import learning_rate
+from zo.versions import versions
+
+FIRST_ORDER_LR = 1e-5
+"""Full fine-tuning by Gaussian directions diverges from about here; MeZO's authors use 1e-7 to 1e-6."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one step gave."""
+
+    loss: float
+    scalars: tuple[float, ...]
+    skipped: int
+    """Directions that were not finite and count as zero."""
+    tokens: int
+
+
+class Trainer:
+    """One run, from a configuration or around a user's own model.
+
+    ``Trainer(config).train()`` is what ``launch/train.py`` does. A model of one's own, any ``nn.Module``, comes with an
+    objective and batches::
+
+        Trainer(config, model=net, objective=lambda net, batch: ..., batches=lambda step, column: ...)
+
+    ``objective(model, batch)`` returns a tensor of two numbers, the sum of losses and the number of terms, and needs no
+    gradient; ``batches(step, column)`` returns the micro-batch of a step (from 0) and a column, a mapping of tensors.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        model: nn.Module | None = None,
+        objective: Callable[[nn.Module, Batch], Tensor] | None = None,
+        batches: Callable[[int, int], Batch] | None = None,
+    ) -> None:
+        """Take a configuration; nothing is read or written before :meth:`train`.
+
+        Raises:
+            UserError: a model of one's own without objective or batches, or the other way round.
+        """
+        own = [part is not None for part in (model, objective, batches)]
+        if any(own) and not all(own):
+            raise UserError("a model of your own needs model=, objective= and batches= together")
+        self.config = config
+        self._own = Problem.around(model, objective, batches) if model and objective and batches else None
+
+    def train(self) -> dict[str, Any]:
+        """Run to ``run.steps``, from the start or from where the run's folder stands.
+
+        Returns:
+            ``run_dir``, ``steps``, ``loss``, ``eval``, ``train_s``, ``fingerprint``.
+
+        Raises:
+            UserError: what the user can mend; the run's log stays whole.
+        """
+        device = self.config.run.device
+        mesh = Mesh(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        try:
+            with torch.no_grad():
+                return Run(self.config, mesh, self._own).to_end()
+        finally:
+            mesh.close()
+
+
+class Run:
+    """A run in progress."""
+
+    def __init__(self, config: Config, mesh: Mesh, own: Problem | None) -> None:
+        """Check everything that can be checked, load the model, and open or begin the run's folder."""
+        self.config, self.mesh = config, mesh
+        scales = estimator.ESTIMATORS[config.estimator.name].scales(config.estimator.directions)
+        self.rows, self.columns = len(scales), config.batch.columns
+        mesh.arrange(fit(config.mesh, mesh.ranks, self.rows, self.columns))
+        self.folder = RunFolder(Path(mesh.broadcast(config.run.dir or _default_dir(config.recipe))))
+        self.folder.check(config)
+
+        self.problem = own or build_problem(config)
+        self._self_check()
+        self.model = move_frozen(self.problem.load(), mesh.device)
+        layout = find_layout(self.model)
+        self.store = DeviceStore(self.model, layout, mesh.device)
+        self.base = self.store.fingerprint()
+        self.log = self._open_log()
+        self.replay = Replay(self.store, self.log)
+        self.streamer = Streamer(self.replay, mesh.device)
+        self.lockstep = Lockstep(self.model, layout)
+        self.scores: dict[str, float] = {}
+        self.skipped_in_a_row = 0
+
+    def _self_check(self) -> None:
+        """Lockstep against plain forwards on the micro-batches of the first step, two at most."""
+        objective, device = self.problem.objective, self.mesh.device
+        batches = [_to(self.problem.batches(0, column), device) for column in range(min(2, self.columns))]
+        forwards = [lambda model, batch=b: objective(model, batch) for b in batches]  # type: ignore[misc]
+        self_check(self.problem.skeleton, forwards, device, self.config.estimator.distribution)
+
+    def _header(self) -> dict[str, Any]:
+        c = self.config
+        return {
+            "base": self.base,
+            "data": self.problem.data_checksum,
+            "directions": c.estimator.directions,
+            "distribution": c.estimator.distribution,
+            "rule": c.update.name,
+            "seed": c.run.seed,
+            "weight_decay": c.update.weight_decay,
+        }
+
+    def _open_log(self) -> Log:
+        """Rank 0's log, new or old; the other ranks hold its entries in memory."""
+        header, mesh = self._header(), self.mesh
+        if mesh.rank == 0:
+            if self.folder.log_file.exists():
+                log = Log.open(self.folder.log_file)
+                for key, what in (("base", "base model"), ("data", "training data")):
+                    if log.header[key] != header[key]:
+                        raise UserError(
+                            f"run.dir={self.folder.path} began from another {what}: its log names {log.header[key][:12]}, "
+                            f"this one is {header[key][:12]}; restore it, or use another run.dir"
+                        )
+            else:
+                facts = {"versions": versions(), "base": {"name": self.config.model.name, "fingerprint": self.base}}
+                log = self.folder.create(self.config, facts, header)
+        entries = mesh.broadcast([asdict(e) for e in log.entries] if mesh.rank == 0 else None)
+        if mesh.rank == 0:
+            return log
+        return Log(header, [Entry(**{**e, "scalars": tuple(e["scalars"])}) for e in entries])
+
+    def _resume(self, progress: Progress) -> None:
+        """Start from the newest snapshot, if there is one, and say where the run goes on."""
+        if snapshot := self.folder.snapshot(self.log.version, self.base):
+            version, fingerprint, tensors = snapshot
+            self.store.fill(tensors, version)
+            if self.store.fingerprint() != fingerprint:
+                raise UserError(f"{self.folder.snapshots} holds a damaged snapshot of step {version}; delete that file")
+        if self.log.cut_bytes:
+            progress.say(f"cut {self.log.cut_bytes} bytes of an unfinished entry from the log")
+        if self.log.version:
+            progress.say(f"resuming {self.folder.path} after step {self.log.version} of {self.config.run.steps}")
+
+    def to_end(self) -> dict[str, Any]:
+        """Train, evaluate, export."""
+        config, begun = self.config, time.monotonic()
+        progress = Progress(config.run.steps, self.log.version, self.mesh.rank == 0)
+        progress.say(self._summary())
+        self._resume(progress)
+        metrics = MetricsFile(self.folder.metrics_file, self.log.version) if self.mesh.rank == 0 else None
+        loss = None
+        try:
+            self._evaluate(self.log.version, metrics, progress)
+            while self.log.version < config.run.steps:
+                started = time.monotonic()
+                outcome = self.step()
+                values = self._record(outcome, time.monotonic() - started)
+                if metrics:
+                    metrics.write(values)
+                progress.step(values, self.scores)
+                self._watch(outcome, progress)
+                self._after_step(metrics, progress)
+                loss = outcome.loss
+        finally:
+            progress.close()
+            if metrics:
+                metrics.close()
+            self.log.close()
+        return self._finish(loss, time.monotonic() - begun)
+
+    def step(self) -> Outcome:
+        """Fill one table, read it, and make its entry durable."""
+        config, number = self.config, self.log.version + 1
+        settings = config.estimator
+        probes = estimator.probes(settings.name, number, settings.directions, settings.eps)
+        owners = self.mesh.owners(self.rows, self.columns)
+        mine = [divmod(i, self.columns) for i, owner in enumerate(owners) if owner == self.mesh.rank]
+        batches = {c: _to(self.problem.batches(number - 1, c), self.mesh.device) for c in sorted({c for _, c in mine})}
+        self.streamer.begin(probes, [row for row, _ in mine])
+        cells = [lambda batch=batches[c]: self._cell(batch) for _, c in mine]  # type: ignore[misc]
+        table = self.mesh.gather(self.lockstep.run(cells, self.streamer), owners, width=3)
+        table = table.view(self.rows, self.columns, 3)
+        losses = estimator.row_losses(table)
+        scalars, skipped = estimator.estimate(settings.name, losses, settings.eps)
+        u = config.update
+        lr = learning_rate(number, config.run.steps, u.lr, u.schedule, u.warmup_steps)
+        self.log.append(Entry(number, number * config.batch.sequences, lr, scalars))
+        return Outcome(sum(losses) / len(losses), scalars, skipped, int(table[0, :, 2].sum()))
+
+    def _cell(self, batch: Batch) -> Tensor:
+        """One forward: sum of losses, number of terms, number of tokens."""
+        result = self.problem.objective(self.model, batch).to(torch.float64)
+        mask = batch.get("attention_mask", batch.get("input_ids"))
+        tokens = 0 if mask is None else (mask.sum() if mask is batch.get("attention_mask") else mask.numel())
+        return torch.cat((result.view(2), torch.as_tensor(tokens, device=result.device).to(torch.float64).view(1)))
+
+    def _record(self, outcome: Outcome, step_s: float) -> dict[str, Any]:
+        entry = self.log.entries[-1]
+        values = {
+            "step": entry.step,
+            "loss": outcome.loss,
+            "scalars": list(outcome.scalars),
+            "lr": entry.lr,
+            "step_s": round(step_s, 6),
+            "tokens": outcome.tokens,
+            "tokens_per_s": round(outcome.tokens / step_s, 3),
+            **memory(self.mesh.device),
+        }
+        return values | ({"skipped": outcome.skipped} if outcome.skipped else {})
+
+    def _watch(self, outcome: Outcome, progress: Progress) -> None:
+        """Report steps that moved nothing, and stop a run that goes nowhere."""
+        step, directions = self.log.version, len(outcome.scalars)
+        if outcome.skipped:
+            progress.say(f"step {step}: {outcome.skipped} of {directions} directions had no finite loss and count as zero")
+        elif not any(outcome.scalars):
+            progress.say(
+                f"step {step}: every projected gradient is exactly zero: the loss does not feel the perturbation; "
+                "raise estimator.eps, or store the weights in float32"
+            )
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if outcome.skipped == directions else 0
+        if self.skipped_in_a_row >= self.config.run.max_skipped:
+            raise UserError(
+                f"no finite loss in {self.skipped_in_a_row} steps in a row (run.max_skipped), the last is step {step}: "
+                "the run has diverged or overflows; begin anew with a smaller update.lr, or model.dtype=float32 or "
+                "bfloat16 in place of float16"
+            )
+
+    def _after_step(self, metrics: MetricsFile | None, progress: Progress) -> None:
+        step, every = self.log.version, self.config.run.snapshot_every
+        if every and step % every == 0 and self.mesh.rank == 0:
+            self.replay.catch_up()
+            tensors = ((placed.name, t) for placed, t in self.store.tensors())
+            self.folder.save_snapshot(step, tensors, self.base, self.store.fingerprint())
+        if self.config.eval.every and (step % self.config.eval.every == 0 or step == self.config.run.steps):
+            self._evaluate(step, metrics, progress)
+
+    def _evaluate(self, step: int, metrics: MetricsFile | None, progress: Progress) -> None:
+        """Scores at the current version, on every rank."""
+        if not self.config.eval.every or not self.problem.dev_batches:
+            return
+        known = self.mesh.broadcast(metrics.scores.get(step) if metrics else None)
+        if known is None:
+            self.replay.catch_up()
+            self.scores = evaluate(self.model, self.problem, self.mesh)
+            if metrics:
+                metrics.write({"step": step, "eval": self.scores})
+        else:
+            self.scores = known
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in self.scores.items())
+        progress.say(f"step {step}/{self.config.run.steps}  dev {shown}")
+
+    def _finish(self, loss: float | None, train_s: float) -> dict[str, Any]:
+        self.replay.catch_up()
+        summary = {
+            "run_dir": str(self.folder.path),
+            "steps": self.log.version,
+            "loss": loss,
+            "eval": self.scores or None,
+            "train_s": round(train_s, 3),
+            "fingerprint": self.store.fingerprint(),
+        }
+        if self.mesh.rank == 0 and self.config.export.at_end and self.problem.exportable:
+            card = self.problem.card(self.config, self.base, summary)
+            write_folder(self.model, self.problem.tokenizer, self.folder.model, card, replace=True)
+        self.mesh.barrier()
+        return summary
+
+    def _summary(self) -> str:
+        layout, shape = self.store.layout, self.mesh.shape
+        return (
+            f"{self.config.recipe or 'run'} in {self.folder.path}: {layout.numel / 1e6:.1f} M parameters in "
+            f"{len(layout.blocks)} blocks, {self.config.model.dtype} on {self.mesh.device}, table {self.rows} x "
+            f"{self.columns} on mesh {shape.perturb} x {shape.data}"
+        )
+
+
+def _default_dir(recipe: str) -> str:
+    return f"runs/{recipe or 'run'}-{datetime.now():%Y%m%d-%H%M%S-%f}"
+
+
+def _to(batch: Batch, device: torch.device) -> Batch:
+    return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
