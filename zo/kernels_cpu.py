@@ -60,85 +60,100 @@ def _horner(poly, t):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _box_muller(words, count, u, z):  # type: ignore[no-untyped-def]
-    """``z[:4 * count]`` from ``words[4, :count]``; ``u`` is scratch of float32. The equations are perturbation's."""
-    u_bits = u.view(np.int32)
+def _box_muller(words, count, u, v, z):  # type: ignore[no-untyped-def]
+    """``z[:4 * count]`` from ``words[4, :count]``; ``u[count]``, ``v[4, count]`` are scratch. Equations: perturbation."""
+    u_bits, columns = u.view(np.int32), z.reshape(-1, 4)
     for pair in range(2):
+        uniform, angle, cosine, sine = words[2 * pair], words[2 * pair + 1], v[2 * pair], v[2 * pair + 1]
         for i in range(count):
-            u[i] = f32(words[2 * pair, i]) * f32(2.0**-32) + f32(2.0**-33)
+            u[i] = f32(uniform[i]) * f32(2.0**-32) + f32(2.0**-33)
         for i in range(count):
-            exponent = (u_bits[i] - i32(p.SQRT_HALF_BITS)) >> i32(23)
+            exponent = i32(u_bits[i] - i32(p.SQRT_HALF_BITS)) >> i32(23)
             u_bits[i] = u_bits[i] - (exponent << i32(23))
-            z[4 * i + 2 * pair] = f32(exponent)
+            cosine[i] = f32(exponent)
         for i in range(count):
             t = u[i] - f32(1.0)
             square = t * t
-            log = z[4 * i + 2 * pair] * _LN_2 + (
-                (_horner(_LOG_P, t) * (square * t) - square * f32(0.5)) + t
-            )
-            radius = np.sqrt(f32(-2.0) * log)
-            word = words[2 * pair + 1, i]
-            quadrant = word >> u32(30)
+            log = cosine[i] * _LN_2 + ((_horner(_LOG_P, t) * (square * t) - square * f32(0.5)) + t)
+            u[i] = np.sqrt(f32(-2.0) * log)
+        for i in range(count):
+            word, radius = angle[i], u[i]
             t = f32(i32(word & u32(0x3FFFFFFF))) * f32(2.0**-30) - f32(0.5)
             square = t * t
             sin, cos = _horner(_SIN_P, square) * t, _horner(_COS_P, square)
-            odd, far = (quadrant & u32(1)) != u32(0), quadrant >= u32(2)
+            odd, far = (word & u32(0x40000000)) != u32(0), (word & u32(0x80000000)) != u32(0)
             x = -sin if odd else cos
             y = cos if odd else sin
-            z[4 * i + 2 * pair] = radius * (-x if far else x)
-            z[4 * i + 2 * pair + 1] = radius * (-y if far else y)
+            cosine[i] = radius * (-x if far else x)
+            sine[i] = radius * (-y if far else y)
+    for i in range(count):
+        for j in range(4):
+            columns[i, j] = v[j, i]
 
 
 @_jit
-def _direction(seed, address, direction, gaussian, words, u, z):  # type: ignore[no-untyped-def]
+def _signs(words, count, bits_a_word, z):  # type: ignore[no-untyped-def]
+    """``z[:128 * count]`` from ``words[4, :count]``: a set bit is +1.
+
+    ``bits_a_word`` is 32, but not a constant: LLVM would unroll the inner loop before it could vectorise it, which
+    takes four times as long.
+    """
+    bits = z.view(np.uint32)
+    for i in range(count):
+        for j in range(4):
+            cleared, signs = ~words[j, i], bits[128 * i + 32 * j : 128 * i + 32 * j + 32]
+            for b in range(bits_a_word):
+                signs[b] = u32(0x3F800000) | ((cleared >> u32(b)) << u32(31))
+
+
+@_jit
+def _direction(seed, address, direction, gaussian, bits_a_word, words, u, v, z):  # type: ignore[no-untyped-def]
     """Fill ``z[:TILE]`` with z(seed, direction, address ..)."""
     if gaussian:
         _words(seed, address // u64(4), direction, GAUSSIAN, TILE // 4, words)
-        _box_muller(words, TILE // 4, u, z)
+        _box_muller(words, TILE // 4, u, v, z)
     else:
         _words(seed, address // u64(128), direction, RADEMACHER, TILE // 128, words)
-        for i in range(TILE // 128):
-            for j in range(4):
-                word = words[j, i]
-                for b in range(32):
-                    z[128 * i + 32 * j + b] = f32(i32((word >> u32(b)) & u32(1)) * i32(2) - i32(1))
+        _signs(words, TILE // 128, bits_a_word, z)
 
 
 @_jit
-def _load(stored, start, count, kind, x):  # type: ignore[no-untyped-def]
-    """Widen ``stored[start : start + count]`` to float32, exactly."""
+def _load(stored, kind, x):  # type: ignore[no-untyped-def]
+    """Widen ``stored`` to float32 in ``x``, exactly."""
+    count = len(stored)
     if kind == 0:
         for i in range(count):
-            x[i] = stored[start + i]
+            x[i] = stored[i]
     elif kind == BFLOAT16:
         bits = x.view(np.uint32)
         for i in range(count):
-            bits[i] = u32(stored[start + i]) << u32(16)
+            bits[i] = u32(stored[i]) << u32(16)
     else:
         bits = x.view(np.uint32)
         for i in range(count):
             # Move the exponent as if it were float32's, then scale by 2**112: exact for subnormals too.
-            bits[i] = (u32(stored[start + i]) & u32(0x7FFF)) << u32(13)
+            bits[i] = (u32(stored[i]) & u32(0x7FFF)) << u32(13)
         for i in range(count):
             x[i] = x[i] * f32(2.0**112)
         for i in range(count):
-            half = u32(stored[start + i])
+            half = u32(stored[i])
             special = u32(0x7F800000) if (half & u32(0x7C00)) == u32(0x7C00) else u32(0)
             bits[i] = bits[i] | special | ((half & u32(0x8000)) << u32(16))
 
 
 @_jit
-def _round_nearest(x, kind, stored, start, count):  # type: ignore[no-untyped-def]
-    """Write float32 ``x[:count]`` to ``stored`` in its dtype, ties to even."""
+def _round_nearest(x, kind, stored):  # type: ignore[no-untyped-def]
+    """Write float32 ``x`` to ``stored`` in its dtype, ties to even."""
+    count = len(stored)
     bits = x.view(np.uint32)
     if kind == 0:
         for i in range(count):
-            stored[start + i] = x[i]
+            stored[i] = x[i]
     elif kind == BFLOAT16:
         for i in range(count):
             b = bits[i]
             rounded = (b + u32(0x7FFF) + ((b >> u32(16)) & u32(1))) >> u32(16)
-            stored[start + i] = u32(0x7FC0) if (b & u32(0x7FFFFFFF)) > u32(0x7F800000) else rounded
+            stored[i] = u32(0x7FC0) if (b & u32(0x7FFFFFFF)) > u32(0x7F800000) else rounded
     else:
         for i in range(count):
             sign, b = (bits[i] >> u32(16)) & u32(0x8000), bits[i] & u32(0x7FFFFFFF)
@@ -146,71 +161,90 @@ def _round_nearest(x, kind, stored, start, count):  # type: ignore[no-untyped-de
             # Units of 2**-24 below 2**-14: x 2**24 is exact, rint rounds ties to even.
             subnormal = u32(i32(np.rint(min(abs(x[i]), f32(1.0)) * f32(2.0**24))))
             rounded = subnormal if b < u32(0x38800000) else min(normal, u32(0x7C00))
-            stored[start + i] = sign | (u32(0x7E00) if b > u32(0x7F800000) else rounded)
+            stored[i] = sign | (u32(0x7E00) if b > u32(0x7F800000) else rounded)
 
 
 @_jit
-def _round_stochastic(x, kind, seed, address, step, words, count):  # type: ignore[no-untyped-def]
-    """Round float32 ``x[:count]`` in place to numbers of the stored dtype; the equations are perturbation's."""
+def _round_stochastic(x, kind, seed, address, step, words, random16, small):  # type: ignore[no-untyped-def]
+    """Round float32 ``x`` in place to numbers of the stored dtype; ``random16``, ``small`` are scratch."""
     _words(seed, address // u64(8), step, ROUNDING, TILE // 8, words)
+    halves = random16.reshape(-1, 8)
+    for i in range(TILE // 8):
+        for j in range(4):
+            halves[i, 2 * j], halves[i, 2 * j + 1] = words[j, i] & u32(0xFFFF), words[j, i] >> u32(16)
     bits = x.view(np.uint32)
-    for j in range(8):
-        shift = u32(16 * (j % 2))
-        for i in range((count - j + 7) // 8):
-            k = 8 * i + j
-            random16 = (words[j // 2, i] >> shift) & u32(0xFFFF)
-            sign, b = bits[k] & u32(0x80000000), bits[k] & u32(0x7FFFFFFF)
-            finite = b < u32(0x7F800000)
-            if kind == BFLOAT16:
-                rounded = (b + random16) & u32(0xFFFF0000)
-                bits[k] = sign | (rounded if finite else b)
-            else:
-                normal = (b + (random16 >> u32(3))) & u32(0xFFFFE000)
-                normal = normal if normal < u32(0x47800000) else u32(0x7F800000)
-                units = min(abs(x[k]), f32(1.0)) * f32(2.0**24) + f32(i32(random16)) * f32(2.0**-16)
-                if b < u32(0x38800000):
-                    x[k] = f32(i32(units)) * f32(2.0**-24)
-                    bits[k] = sign | bits[k]
-                else:
-                    bits[k] = sign | (normal if finite else b)
+    if kind == BFLOAT16:
+        for i in range(len(x)):
+            b = bits[i]
+            finite = (b & u32(0x7FFFFFFF)) < u32(0x7F800000)
+            bits[i] = ((b + random16[i]) & u32(0xFFFF0000)) if finite else b
+        return
+    for i in range(len(x)):
+        units = min(abs(x[i]), f32(1.0)) * f32(2.0**24) + f32(i32(random16[i])) * f32(2.0**-16)
+        small[i] = f32(i32(units)) * f32(2.0**-24)
+    small_bits = small.view(np.uint32)
+    for i in range(len(x)):
+        sign, b = bits[i] & u32(0x80000000), bits[i] & u32(0x7FFFFFFF)
+        normal = (b + (random16[i] >> u32(3))) & u32(0xFFFFE000)
+        normal = normal if normal < u32(0x47800000) else u32(0x7F800000)
+        large = normal if b < u32(0x7F800000) else b
+        bits[i] = sign | (small_bits[i] if b < u32(0x38800000) else large)
 
 
 @_jit
 def _visit(  # type: ignore[no-untyped-def]
-    stored, start, stop, address, seed, gaussian, kind, steps, decays, directions, coefficients, probes, scales, out
+    stored,
+    start,
+    stop,
+    address,
+    seed,
+    gaussian,
+    bits_a_word,
+    kind,
+    steps,
+    decays,
+    directions,
+    coefficients,
+    probes,
+    scales,
+    out,
 ):
     """The visit of ``stored[start:stop]``; ``start`` is a multiple of ``TILE``."""
     x, y = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
-    z, u = np.empty(TILE, np.float32), np.empty(TILE // 4, np.float32)
-    words = np.empty((4, TILE // 4), np.uint32)
+    z, u, v = np.empty(TILE, np.float32), np.empty(TILE // 4, np.float32), np.empty((4, TILE // 4), np.float32)
+    words, random16 = np.empty((4, TILE // 4), np.uint32), np.empty(TILE, np.uint32)
     for lo in range(start, stop, TILE):
         count, here, in_z = min(TILE, stop - lo), address + u64(lo), NO_DIRECTION
-        _load(stored, lo, count, kind, x)
+        # Slices start at zero: an index that could be negative would keep a loop from being vectorised.
+        here_stored = stored[lo : lo + count]
+        _load(here_stored, kind, x)
         for e in range(len(steps)):
-            if decays[e] != f32(1.0):
+            decay = decays[e]
+            if decay != f32(1.0):
                 for i in range(count):
-                    x[i] = x[i] * decays[e]
+                    x[i] = x[i] * decay
             for k in range(directions.shape[1]):
                 c = coefficients[e, k]
                 if c != f32(0.0):
-                    _direction(seed, here, directions[e, k], gaussian, words, u, z)
+                    _direction(seed, here, directions[e, k], gaussian, bits_a_word, words, u, v, z)
                     for i in range(count):
                         x[i] = x[i] + z[i] * c
                     in_z = i32(NO_DIRECTION)
             if kind != 0:
-                _round_stochastic(x, kind, seed, here, steps[e], words, count)
+                _round_stochastic(x[:count], kind, seed, here, steps[e], words, random16, y)
         if len(steps) > 0:
-            _round_nearest(x, kind, stored, lo, count)
+            _round_nearest(x, kind, here_stored)
         for row in range(len(probes)):
-            if scales[row] == f32(0.0):
-                _round_nearest(x, kind, out[row], lo, count)
+            c = scales[row]
+            if c == f32(0.0):
+                _round_nearest(x, kind, out[row, lo : lo + count])
                 continue
             if in_z == NO_DIRECTION or probes[row] != probes[in_z]:
-                _direction(seed, here, probes[row], gaussian, words, u, z)
+                _direction(seed, here, probes[row], gaussian, bits_a_word, words, u, v, z)
                 in_z = row
             for i in range(count):
-                y[i] = x[i] + z[i] * scales[row]
-            _round_nearest(y, kind, out[row], lo, count)
+                y[i] = x[i] + z[i] * c
+            _round_nearest(y, kind, out[row, lo : lo + count])
 
 
 @cache
@@ -243,6 +277,7 @@ def visit_cpu(
         u64(address),
         u64(seed),
         distribution == "gaussian",
+        32,
         KINDS[weights.dtype],
         np.array([c.step for c in changes], u64),
         np.array([c.decay for c in changes], f32),
