@@ -1,14 +1,11 @@
 """The fused visit on CPU: compiled by numba, the same bits as the reference in ``perturbation``.
 
-Weights go through the cache once, tile by tile; inner loops are branch-free so that LLVM vectorises them. Kernels
-hold no lock and share no state, and bits depend on addresses alone, so any number of threads may split a call:
-our own pool does, because numba's default threading layer aborts when two Python threads enter it.
+Weights go through the cache once, tile by tile; inner loops are branch-free, over slices, so that LLVM vectorises
+them. Bits depend on addresses alone, so any number of threads may split a call. They are OpenMP's, as torch's are: a
+pool of Python threads was half as fast, and numba's own ``workqueue`` aborts when two Python threads enter it.
 """
 
-import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 
 import numba
 import numpy as np
@@ -17,6 +14,8 @@ from torch import Tensor
 
 from zo import perturbation as p
 from zo.philox import MULTIPLIER_0, MULTIPLIER_1, ROUNDS, WEYL_0, WEYL_1, Purpose
+
+numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
 
 TILE = 4096
 """Elements a tile; with its words and values it stays in the first two cache levels."""
@@ -247,9 +246,11 @@ def _visit(  # type: ignore[no-untyped-def]
             _round_nearest(y, kind, out[row, lo : lo + count])
 
 
-@cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="zo-kernel")
+@numba.njit(nogil=True, cache=True, parallel=True, error_model="numpy")
+def _visit_in_parts(parts, share, stored, *arguments):  # type: ignore[no-untyped-def]
+    """The visit of ``stored``, ``share`` elements a thread."""
+    for part in numba.prange(parts):
+        _visit(stored, part * share, min((part + 1) * share, len(stored)), *arguments)
 
 
 def _numpy(tensor: Tensor) -> np.ndarray:
@@ -289,9 +290,8 @@ def visit_cpu(
     )
     threads = torch.get_num_threads() if count >= PARALLEL_FROM else 1
     share = -(-count // (threads * TILE)) * TILE
-    ranges = [(lo, min(lo + share, count)) for lo in range(0, count, share)]
-    others = [_pool().submit(_visit, stored, lo, hi, *arguments) for lo, hi in ranges[1:]]
-    for lo, hi in ranges[:1]:
-        _visit(stored, lo, hi, *arguments)
-    for other in others:
-        other.result()
+    if threads == 1:
+        _visit(stored, 0, count, *arguments)
+    else:
+        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+        _visit_in_parts(threads, share, stored, *arguments)
