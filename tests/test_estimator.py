@@ -1,0 +1,92 @@
+"""What the table says, and what a rule makes of it."""
+
+import math
+
+import pytest
+import torch
+
+from zo.estimator import ESTIMATORS, directions_of, estimate, float32, probes, row_losses
+from zo.log import Entry
+from zo.perturbation import Offset, rademacher, visit
+from zo.update import SCHEDULES, learning_rate, sgd
+
+EPS = 1e-3
+
+
+def table_of(loss, rows, theta, address=0):
+    """Losses of the probes of a function of parameters."""
+    out = torch.empty(len(rows), theta.numel(), dtype=theta.dtype)
+    visit(theta, address, 3, "rademacher", [], rows, out)
+    return [float(loss(row)) for row in out]
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_mean_of_estimates_tends_to_the_gradient(name):
+    """A biased or wrongly scaled estimator trains something else than the loss."""
+    generator = torch.Generator().manual_seed(0)
+    theta = torch.randn(64, generator=generator)
+    matrix = torch.randn(64, 64, generator=generator) / 8
+    loss = lambda x: (matrix @ x.double().to(torch.float32)).double().square().sum()  # noqa: E731
+    gradient = 2 * matrix.double().T @ (matrix.double() @ theta.double())
+    total, count = torch.zeros(64, dtype=torch.float64), 4000
+    for step in range(1, count + 1):
+        scalars, skipped = estimate(name, table_of(loss, probes(name, step, 1, 1e-2), theta), 1e-2)
+        assert skipped == 0
+        total += scalars[0] * rademacher(3, directions_of(step, 1)[0], 0, 64).double()
+    # Each coordinate's standard error is |gradient| / sqrt(count); the bias of one-sided SPSA averages out over z.
+    error = (total / count - gradient).norm() / gradient.norm()
+    assert error < 1.5 * math.sqrt(64 / count)
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("directions", [1, 4])
+def test_descends_a_quadratic(name, directions):
+    """The sign and the scale of the update: the wrong one climbs."""
+    theta = torch.randn(256, generator=torch.Generator().manual_seed(1))
+    loss = lambda x: x.double().square().sum()  # noqa: E731
+    before = loss(theta)
+    for step in range(1, 401):
+        rows = probes(name, step, directions, EPS)
+        scalars, _ = estimate(name, table_of(loss, rows, theta), EPS)
+        visit(theta, 0, 3, "rademacher", [sgd(Entry(step, step, 1e-3 * directions, scalars), 0.0)])
+    assert loss(theta) < 0.5 * before
+
+
+def test_directions_are_never_used_twice():
+    used = [d for step in range(1, 50) for d in directions_of(step, 3)]
+    assert sorted(used) == list(range(len(used)))
+
+
+def test_the_pair_of_a_direction_stands_side_by_side():
+    """The two signs share one z in a visit only if their rows are neighbours."""
+    assert probes("spsa", 2, 2, EPS) == [Offset(d, s * float32(EPS)) for d in (2, 3) for s in (1, -1)]
+    assert probes("one-sided", 1, 2, EPS) == [Offset(0, 0.0), Offset(0, float32(EPS)), Offset(1, float32(EPS))]
+
+
+def test_rows_are_means_over_terms_not_over_micro_batches():
+    table = torch.tensor([[[10.0, 1, 5], [2.0, 5, 9]], [[0.0, 0, 0], [0.0, 0, 0]]], dtype=torch.float64)
+    first, empty = row_losses(table)
+    assert first == 2.0
+    assert math.isnan(empty)
+
+
+def test_only_directions_that_are_not_finite_count_as_zero():
+    scalars, skipped = estimate("spsa", [1.0, 0.5, math.nan, 1.0, math.inf, 2.0, 1e300, -1e300], 1e-3)
+    assert skipped == 3
+    assert scalars[0] == 250.0
+    assert scalars[1:] == (0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_schedules_warm_up_and_end_where_they_should(schedule):
+    rates = [learning_rate(step, 100, 2.0, schedule, 10) for step in range(1, 101)]
+    assert rates[:11] == [pytest.approx(2.0 * (i + 1) / 11) for i in range(11)]
+    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert rates[-1] == (2.0 if schedule == "constant" else pytest.approx(0, abs=0.05))
+    assert min(rates) > 0
+
+
+def test_weight_decay_is_a_factor_of_its_own():
+    change = sgd(Entry(1, 16, 0.1, (2.0, 4.0)), 0.5)
+    assert change.decay == float32(0.95)
+    assert change.coefficients == (float32(-0.1), float32(-0.2))
