@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -25,16 +26,16 @@ def main(arguments: list[str]) -> None:
     elif "-m" in arguments or "--multirun" in arguments:
         sweep(recipe, [o for o in overrides if o not in ("-m", "--multirun")])
     else:
-        train(resolve(recipe, overrides))
+        train(resolve(recipe, overrides), shlex.join(["python", "launch/train.py", f"recipe={recipe}", *overrides]))
 
 
-def train(node: DictConfig) -> None:
+def train(node: DictConfig, command: str = "") -> None:
     """One run."""
     config = as_config(node)
     # Imported here: torch and transformers take seconds, which --help and a mistyped key need not wait for.
     from zo.trainer import Trainer
 
-    summary = Trainer(config).train()
+    summary = Trainer(config, command=command).train()
     if int(os.environ.get("RANK", 0)) == 0:
         print(json.dumps(summary), flush=True)
 

@@ -10,9 +10,11 @@ Files appear whole or not at all: written beside, synced, renamed.
 """
 
 import os
+import platform
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,12 @@ from zo.log import Log, sync_folder
 RESULT_KEYS = ("model", "data", "batch", "estimator", "update", "run.seed")
 """Groups and keys that decide a run's bits, so that a resumed run must have the same."""
 SNAPSHOTS_KEPT = 2
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result's bits depend on."""
+    libraries = {name: version(name) for name in ("zo", "torch", "transformers", "numba")}
+    return {"python": platform.python_version(), **libraries}
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -111,17 +119,17 @@ class RunFolder:
                 f"run.dir={self.path} cannot be written: {error.strerror}; choose another folder or make room"
             ) from error
 
-    def save_snapshot(self, version: int, tensors: Iterable[tuple[str, Tensor]], base: str, fingerprint: str) -> None:
+    def save_snapshot(self, step: int, tensors: Iterable[tuple[str, Tensor]], base: str, fingerprint: str) -> None:
         """Keep the weights of one version; the last two snapshots stay.
 
         Raises:
             UserError: the disk refuses; earlier snapshots and the log are untouched.
         """
-        path = self.snapshots / f"step-{version:09d}.safetensors"
+        path = self.snapshots / f"step-{step:09d}.safetensors"
         beside = path.with_suffix(".new")
         try:
             self.snapshots.mkdir(exist_ok=True)
-            metadata = {"version": str(version), "base": base, "fingerprint": fingerprint}
+            metadata = {"version": str(step), "base": base, "fingerprint": fingerprint}
             save_file(dict(tensors), beside, metadata)
             with open(beside, "rb+") as file:
                 os.fsync(file.fileno())
@@ -132,7 +140,7 @@ class RunFolder:
         except (OSError, SafetensorError) as error:
             beside.unlink(missing_ok=True)
             raise UserError(
-                f"run.dir={self.path}: snapshot of step {version} cannot be written: {error}; the log is safe: make "
+                f"run.dir={self.path}: snapshot of step {step} cannot be written: {error}; the log is safe: make "
                 "room and start the same command again, or set run.snapshot_every=0"
             ) from error
 

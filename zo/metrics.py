@@ -22,6 +22,8 @@ class MetricsFile:
     def __init__(self, path: Path, last_step: int) -> None:
         """Open for a run that goes on after ``last_step``; a torn last line and later steps are dropped."""
         self._path = path
+        self.scores: dict[int, dict[str, float]] = {}
+        """Evaluations that the file has, by step."""
         self._drop_after(last_step)
         self._file: TextIO = open(path, "a", encoding="utf-8")  # noqa: SIM115
 
@@ -32,11 +34,13 @@ class MetricsFile:
         with open(self._path, "rb") as file:
             for line in file:
                 try:
-                    whole = line.endswith(b"\n") and json.loads(line)["step"] <= last_step
-                except (ValueError, KeyError):
-                    whole = False
-                if not whole:
+                    values = json.loads(line) if line.endswith(b"\n") else {"step": last_step + 1}
+                except ValueError:
                     break
+                if values["step"] > last_step:
+                    break
+                if "eval" in values:
+                    self.scores[values["step"]] = values["eval"]
                 kept += len(line)
         with open(self._path, "rb+") as file:
             file.truncate(kept)
@@ -115,3 +119,16 @@ def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def last_scores(path: Path, step: int) -> dict[str, float]:
+    """The newest evaluation in a ``metrics.jsonl`` up to a step; empty if there is none."""
+    scores: dict[str, float] = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            values = json.loads(line)
+        except ValueError:
+            break  # A line that a crash tore.
+        if "eval" in values and values["step"] <= step:
+            scores = values["eval"]
+    return scores

@@ -5,14 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils import logging
 
 from zo import assets
 from zo.config import ModelConfig, UserError
 from zo.tasks import ModelInfo
+
+# Bars of a second's loading would stand between the run's own lines, once a rank.
+logging.disable_progress_bar()
 
 AUTO_CLASS = {"causal-lm": AutoModelForCausalLM, "sequence-classification": AutoModelForSequenceClassification}
 """transformers' builders, by the name that ``model.task`` takes."""
@@ -21,7 +24,7 @@ AUTO_CLASS = {"causal-lm": AutoModelForCausalLM, "sequence-classification": Auto
 class Source:
     """A model before its weights are read: where it lies, its configuration, its head and its tokenizer."""
 
-    def __init__(self, config: ModelConfig, num_classes: int | None = None, class_names: list[str] | None = None) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         """Read a model's configuration.
 
         Raises:
@@ -70,6 +73,13 @@ class Source:
             self.hf_config.label2id = {name: i for i, name in enumerate(names)}
             if getattr(self.hf_config, "pad_token_id", None) is None:
                 self.hf_config.pad_token_id = pad_token_id
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes of a checkpoint that is a classifier already."""
+        if self.config.weights == "random" or not (self.hf_config.architectures or [""])[0].endswith("Classification"):
+            return []
+        return [name for _, name in sorted(self.hf_config.id2label.items())]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -146,10 +156,3 @@ class Source:
 def _first_line(error: Exception) -> str:
     """What a library says, as one line."""
     return " ".join(str(error).split())[:300]
-
-
-def library_versions() -> dict[str, str]:
-    """Versions of what a result's bits depend on."""
-    import numba
-
-    return {"torch": torch.__version__, "transformers": transformers.__version__, "numba": numba.__version__}

@@ -2,7 +2,7 @@
 
 import ast
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,13 @@ FOLDER = Path(__file__).resolve().parent.parent / "recipes"
 DEFAULT = "quickstart"
 
 
-def _register_schema() -> None:
-    """Give Hydra the typed schema that every recipe names first in its defaults."""
-    node = OmegaConf.structured(Config)
+def _schema() -> DictConfig:
+    """The typed schema, into which values may be merged."""
+    node: DictConfig = OmegaConf.structured(Config)
     for group in (node, *(node[f.name] for f in fields(Config) if is_dataclass(f.type))):
         # Frozen dataclasses become read-only nodes, which a recipe could not be merged into.
         OmegaConf.set_readonly(group, None)
-    ConfigStore.instance().store("schema", node)
+    return node
 
 
 def recipe_names() -> list[str]:
@@ -42,7 +42,8 @@ def resolve(recipe: str = DEFAULT, overrides: Sequence[str] = ()) -> DictConfig:
     """
     if recipe not in recipe_names():
         raise UserError(f"recipe={recipe} is not known; use one of {', '.join(recipe_names())}")
-    _register_schema()
+    # Every recipe names the schema first in its defaults.
+    ConfigStore.instance().store("schema", _schema())
     try:
         with initialize_config_dir(str(FOLDER), version_base="1.3"):
             return compose(recipe, overrides=[*overrides, f"recipe={recipe}"])
@@ -68,6 +69,20 @@ def as_config(node: DictConfig) -> Config:
     made = OmegaConf.to_object(node)
     assert isinstance(made, Config)
     return made
+
+
+def config_of(tree: Mapping[str, Any]) -> Config:
+    """A checked configuration from nested keys, as a run's ``config.yaml`` holds them.
+
+    Raises:
+        UserError: a key or a value that this version does not know.
+    """
+    try:
+        node = OmegaConf.merge(_schema(), OmegaConf.create(dict(tree)))
+    except OmegaConfBaseException as error:
+        raise UserError(f"the run's config.yaml does not fit this version of zo: {str(error).splitlines()[0]}") from error
+    assert isinstance(node, DictConfig)
+    return as_config(node)
 
 
 def _explain(error: Exception) -> str:

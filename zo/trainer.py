@@ -7,8 +7,8 @@
 """
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -20,18 +20,19 @@ from zo import estimator
 from zo.blocks import find_layout, move_frozen, self_check
 from zo.config import Config, UserError
 from zo.evaluate import evaluate
-from zo.export import Card, write_folder
-from zo.folder import RunFolder
+from zo.export import card_of, write_folder
+from zo.finished import restore
+from zo.folder import RunFolder, versions
 from zo.lockstep import Lockstep
 from zo.log import Entry, Log
 from zo.mesh import Mesh, fit
 from zo.metrics import MetricsFile, Progress, memory
-from zo.problem import Batch, Problem, build_problem
+from zo.problem import Problem, build_problem, own_problem
 from zo.replay import Replay
 from zo.store import DeviceStore
 from zo.streamer import Streamer
+from zo.tasks import Batch
 from zo.update import learning_rate
-from zo.versions import versions
 
 FIRST_ORDER_LR = 1e-5
 """Full fine-tuning by Gaussian directions diverges from about here; MeZO's authors use 1e-7 to 1e-6."""
@@ -67,8 +68,11 @@ class Trainer:
         model: nn.Module | None = None,
         objective: Callable[[nn.Module, Batch], Tensor] | None = None,
         batches: Callable[[int, int], Batch] | None = None,
+        command: str = "",
     ) -> None:
         """Take a configuration; nothing is read or written before :meth:`train`.
+
+        ``command`` is what reproduces the run, for its model card.
 
         Raises:
             UserError: a model of one's own without objective or batches, or the other way round.
@@ -76,8 +80,8 @@ class Trainer:
         own = [part is not None for part in (model, objective, batches)]
         if any(own) and not all(own):
             raise UserError("a model of your own needs model=, objective= and batches= together")
-        self.config = config
-        self._own = Problem.around(model, objective, batches) if model and objective and batches else None
+        self.config, self._command = config, command
+        self._own = own_problem(model, objective, batches) if model and objective and batches else None
 
     def train(self) -> dict[str, Any]:
         """Run to ``run.steps``, from the start or from where the run's folder stands.
@@ -92,7 +96,7 @@ class Trainer:
         mesh = Mesh(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
         try:
             with torch.no_grad():
-                return Run(self.config, mesh, self._own).to_end()
+                return Run(self.config, mesh, self._own, self._command).to_end()
         finally:
             mesh.close()
 
@@ -100,9 +104,9 @@ class Trainer:
 class Run:
     """A run in progress."""
 
-    def __init__(self, config: Config, mesh: Mesh, own: Problem | None) -> None:
+    def __init__(self, config: Config, mesh: Mesh, own: Problem | None, command: str) -> None:
         """Check everything that can be checked, load the model, and open or begin the run's folder."""
-        self.config, self.mesh = config, mesh
+        self.config, self.mesh, self.command = config, mesh, command
         scales = estimator.ESTIMATORS[config.estimator.name].scales(config.estimator.directions)
         self.rows, self.columns = len(scales), config.batch.columns
         mesh.arrange(fit(config.mesh, mesh.ranks, self.rows, self.columns))
@@ -154,7 +158,11 @@ class Run:
                             f"this one is {header[key][:12]}; restore it, or use another run.dir"
                         )
             else:
-                facts = {"versions": versions(), "base": {"name": self.config.model.name, "fingerprint": self.base}}
+                facts = {
+                    "versions": versions(),
+                    "base": {"name": self.config.model.name, "fingerprint": self.base},
+                    "command": self.command,
+                }
                 log = self.folder.create(self.config, facts, header)
         entries = mesh.broadcast([asdict(e) for e in log.entries] if mesh.rank == 0 else None)
         if mesh.rank == 0:
@@ -163,11 +171,7 @@ class Run:
 
     def _resume(self, progress: Progress) -> None:
         """Start from the newest snapshot, if there is one, and say where the run goes on."""
-        if snapshot := self.folder.snapshot(self.log.version, self.base):
-            version, fingerprint, tensors = snapshot
-            self.store.fill(tensors, version)
-            if self.store.fingerprint() != fingerprint:
-                raise UserError(f"{self.folder.snapshots} holds a damaged snapshot of step {version}; delete that file")
+        restore(self.folder, self.store, self.log.version, self.base)
         if self.log.cut_bytes:
             progress.say(f"cut {self.log.cut_bytes} bytes of an unfinished entry from the log")
         if self.log.version:
@@ -269,12 +273,13 @@ class Run:
 
     def _evaluate(self, step: int, metrics: MetricsFile | None, progress: Progress) -> None:
         """Scores at the current version, on every rank."""
-        if not self.config.eval.every or not self.problem.dev_batches:
+        problem = self.problem
+        if not self.config.eval.every or problem.task is None or not problem.dev_batches:
             return
         known = self.mesh.broadcast(metrics.scores.get(step) if metrics else None)
         if known is None:
             self.replay.catch_up()
-            self.scores = evaluate(self.model, self.problem, self.mesh)
+            self.scores = evaluate(self.model, problem.task, problem.dev_batches, self.mesh)
             if metrics:
                 metrics.write({"step": step, "eval": self.scores})
         else:
@@ -293,7 +298,8 @@ class Run:
             "fingerprint": self.store.fingerprint(),
         }
         if self.mesh.rank == 0 and self.config.export.at_end and self.problem.exportable:
-            card = self.problem.card(self.config, self.base, summary)
+            content = self.folder.read_config()
+            card = card_of(content, self.log.header, self.log.version, self.scores, summary["fingerprint"])
             write_folder(self.model, self.problem.tokenizer, self.folder.model, card, replace=True)
         self.mesh.barrier()
         return summary

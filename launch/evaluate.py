@@ -1,0 +1,45 @@
+"""Score a run, or a plain model: launch/evaluate.py run=DIR [data=...], or model.name=... [key=value ...]."""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from zo.config import UserError
+from zo.launcher import asked_for_text, existing_run, run, split
+from zo.recipe import DEFAULT, load_config
+
+USAGE = "usage: launch/evaluate.py run=DIR [data=FILE_OR_ID], or [recipe=NAME] model.name=... [key=value ...]"
+
+
+def main(arguments: list[str]) -> None:
+    """Print the scores as one JSON object."""
+    own, overrides = split(arguments, ("recipe", "run", "data"))
+    if text := asked_for_text(arguments, own.get("recipe", DEFAULT), overrides, USAGE):
+        print(text)
+        return
+    if "run" in own and overrides:
+        raise UserError(f"{overrides[0]} cannot be changed for a run; give run=DIR and, for other data, data=FILE_OR_ID")
+    if "run" not in own and not any(o.startswith("model.name=") for o in overrides):
+        raise UserError("nothing to score; give run=DIR, or model.name=HUB_ID_OR_FOLDER")
+    path = existing_run(own["run"]) if "run" in own else None
+    config = None if path else load_config(own.get("recipe", DEFAULT), overrides)
+
+    from zo.evaluate import evaluate
+    from zo.finished import load_plain, load_run, with_data
+    from zo.mesh import Mesh
+
+    if path:
+        finished = load_run(path, lambda c: with_data(c, own["data"]) if "data" in own else c)
+    else:
+        finished = load_plain(with_data(config, own["data"]) if "data" in own else config)
+    problem = finished.problem
+    if problem.task is None or not problem.dev_batches:
+        raise UserError("there is nothing to score on: data.dev_examples is 0, or the data is synthetic; give data=FILE")
+    scores = evaluate(finished.model, problem.task, problem.dev_batches, Mesh(finished.device.type))
+    print(json.dumps({"run": own.get("run"), "steps": finished.steps, "eval": scores, "fingerprint": finished.fingerprint}))
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,41 @@
+"""Write a run's model as a Hugging Face folder: launch/export.py run=DIR to=DIR [push=USER/NAME] [public=true]."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from zo.config import UserError
+from zo.launcher import existing_run, run, split
+
+USAGE = "usage: launch/export.py run=DIR to=DIR [push=USER/NAME] [public=true|false]"
+
+
+def main(arguments: list[str]) -> None:
+    """Rebuild the weights from base model and log, write the folder, and push it if asked to."""
+    own, rest = split(arguments, ("run", "to", "push", "public"))
+    if "--help" in rest or "-h" in rest:
+        print(USAGE)
+        return
+    if rest or "run" not in own or "to" not in own:
+        raise UserError(f"{rest[0] + ' is no argument; ' if rest else ''}{USAGE}")
+    if own.get("public", "false") not in ("true", "false"):
+        raise UserError(f"public={own['public']} is neither true nor false; without it a pushed repository is private")
+    path, to = existing_run(own["run"]), Path(own["to"]).expanduser()
+
+    from zo.export import card_of, check_target, push, write_folder
+    from zo.finished import load_run
+    from zo.metrics import last_scores
+
+    check_target(to)
+    finished = load_run(path)
+    scores = last_scores(path / "metrics.jsonl", finished.steps)
+    card = card_of(finished.content, finished.header, finished.steps, scores, finished.fingerprint)
+    write_folder(finished.model, finished.problem.tokenizer, to, card)
+    print(to)
+    if "push" in own:
+        print(push(to, own["push"], private=own.get("public", "false") == "false"))
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
