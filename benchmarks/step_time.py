@@ -114,7 +114,11 @@ def main():
     parser.add_argument("--distributions", default="rademacher,gaussian")
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()}
+    versions = {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
     print(json.dumps({"cores": os.cpu_count(), "threads": torch.get_num_threads(), **versions}))
     with torch.no_grad():
         for dtype in arguments.dtypes.split(","):

@@ -20,7 +20,9 @@ def main(arguments: list[str]) -> None:
         print(text)
         return
     if "run" in own and overrides:
-        raise UserError(f"{overrides[0]} cannot be changed for a run; give run=DIR and, for other data, data=FILE_OR_ID")
+        raise UserError(
+            f"{overrides[0]} cannot be changed for a run; give run=DIR and, for other data, data=FILE_OR_ID"
+        )
     if "run" not in own and not any(o.startswith("model.name=") for o in overrides):
         raise UserError("nothing to score; give run=DIR, or model.name=HUB_ID_OR_FOLDER")
     path = existing_run(own["run"]) if "run" in own else None
@@ -36,9 +38,15 @@ def main(arguments: list[str]) -> None:
         finished = load_plain(with_data(config, own["data"]) if "data" in own else config)
     problem = finished.problem
     if problem.task is None or not problem.dev_batches:
-        raise UserError("there is nothing to score on: data.dev_examples is 0, or the data is synthetic; give data=FILE")
+        raise UserError(
+            "there is nothing to score on: data.dev_examples is 0, or the data is synthetic; give data=FILE"
+        )
     scores = evaluate(finished.model, problem.task, problem.dev_batches, Mesh(finished.device.type))
-    print(json.dumps({"run": own.get("run"), "steps": finished.steps, "eval": scores, "fingerprint": finished.fingerprint}))
+    print(
+        json.dumps(
+            {"run": own.get("run"), "steps": finished.steps, "eval": scores, "fingerprint": finished.fingerprint}
+        )
+    )
 
 
 if __name__ == "__main__":

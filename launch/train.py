@@ -43,7 +43,9 @@ def train(node: DictConfig, command: str = "") -> None:
 def sweep(recipe: str, overrides: list[str]) -> None:
     """Hydra's multirun, one run after another in this process."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError("--multirun does not work under torchrun, whose ranks would meet out of step; sweep with python")
+        raise UserError(
+            "--multirun does not work under torchrun, whose ranks would meet out of step; sweep with python"
+        )
     import hydra
 
     from zo.recipe import FOLDER

@@ -1,6 +1,7 @@
 """What the table says, and what a rule makes of it."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -81,7 +82,7 @@ def test_only_directions_that_are_not_finite_count_as_zero():
 def test_schedules_warm_up_and_end_where_they_should(schedule):
     rates = [learning_rate(step, 100, 2.0, schedule, 10) for step in range(1, 101)]
     assert rates[:11] == [pytest.approx(2.0 * (i + 1) / 11) for i in range(11)]
-    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert all(a >= b for a, b in pairwise(rates[10:]))
     assert rates[-1] == (2.0 if schedule == "constant" else pytest.approx(0, abs=0.05))
     assert min(rates) > 0
 

@@ -1,5 +1,7 @@
 """Lockstep against plain forwards, with the same bits, for families that transformers builds in different ways."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 import transformers as t
@@ -30,14 +32,14 @@ SIZES = {
 GROUPED = {**SIZES, "num_key_value_heads": 2}
 IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 FAMILIES = {
-    "opt": lambda: t.OPTForCausalLM(
-        t.OPTConfig(**{**SIZES, "ffn_dim": 64, "word_embed_proj_dim": 16})
-    ),
+    "opt": lambda: t.OPTForCausalLM(t.OPTConfig(**{**SIZES, "ffn_dim": 64, "word_embed_proj_dim": 16})),
     "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**GROUPED, tie_word_embeddings=True)),
     "qwen3": lambda: t.Qwen3ForCausalLM(t.Qwen3Config(**GROUPED, head_dim=8)),
     "mistral": lambda: t.MistralForCausalLM(t.MistralConfig(**GROUPED, sliding_window=4)),
     "gemma3": lambda: t.Gemma3ForCausalLM(t.Gemma3TextConfig(**GROUPED, head_dim=8)),
-    "gpt2": lambda: t.GPT2LMHeadModel(t.GPT2Config(vocab_size=120, n_embd=32, n_layer=3, n_head=4, n_positions=64, **IDS)),
+    "gpt2": lambda: t.GPT2LMHeadModel(
+        t.GPT2Config(vocab_size=120, n_embd=32, n_layer=3, n_head=4, n_positions=64, **IDS)
+    ),
     "phi3": lambda: t.Phi3ForCausalLM(t.Phi3Config(**GROUPED)),
     "mixtral": lambda: t.MixtralForCausalLM(t.MixtralConfig(**GROUPED, num_local_experts=4)),
     "bert": lambda: t.BertForSequenceClassification(t.BertConfig(**SIZES)),
@@ -87,7 +89,7 @@ def test_lockstep_is_plain_forwards(name, dtype):
     streamer.begin(probes, [row for row, _ in cells])
     together = lockstep.run([lambda f=f: f(model) for _, f in cells], streamer)
     copy = DeviceStore(reference, find_layout(reference), torch.device("cpu"))
-    masters = dict((p.name, tensor.clone()) for p, tensor in copy.tensors())
+    masters = {p.name: tensor.clone() for p, tensor in copy.tensors()}
     for row, probe in enumerate(probes):
         plain_replay = Replay(copy, replay.log)
         for block in copy.layout.blocks:
@@ -115,7 +117,7 @@ def test_every_parameter_has_one_address(name):
     assert sorted(placed) == sorted(n for n, _ in model.named_parameters(remove_duplicate=False))
     starts = [(p.start, p.stop) for p in layout.parameters]
     assert starts[0][0] == 0
-    assert all(stop == start for (_, stop), (start, _) in zip(starts, starts[1:], strict=False))
+    assert all(stop == start for (_, stop), (start, _) in pairwise(starts))
     assert all(start % 128 == 0 for start, _ in starts)
     assert layout.numel == sum(p.numel() for p in model.parameters())
 

@@ -41,7 +41,7 @@ def test_an_entry_is_a_few_dozen_bytes(tmp_path):
 def test_a_tail_torn_at_any_byte_costs_only_its_own_entry(tmp_path):
     path = tmp_path / "steps.log"
     data = written(path, 3)
-    size = (len(data) - len(written(tmp_path / "two", 2)))
+    size = len(data) - len(written(tmp_path / "two", 2))
     for lost in range(1, size + 1):
         path.write_bytes(data[:-lost])
         log = Log.open(path)
@@ -83,7 +83,9 @@ def test_what_is_no_log_is_refused_in_one_line(tmp_path, content, capsys):
 
 def test_printed_as_one_json_object_a_line(tmp_path):
     written(tmp_path / "steps.log", 2)
-    run = subprocess.run([sys.executable, "-m", "zo.log", tmp_path / "steps.log"], capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-m", "zo.log", tmp_path / "steps.log"], capture_output=True, text=True, check=True
+    )
     lines = [json.loads(line) for line in run.stdout.splitlines()]
     assert lines[0] == HEADER
     assert lines[2] == {"step": 2, "position": 32, "lr": 5e-5, "scalars": [1.0, -0.25]}

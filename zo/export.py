@@ -1,184 +1,312 @@
-"""A run's result as a Hugging Face folder, with a model card that says how it was made, and its push to the hub.
+"""A trained model as a Hugging Face folder with a model card, and that folder on the hub.
 
-Weights go through transformers' own ``save_pretrained``, which undoes what loading did to names and shapes. A folder
-appears whole or not at all.
+Weights leave through ``save_pretrained``, so through transformers' own converters, a part of the model at a time. A
+folder appears whole or not at all: written beside under a hidden name, synced, renamed.
 """
 
+import json
 import os
+import re
 import shutil
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx2
 from huggingface_hub import HfApi, ModelCard, ModelCardData
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.utils.dlpack import from_dlpack
+from transformers.core_model_loading import revert_weight_conversion
 
 from zo.config import UserError
 from zo.log import sync_folder
 
+SHARD_BYTES = 5_000_000_000
+"""Weights converted and written at once, at most, unless one layer has more; the hub's usual size of a file."""
+COMMIT_MESSAGE = "Weights, card and configuration of a zo run"
+ROOM_BYTES = 32 * 2**20
+"""Room asked for beside the weights: tokenizer (17 MB for the largest that we know, Gemma-3's), configuration, card."""
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(?<!\.json)(?<!\.jsonl)(?<!\.csv)(?<!\.parquet)")
+"""``namespace/name``, and not a data file in a folder."""
+LAYER = re.compile(r"(?:.*?\.)?\d+(?=\.)")
+"""The start of a weight's name up to its outermost layer's number."""
+
 
 @dataclass(frozen=True)
 class Card:
-    """What a model card says."""
+    """What a model card says of a run."""
 
     base: str
+    """Hub id, folder or name of the model it started from."""
     base_fingerprint: str
+    """Fingerprint of its parameters before the first step."""
     data: str
+    """Task, file or hub id."""
     data_checksum: str
     recipe: str
     command: str
+    """What reproduces the weights, as typed."""
     seed: int
     steps: int
-    fingerprint: str
     method: str
-    scores: dict[str, float] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=dict)
+    """Estimator and update with their numbers, in one line."""
+    metrics: Mapping[str, float]
+    """Score by name."""
+    versions: Mapping[str, str]
+    """Version by library."""
+    fingerprint: str
+    """SHA-256 of all trainable parameters in address order."""
 
 
-def model_card(card: Card) -> str:
-    """The text of a model's ``README.md``, with the front matter that the hub reads."""
-    # Only what looks like a hub id may stand in the front matter: the hub checks it.
-    facts = ModelCardData(
-        library_name="transformers",
-        base_model=card.base if _is_hub_id(card.base) else None,
-        datasets=[card.data] if _is_hub_id(card.data) else None,
-        tags=["zeroth-order", "forward-only", "zo"],
-    )
-    scores = "\n".join(f"| {name} | {value:.4g} |" for name, value in card.scores.items())
-    versions = ", ".join(f"{name} {version}" for name, version in card.versions.items())
-    body = f"""
-# {card.base}, fine-tuned by zo with forward passes only
+TEXT = """# {title}
 
-{card.steps} steps of {card.method} on `{card.data}`; every trainable parameter was trained, no gradient was computed.
+All trainable parameters were fine-tuned with forward passes only (zeroth-order optimisation, no backward pass) by `zo`.
+The base model's licence and limits still hold.
 
-| held-out score | value |
-|---|---|
-{scores or "| (not evaluated) | |"}
+{facts}
+
+## Scores
+
+{metrics}
 
 ## Reproduce
 
 ```
-{card.command}
+{command}
 ```
 
-| | |
-|---|---|
-| recipe | `{card.recipe or "none"}` |
-| seed | {card.seed} |
-| base model | `{card.base}`, fingerprint `{card.base_fingerprint}` |
-| data | `{card.data}`, checksum `{card.data_checksum}` |
-| versions | {versions} |
-| fingerprint | `{card.fingerprint}` |
+{versions}
 
-A fingerprint is the SHA-256 of all trainable parameters in address order: the same fingerprint means the same bits.
+The weights' fingerprint, SHA-256 of all trainable parameters in address order, is `{fingerprint}`; equal fingerprints
+mean equal bits. To check it, run the command above with these versions, on the same kind of device and any number of
+ranks: the JSON object that it prints as its last line holds the same `fingerprint`.
 """
-    return f"---\n{facts.to_yaml()}\n---\n{body}"
+
+
+def model_card(card: Card) -> str:
+    """The text of ``README.md``: metadata for the hub, and what a reader needs to judge and repeat the run."""
+    data = ModelCardData(
+        base_model=card.base if _is_hub_id(card.base) else None,
+        datasets=[card.data] if _is_hub_id(card.data) else None,
+        library_name="transformers",
+        tags=["zeroth-order", "forward-only", "zo"],
+    )
+    facts = {"base model": card.base, "its fingerprint": card.base_fingerprint, "data": card.data}
+    facts |= {"its checksum": card.data_checksum, "recipe": card.recipe, "method": card.method}
+    facts |= {"steps": str(card.steps), "seed": str(card.seed)}
+    scores = {name: f"{value:.6g}" for name, value in card.metrics.items()}
+    text = TEXT.format(
+        title=f"{card.base.rstrip('/').rpartition('/')[2]}, fine-tuned forward-only",
+        facts=_table("", "", facts),
+        metrics=_table("metric", "value", scores) if scores else "Not evaluated.",
+        command=card.command,
+        versions=_table("library", "version", card.versions),
+        fingerprint=card.fingerprint,
+    )
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}"))
+
+
+def _table(left: str, right: str, rows: Mapping[str, object]) -> str:
+    cells = [(left, right), ("---", "---"), *rows.items()]
+    return "\n".join("| " + " | ".join(_one_line(c).replace("|", "\\|") for c in row) + " |" for row in cells)
 
 
 def _is_hub_id(name: str) -> bool:
-    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()
+    return bool(HUB_ID.fullmatch(name)) and not Path(name).exists()
 
 
-def check_target(to: Path) -> None:
-    """Refuse a place that holds something.
-
-    Raises:
-        UserError: ``to`` exists and is not an empty folder.
-    """
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise UserError(f"to={to} exists and is not empty; give a new folder")
+def _one_line(what: object) -> str:
+    return " ".join(str(what).split())
 
 
-def write_folder(model: Any, tokenizer: Any, to: Path, card: Card, *, replace: bool = False) -> None:
-    """Write a Hugging Face folder.
+def write_folder(model: nn.Module, tokenizer: Any, to: Path, card: Card, *, replace: bool = False) -> None:
+    """Write a folder that ``from_pretrained`` reads: weights, configuration, tokenizer if there is one, card.
+
+    Memory over the model's: nothing where transformers keeps weights in memory as they are on disk; else what it
+    converts, and from an accelerator the copies on the host, of ``SHARD_BYTES`` or one layer at a time.
 
     Args:
-        model: a transformers model with the weights to save.
-        tokenizer: saved beside it, if there is one.
-        to: the folder to make.
-        card: for its ``README.md``.
-        replace: whether a folder that is there may be replaced, once the new one is whole.
+        model: a transformers model; its parameters may be views of larger tensors, and tied.
+        tokenizer: a transformers tokenizer, or None.
+        to: the folder; missing or empty.
+        card: what the card says.
+        replace: put the new folder in the place of a full one, which stays until the new one is whole.
 
     Raises:
-        UserError: the folder is taken, or the disk refuses.
+        UserError: the folder is not empty, or the disk is too small, full or not writable; nothing is left behind.
     """
-    if not replace:
-        check_target(to)
-    unfinished = to.with_name(f".{to.name}.unfinished")
-    size_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-    try:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        if (room := shutil.disk_usage(unfinished).free) < size_bytes:
-            raise UserError(f"to={to}: {size_bytes} bytes are needed and {room} are free; make room or go elsewhere")
-        model.save_pretrained(unfinished)
+    to = to.expanduser().resolve()
+    tensors = _own_storages(model.state_dict())
+    with _whole_or_nothing(to, _saved_bytes(tensors) + ROOM_BYTES, replace) as beside:
+        _write_weights(model, tensors, beside)
         if tokenizer is not None:
-            tokenizer.save_pretrained(unfinished)
-        ModelCard(model_card(card)).save(unfinished / "README.md")
-        for file in unfinished.iterdir():
-            with open(file, "rb+") as opened:
-                os.fsync(opened.fileno())
-        sync_folder(unfinished)
-        if to.exists():
-            shutil.rmtree(to)
-        os.rename(unfinished, to)
+            tokenizer.save_pretrained(beside)
+        (beside / "README.md").write_text(model_card(card), encoding="utf-8")
+
+
+def _own_storages(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same memory, every tensor as a storage of its own.
+
+    save_pretrained clones all tensors that share a storage, disjoint or not: with a block's parameters in one tensor,
+    a second copy of the model. Through DLPack each keeps its address and forgets its neighbours; ties stay visible.
+    """
+    return {name: from_dlpack(tensor.detach()) for name, tensor in state.items()}
+
+
+def _saved_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """Size on disk; by address, for a tied parameter has several names and is saved once."""
+    return sum({t.data_ptr(): t.nbytes for t in tensors.values()}.values())
+
+
+@contextmanager
+def _whole_or_nothing(to: Path, bytes_needed: int, replace: bool) -> Iterator[Path]:
+    """An empty folder beside ``to`` that takes its place if the block ends well, and goes away if it does not."""
+    # One fixed name: what a killed export left is found and removed by the next.
+    beside, old = to.with_name(f".{to.name}.unfinished"), to.with_name(f".{to.name}.replaced")
+    try:
+        _check_place(to, replace)
+        to.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(beside, ignore_errors=True)
+        bytes_free = shutil.disk_usage(to.parent).free
+        if bytes_free < bytes_needed:
+            raise UserError(
+                f"{to} needs {bytes_needed} bytes ({bytes_needed / 2**30:.2f} GiB) and its disk has {bytes_free} free "
+                f"({bytes_free / 2**30:.2f} GiB); make room, or choose a folder on another disk"
+            )
+        beside.mkdir()
+        yield beside
+        _sync_tree(beside)
+        if replace and to.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            os.rename(to, old)
+        os.rename(beside, to)
         sync_folder(to.parent)
-    except OSError as error:
-        raise UserError(f"to={to} cannot be written: {error.strerror or error}; make room or go elsewhere") from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        # The tokenizers library raises a bare Exception with the system's words.
+        if isinstance(error, OSError | SafetensorError) or "(os error " in str(error):
+            raise UserError(
+                f"{to} cannot be written: {_one_line(error)}; make room, or choose a folder that can be written"
+            ) from error
+        raise
+
+
+def _check_place(to: Path, replace: bool) -> None:
+    """Refuse a place that a folder cannot be renamed to."""
+    if to.exists() and not (to.is_dir() and (replace or not any(to.iterdir()))):
+        raise UserError(f"{to} exists and is not an empty folder; choose a new one")
+    if os.path.ismount(to):
+        raise UserError(f"{to} is a mount point, which no folder can replace; use a new folder in it: {to / 'model'}")
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
+        else:
+            sync_folder(path)
+    sync_folder(folder)
+
+
+def _write_weights(model: nn.Module, tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Write weights and configuration; a file a part, and their index, where there is more than one part."""
+    save: Any = model.save_pretrained
+    parts = _parts(model, tensors)
+    if len(parts) == 1:
+        save(folder, state_dict=parts[0], max_shard_size=SHARD_BYTES)
+        return
+    weight_map: dict[str, str] = {}
+    for number, part in enumerate(parts, start=1):
+        # In a folder of its own: save_pretrained removes the files of other parts.
+        inner, name = folder / "part", f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+        save(inner, state_dict=part, max_shard_size="1000TB")
+        with safe_open(inner / "model.safetensors", framework="pt") as file:
+            weight_map |= dict.fromkeys(file.keys(), name)
+        (inner / "model.safetensors").rename(folder / name)
+        for path in inner.iterdir():
+            path.replace(folder / path.name)
+        inner.rmdir()
+    index = json.dumps(
+        {"metadata": {"total_size": _saved_bytes(tensors)}, "weight_map": dict(sorted(weight_map.items()))}, indent=2
+    )
+    (folder / "model.safetensors.index.json").write_text(index + "\n", encoding="utf-8")
+
+
+def _parts(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Cut the weights between layers into parts of at most ``SHARD_BYTES``, or one layer."""
+    layers: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        found = LAYER.match(name)
+        layers.setdefault(found.group() if found else "", {})[name] = tensor
+    parts: list[dict[str, Tensor]] = [{}]
+    for layer in layers.values():
+        if parts[-1] and _saved_bytes(parts[-1] | layer) > SHARD_BYTES:
+            parts.append({})
+        parts[-1] |= layer
+    # A whole conversion takes more memory, and is right for any model.
+    return parts if len(parts) > 1 and _convert_apart(model, tensors, parts) else [dict(tensors)]
+
+
+def _convert_apart(model: Any, whole: Mapping[str, Tensor], parts: Sequence[Mapping[str, Tensor]]) -> bool:
+    """Whether the parts, each converted alone, give the names and shapes of the whole, and no tie joins two of them."""
+
+    def saved(tensors: Mapping[str, Tensor]) -> list[tuple[str, tuple[int, ...]]]:
+        on_meta = {name: tensor.to("meta") for name, tensor in tensors.items()}
+        return [(name, tuple(tensor.shape)) for name, tensor in revert_weight_conversion(model, on_meta).items()]
+
+    addresses = [{t.data_ptr() for t in part.values() if t.numel()} for part in parts]
+    tied_across = sum(map(len, addresses)) > len(set.union(*addresses))
+    return not tied_across and sorted(saved(whole)) == sorted(item for part in parts for item in saved(part))
 
 
 def push(folder: Path, repo_id: str, private: bool = True) -> str:
-    """Upload a folder to the hub that ``HF_ENDPOINT`` names, as the user whose token is set.
-
-    Returns:
-        The address of the repository.
-
-    Raises:
-        UserError: no token, a bad name, or the hub cannot be reached.
-    """
-    api = HfApi()
-    try:
-        address = api.create_repo(repo_id, private=private, exist_ok=True)
-        api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Fine-tuned with zo")
-    except HFValidationError as error:
-        raise UserError(f"push={repo_id} is no repository's name; use USER/NAME") from error
-    except (HfHubHTTPError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"push={repo_id} was refused: {reason}; log in with `hf auth login` or set HF_TOKEN, and check the name"
-        ) from error
-    return str(address)
-
-
-def card_of(content: dict[str, Any], header: dict[str, Any], steps: int, scores: dict[str, float] | None, fingerprint: str) -> Card:
-    """The card of a run.
+    """Upload a folder to the hub, or to where ``HF_ENDPOINT`` points, with the token of ``HF_TOKEN`` or the login.
 
     Args:
-        content: what its ``config.yaml`` holds.
-        header: of its log.
-        steps: entries of its log that were replayed.
-        scores: on held-out data, if there are any.
-        fingerprint: of the weights.
+        folder: what :func:`write_folder` wrote.
+        repo_id: ``namespace/name``, or a name in the token's own namespace; created if missing. Weights of an earlier
+            push that are not in the folder are deleted.
+        private: refuse a repository that anyone can read; False makes a new one public and leaves an old one as it is.
+
+    Returns:
+        The repository's address.
+
+    Raises:
+        UserError: no folder, no or a wrong token, a bad id, a public repository, or no connection.
     """
-    config = content["config"]
-    estimator, update = config["estimator"], config["update"]
-    method = (
-        f"{estimator['name']} (eps {estimator['eps']}, {estimator['directions']} {estimator['distribution']} direction(s) a "
-        f"step) and {update['name']} (lr {update['lr']}, {update['schedule']})"
-    )
-    return Card(
-        base=config["model"]["name"] or "own model",
-        base_fingerprint=header["base"],
-        data=config["data"]["name"] or "own data",
-        data_checksum=header["data"],
-        recipe=config["recipe"],
-        command=content["command"],
-        seed=config["run"]["seed"],
-        steps=steps,
-        fingerprint=fingerprint,
-        method=method,
-        scores=scores or {},
-        versions=content["versions"],
-    )
+    if not (folder / "config.json").is_file():
+        raise UserError(f"push={repo_id}: {folder} holds no exported model; export it first")
+    try:
+        api = HfApi()
+        url = api.create_repo(repo_id, private=private, exist_ok=True)
+        if private and not api.model_info(url.repo_id).private:
+            raise UserError(f"push={repo_id} exists and is public; use another name, or ask for a public one")
+        stale = ["*.safetensors", "*.safetensors.index.json"]
+        api.upload_folder(repo_id=url.repo_id, folder_path=folder, delete_patterns=stale, commit_message=COMMIT_MESSAGE)
+    except UserError:
+        raise
+    # RuntimeError: how huggingface_hub wraps a failed upload of one file, and what its Rust part raises.
+    except (httpx2.HTTPError, OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"push={repo_id} failed: {_advice(error)}") from error
+    return str(url)
+
+
+def _advice(error: BaseException) -> str:
+    """What went wrong and the remedy, in one line."""
+    cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
+    said = _one_line(cause)[:300]
+    if isinstance(cause, HfHubHTTPError):
+        if cause.response.status_code in (401, 403):
+            return f"the hub refuses the token ({said}); run `hf auth login`, or set HF_TOKEN to one with write access"
+        return f"the hub answers {said}"
+    if isinstance(cause, HFValidationError):
+        return f"{said}; give it as namespace/name"
+    if isinstance(cause, OfflineModeIsEnabled):
+        return "offline mode is on; unset HF_HUB_OFFLINE"
+    return f"{said or type(cause).__name__}; check the connection and HF_ENDPOINT, then push the folder again"

@@ -78,7 +78,9 @@ class RunFolder:
         try:
             content = yaml.safe_load(self.config_file.read_text(encoding="utf-8"))
         except (OSError, yaml.YAMLError) as error:
-            raise UserError(f"run.dir={self.path} holds no run that can be read: {' '.join(str(error).split())}") from error
+            raise UserError(
+                f"run.dir={self.path} holds no run that can be read: {' '.join(str(error).split())}"
+            ) from error
         if not isinstance(content, dict) or "config" not in content:
             raise UserError(f"run.dir={self.path} holds a damaged config.yaml; use another run.dir")
         return content

@@ -15,7 +15,7 @@ from torch import Tensor
 from zo import perturbation as p
 from zo.philox import MULTIPLIER_0, MULTIPLIER_1, ROUNDS, WEYL_0, WEYL_1, Purpose
 
-numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
+numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]  # type: ignore[attr-defined]
 
 TILE = 4096
 """Elements a tile; with its words and values it stays in the first two cache levels."""
@@ -60,7 +60,7 @@ def _horner(poly, t):  # type: ignore[no-untyped-def]
 
 @_jit
 def _box_muller(words, count, u, v, z):  # type: ignore[no-untyped-def]
-    """``z[:4 * count]`` from ``words[4, :count]``; ``u[count]``, ``v[4, count]`` are scratch. Equations: perturbation."""
+    """``z[:4 * count]`` from ``words[4, :count]``; ``u[count]``, ``v[4, count]`` are scratch; see perturbation."""
     u_bits, columns = u.view(np.int32), z.reshape(-1, 4)
     for pair in range(2):
         uniform, angle, cosine, sine = words[2 * pair], words[2 * pair + 1], v[2 * pair], v[2 * pair + 1]
@@ -293,5 +293,5 @@ def visit_cpu(
     if threads == 1:
         _visit(stored, 0, count, *arguments)
     else:
-        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+        numba.set_num_threads(min(threads, numba.get_num_threads()))
         _visit_in_parts(threads, share, stored, *arguments)

@@ -3,7 +3,7 @@
 A file is a header and fixed-size entries, append-only. An entry is durable before any parameter moves, and carries
 a CRC-32 that continues the checksum of what lies before it, so a torn, altered, lost or reordered entry ends the log.
 
-    "ZOLOG1\\n" | u32 n | n bytes of JSON | u32 checksum | entries
+    "ZOLOG1" newline | u32 n | n bytes of JSON | u32 checksum | entries
     entry = u64 step | u64 position | f64 lr | f32 scalars[directions] | u32 checksum          (little-endian)
 
 ``python -m zo.log FILE`` prints it, one JSON object a line.
@@ -102,7 +102,7 @@ class Log:
     def __init__(self, header: dict[str, Any], entries: list[Entry] | None = None) -> None:
         """A log in memory."""
         self.header = header
-        self.entries = entries or []
+        self.entries: list[Entry] = entries or []
         self.cut_bytes = 0
         """Bytes of a torn tail that opening removed."""
         self._packer = _packer(header["directions"])

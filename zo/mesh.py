@@ -32,12 +32,8 @@ def fit(config: MeshConfig, ranks: int, rows: int, columns: int) -> Shape:
     Raises:
         UserError: it does not multiply to the number of ranks, or an axis has more ranks than the table has lines.
     """
-    fits = [
-        Shape(p, ranks // p) for p in range(min(ranks, rows), 0, -1) if ranks % p == 0 and ranks // p <= columns
-    ]
-    wanted = [
-        s for s in fits if config.perturb in (None, s.perturb) and config.data in (None, s.data)
-    ]
+    fits = [Shape(p, ranks // p) for p in range(min(ranks, rows), 0, -1) if ranks % p == 0 and ranks // p <= columns]
+    wanted = [s for s in fits if config.perturb in (None, s.perturb) and config.data in (None, s.data)]
     # Even splits first: an axis that does not divide its lines leaves ranks waiting.
     wanted.sort(key=lambda s: (rows % s.perturb != 0) + (columns % s.data != 0))
     if not wanted:

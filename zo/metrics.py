@@ -1,5 +1,6 @@
 """What a run tells while it runs: one JSON line a step in a file, a bar or plain lines on stderr."""
 
+import contextlib
 import json
 import sys
 import time
@@ -34,7 +35,7 @@ class MetricsFile:
         with open(self._path, "rb") as file:
             for line in file:
                 try:
-                    values = json.loads(line) if line.endswith(b"\n") else {"step": last_step + 1}
+                    values: dict[str, Any] = json.loads(line) if line.endswith(b"\n") else {"step": last_step + 1}
                 except ValueError:
                     break
                 if values["step"] > last_step:
@@ -56,15 +57,15 @@ class MetricsFile:
             self._file.flush()
         except OSError as error:
             raise UserError(
-                f"cannot write {self._path}: {error.strerror}; the log is safe: make room and start the same command again"
+                f"cannot write {self._path}: {error.strerror}; the log is safe: make room and start the same command "
+                "again"
             ) from error
 
     def close(self) -> None:
         """Close the file."""
-        try:
+        # What a full disk did not take was reported by write.
+        with contextlib.suppress(OSError):
             self._file.close()
-        except OSError:
-            pass  # What the full disk did not take was reported by write.
 
 
 def memory(device: torch.device) -> dict[str, int]:

@@ -15,7 +15,7 @@ from zo.config import ModelConfig, UserError
 from zo.tasks import ModelInfo
 
 # Bars of a second's loading would stand between the run's own lines, once a rank.
-logging.disable_progress_bar()
+logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 AUTO_CLASS = {"causal-lm": AutoModelForCausalLM, "sequence-classification": AutoModelForSequenceClassification}
 """transformers' builders, by the name that ``model.task`` takes."""
@@ -99,10 +99,10 @@ class Source:
             raise UserError(f"model.name={self.config.name} has no {self.task} model: {_first_line(error)}") from error
         # Registering on meta makes a new Parameter each time, which parts tied ones.
         model.tie_weights()
-        return model.eval()
+        return model.eval()  # type: ignore[no-any-return]
 
     def _from_config(self) -> Any:
-        return AUTO_CLASS[self.task].from_config(
+        return AUTO_CLASS[self.task].from_config(  # type: ignore[no-untyped-call]
             self.hf_config,
             dtype=self.dtype,
             attn_implementation=self.config.attention,

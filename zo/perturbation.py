@@ -65,7 +65,7 @@ class Offset:
 
 
 def rademacher(seed: int, direction: int, address: int, count: int, device: torch.device | str = "cpu") -> Tensor:
-    """z = +1 or -1 for ``count`` addresses from ``address``; float32 of shape ``[count]``.
+    """Z = +1 or -1 for ``count`` addresses from ``address``; float32 of shape ``[count]``.
 
     Address a takes bit ``a % 32`` of word ``a % 128 // 32`` of call ``a // 128``; a set bit is +1.
     """

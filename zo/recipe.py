@@ -4,6 +4,7 @@ import ast
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,9 @@ def config_of(tree: Mapping[str, Any]) -> Config:
     try:
         node = OmegaConf.merge(_schema(), OmegaConf.create(dict(tree)))
     except OmegaConfBaseException as error:
-        raise UserError(f"the run's config.yaml does not fit this version of zo: {str(error).splitlines()[0]}") from error
+        raise UserError(
+            f"the run's config.yaml does not fit this version of zo: {str(error).splitlines()[0]}"
+        ) from error
     assert isinstance(node, DictConfig)
     return as_config(node)
 
@@ -113,7 +116,7 @@ def _sentences(dataclass: type) -> dict[str, str]:
     tree = ast.parse(inspect.getsource(schema))
     body = next(n.body for n in tree.body if isinstance(n, ast.ClassDef) and n.name == dataclass.__name__)
     found = {}
-    for statement, following in zip(body, body[1:], strict=False):
+    for statement, following in pairwise(body):
         if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
             text = getattr(getattr(following, "value", None), "value", None)
             if isinstance(text, str):

@@ -55,7 +55,9 @@ class Replay:
             here = changes if segment.decays else [replace(c, decay=1.0) for c in changes]
             if here or offsets:
                 recipe = self.recipe
-                visit(master, segment.start, recipe.seed, recipe.distribution, here, offsets, out[i] if offsets else None)
+                visit(
+                    master, segment.start, recipe.seed, recipe.distribution, here, offsets, out[i] if offsets else None
+                )
         self.store.versions[block.index] += len(pending)
 
     def catch_up(self) -> None:

@@ -1,9 +1,9 @@
 """The loop of a run, and the wiring under it.
 
-    probes  = the rows of the table;  cells = the forwards of it that this rank owns, run in lockstep
-    losses  = the table of all ranks, gathered
-    scalars = the estimator's reading of it
-    log.append(Entry(step, lr, scalars))        # durable; blocks catch up when next visited
+probes  = the rows of the table;  cells = the forwards of it that this rank owns, run in lockstep
+losses  = the table of all ranks, gathered
+scalars = the estimator's reading of it
+log.append(Entry(step, lr, scalars))        # durable; blocks catch up when next visited
 """
 
 import time
@@ -130,7 +130,7 @@ class Run:
         """Lockstep against plain forwards on the micro-batches of the first step, two at most."""
         objective, device = self.problem.objective, self.mesh.device
         batches = [_to(self.problem.batches(0, column), device) for column in range(min(2, self.columns))]
-        forwards = [lambda model, batch=b: objective(model, batch) for b in batches]  # type: ignore[misc]
+        forwards = [lambda model, batch=b: objective(model, batch) for b in batches]
         self_check(self.problem.skeleton, forwards, device, self.config.estimator.distribution)
 
     def _header(self) -> dict[str, Any]:
@@ -154,8 +154,8 @@ class Run:
                 for key, what in (("base", "base model"), ("data", "training data")):
                     if log.header[key] != header[key]:
                         raise UserError(
-                            f"run.dir={self.folder.path} began from another {what}: its log names {log.header[key][:12]}, "
-                            f"this one is {header[key][:12]}; restore it, or use another run.dir"
+                            f"run.dir={self.folder.path} began from another {what}: its log names "
+                            f"{log.header[key][:12]}, this one is {header[key][:12]}; restore it, or use another run.dir"
                         )
             else:
                 facts = {
@@ -213,7 +213,7 @@ class Run:
         mine = [divmod(i, self.columns) for i, owner in enumerate(owners) if owner == self.mesh.rank]
         batches = {c: _to(self.problem.batches(number - 1, c), self.mesh.device) for c in sorted({c for _, c in mine})}
         self.streamer.begin(probes, [row for row, _ in mine])
-        cells = [lambda batch=batches[c]: self._cell(batch) for _, c in mine]  # type: ignore[misc]
+        cells = [lambda batch=batches[c]: self._cell(batch) for _, c in mine]
         table = self.mesh.gather(self.lockstep.run(cells, self.streamer), owners, width=3)
         table = table.view(self.rows, self.columns, 3)
         losses = estimator.row_losses(table)
@@ -248,7 +248,9 @@ class Run:
         """Report steps that moved nothing, and stop a run that goes nowhere."""
         step, directions = self.log.version, len(outcome.scalars)
         if outcome.skipped:
-            progress.say(f"step {step}: {outcome.skipped} of {directions} directions had no finite loss and count as zero")
+            progress.say(
+                f"step {step}: {outcome.skipped} of {directions} directions had no finite loss and count as zero"
+            )
         elif not any(outcome.scalars):
             progress.say(
                 f"step {step}: every projected gradient is exactly zero: the loss does not feel the perturbation; "
