@@ -23,11 +23,12 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"public={own['public']} is neither true nor false; without it a pushed repository is private")
     path, to = existing_run(own["run"]), Path(own["to"]).expanduser()
 
-    from zo.export import card_of, check_target, push, write_folder
-    from zo.finished import load_run
+    from zo.export import push, write_folder
+    from zo.finished import card_of, load_run
     from zo.metrics import last_scores
 
-    check_target(to)
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise UserError(f"to={to} exists and is not an empty folder; choose a new one")
     finished = load_run(path)
     scores = last_scores(path / "metrics.jsonl", finished.steps)
     card = card_of(finished.content, finished.header, finished.steps, scores, finished.fingerprint)

@@ -166,9 +166,12 @@ def _saved_bytes(tensors: Mapping[str, Tensor]) -> int:
 def _whole_or_nothing(to: Path, bytes_needed: int, replace: bool) -> Iterator[Path]:
     """An empty folder beside ``to`` that takes its place if the block ends well, and goes away if it does not."""
     # One fixed name: what a killed export left is found and removed by the next.
-    beside, old = to.with_name(f".{to.name}.unfinished"), to.with_name(f".{to.name}.replaced")
+    beside, old = to, to.with_name(f".{to.name}.replaced")
     try:
-        _check_place(to, replace)
+        if to.exists() and not (to.is_dir() and (replace or not any(to.iterdir()))):
+            raise UserError(f"{to} exists and is not an empty folder; choose a new one")
+        if os.path.ismount(to):
+            raise UserError(f"{to} is a mount point, which no folder can replace; use a folder in it: {to / 'model'}")
         to.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(beside, ignore_errors=True)
         bytes_free = shutil.disk_usage(to.parent).free
@@ -179,7 +182,8 @@ def _whole_or_nothing(to: Path, bytes_needed: int, replace: bool) -> Iterator[Pa
             )
         beside.mkdir()
         yield beside
-        _sync_tree(beside)
+        for path in (*beside.rglob("*"), beside):
+            sync_folder(path)  # Files too: fsync is the same.
         if replace and to.exists():
             shutil.rmtree(old, ignore_errors=True)
             os.rename(to, old)
@@ -194,24 +198,6 @@ def _whole_or_nothing(to: Path, bytes_needed: int, replace: bool) -> Iterator[Pa
                 f"{to} cannot be written: {_one_line(error)}; make room, or choose a folder that can be written"
             ) from error
         raise
-
-
-def _check_place(to: Path, replace: bool) -> None:
-    """Refuse a place that a folder cannot be renamed to."""
-    if to.exists() and not (to.is_dir() and (replace or not any(to.iterdir()))):
-        raise UserError(f"{to} exists and is not an empty folder; choose a new one")
-    if os.path.ismount(to):
-        raise UserError(f"{to} is a mount point, which no folder can replace; use a new folder in it: {to / 'model'}")
-
-
-def _sync_tree(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with open(path, "rb+") as file:
-                os.fsync(file.fileno())
-        else:
-            sync_folder(path)
-    sync_folder(folder)
 
 
 def _write_weights(model: nn.Module, tensors: Mapping[str, Tensor], folder: Path) -> None:
@@ -232,10 +218,8 @@ def _write_weights(model: nn.Module, tensors: Mapping[str, Tensor], folder: Path
         for path in inner.iterdir():
             path.replace(folder / path.name)
         inner.rmdir()
-    index = json.dumps(
-        {"metadata": {"total_size": _saved_bytes(tensors)}, "weight_map": dict(sorted(weight_map.items()))}, indent=2
-    )
-    (folder / "model.safetensors.index.json").write_text(index + "\n", encoding="utf-8")
+    index = {"metadata": {"total_size": _saved_bytes(tensors)}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _parts(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:

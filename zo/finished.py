@@ -11,6 +11,7 @@ from torch import nn
 from zo import log as logs
 from zo.blocks import find_layout, move_frozen
 from zo.config import Config, UserError
+from zo.export import Card
 from zo.folder import RunFolder
 from zo.problem import Problem, build_problem
 from zo.recipe import config_of
@@ -85,3 +86,37 @@ def with_data(config: Config, name: str) -> Config:
     """The same run on other data: all of it is scored, none is held out of it."""
     data = replace(config.data, name=name, dev=name, dev_examples=10**9)
     return replace(config, data=data)
+
+
+def card_of(
+    content: dict[str, Any], header: dict[str, Any], steps: int, scores: dict[str, float], fingerprint: str
+) -> Card:
+    """The model card of a run.
+
+    Args:
+        content: what its ``config.yaml`` holds.
+        header: of its log.
+        steps: entries of its log that were replayed.
+        scores: on held-out data; may be empty.
+        fingerprint: of the weights.
+    """
+    config = content["config"]
+    estimator, update = config["estimator"], config["update"]
+    method = (
+        f"{estimator['name']}, {estimator['directions']} {estimator['distribution']} direction(s) a step, eps "
+        f"{estimator['eps']}; {update['name']}, lr {update['lr']}, {update['schedule']}"
+    )
+    return Card(
+        base=config["model"]["name"] or "own model",
+        base_fingerprint=header["base"],
+        data=config["data"]["name"] or "own data",
+        data_checksum=header["data"],
+        recipe=config["recipe"],
+        command=content["command"],
+        seed=config["run"]["seed"],
+        steps=steps,
+        method=method,
+        metrics=scores,
+        versions=content["versions"],
+        fingerprint=fingerprint,
+    )

@@ -137,7 +137,8 @@ class RunFolder:
                 os.fsync(file.fileno())
             os.rename(beside, path)
             sync_folder(self.snapshots)
-            for old in self._snapshot_files()[:-SNAPSHOTS_KEPT]:
+            unfinished = list(self.snapshots.glob("*.new"))
+            for old in self._snapshot_files()[:-SNAPSHOTS_KEPT] + unfinished:
                 old.unlink()
         except (OSError, SafetensorError) as error:
             beside.unlink(missing_ok=True)

@@ -25,7 +25,6 @@ PARALLEL_FROM = 1 << 17
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 BFLOAT16, FLOAT16 = 1, 2
 RADEMACHER, GAUSSIAN, ROUNDING = (np.uint64(v) for v in (Purpose.RADEMACHER, Purpose.GAUSSIAN, Purpose.ROUNDING))
-NO_DIRECTION = -1
 
 u32, u64, i32, f32 = np.uint32, np.uint64, np.int32, np.float32
 _MUL_0, _MUL_1, _WEYL_0, _WEYL_1 = u64(MULTIPLIER_0), u64(MULTIPLIER_1), u64(WEYL_0), u64(WEYL_1)
@@ -213,7 +212,7 @@ def _visit(  # type: ignore[no-untyped-def]
     z, u, v = np.empty(TILE, np.float32), np.empty(TILE // 4, np.float32), np.empty((4, TILE // 4), np.float32)
     words, random16 = np.empty((4, TILE // 4), np.uint32), np.empty(TILE, np.uint32)
     for lo in range(start, stop, TILE):
-        count, here, in_z = min(TILE, stop - lo), address + u64(lo), NO_DIRECTION
+        count, here, in_z = min(TILE, stop - lo), address + u64(lo), -1
         # Slices start at zero: an index that could be negative would keep a loop from being vectorised.
         here_stored = stored[lo : lo + count]
         _load(here_stored, kind, x)
@@ -228,7 +227,7 @@ def _visit(  # type: ignore[no-untyped-def]
                     _direction(seed, here, directions[e, k], gaussian, bits_a_word, words, u, v, z)
                     for i in range(count):
                         x[i] = x[i] + z[i] * c
-                    in_z = i32(NO_DIRECTION)
+                    in_z = -1
             if kind != 0:
                 _round_stochastic(x[:count], kind, seed, here, steps[e], words, random16, y)
         if len(steps) > 0:
@@ -238,7 +237,7 @@ def _visit(  # type: ignore[no-untyped-def]
             if c == f32(0.0):
                 _round_nearest(x, kind, out[row, lo : lo + count])
                 continue
-            if in_z == NO_DIRECTION or probes[row] != probes[in_z]:
+            if in_z < 0 or probes[row] != probes[in_z]:
                 _direction(seed, here, probes[row], gaussian, bits_a_word, words, u, v, z)
                 in_z = row
             for i in range(count):

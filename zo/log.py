@@ -57,7 +57,8 @@ def _parse(data: bytes, path: Path) -> tuple[dict[str, Any], list[Entry], int, i
     if len(data) < end + _U32.size or _U32.unpack_from(data, end)[0] != checksum:
         raise UserError(f"{path} has a damaged header; take a copy of the log from elsewhere, or begin a new run")
     header = json.loads(data[start:end])
-    packer, whole, entries = _packer(header["directions"]), end + _U32.size, []
+    packer, whole = _packer(header["directions"]), end + _U32.size
+    entries: list[Entry] = []
     while whole + packer.size + _U32.size <= len(data):
         body = data[whole : whole + packer.size]
         following = zlib.crc32(body, checksum)

@@ -10,7 +10,7 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -90,6 +90,8 @@ def config_of(tree: Mapping[str, Any]) -> Config:
 
 def _explain(error: Exception) -> str:
     """What Hydra or OmegaConf says of an override, as one line that names the key."""
+    if isinstance(error, OverrideParseException):
+        return f"{error.override} is not understood; give key=value, and quote a value with special characters: key='...'"
     # Hydra's outer message names the override, OmegaConf's inner one says what is wrong with it.
     inner = str(error.__cause__ or "").split("\n")[0]
     outer = str(error).split("\n")[0]
@@ -98,7 +100,7 @@ def _explain(error: Exception) -> str:
         close = [key for key, _, _ in keys() if full_key and key.split(".")[-1][:2] == str(full_key).split(".")[-1][:2]]
         hint = f"did you mean {' or '.join(close[:3])}? " if close else ""
         return f"{full_key or outer} is no key of a run; {hint}see --help for all keys"
-    return f"{outer.rstrip('.')}: {inner}" if inner else f"{outer.rstrip('.')}; give overrides as key=value"
+    return f"{outer.rstrip('.')}: {inner}" if inner else outer
 
 
 def keys() -> Iterator[tuple[str, Any, str]]:

@@ -67,5 +67,5 @@ class DeviceStore:
         digest = hashlib.sha256()
         for _, master in self.tensors():
             # Not Tensor.numpy on the values: numpy has no bfloat16.
-            digest.update(memoryview(master.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()))
+            digest.update(master.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()

@@ -20,8 +20,8 @@ from zo import estimator
 from zo.blocks import find_layout, move_frozen, self_check
 from zo.config import Config, UserError
 from zo.evaluate import evaluate
-from zo.export import card_of, write_folder
-from zo.finished import restore
+from zo.export import write_folder
+from zo.finished import card_of, restore
 from zo.folder import RunFolder, versions
 from zo.lockstep import Lockstep
 from zo.log import Entry, Log
@@ -291,17 +291,18 @@ class Run:
 
     def _finish(self, loss: float | None, train_s: float) -> dict[str, Any]:
         self.replay.catch_up()
+        fingerprint = self.store.fingerprint()
         summary = {
             "run_dir": str(self.folder.path),
             "steps": self.log.version,
             "loss": loss,
             "eval": self.scores or None,
             "train_s": round(train_s, 3),
-            "fingerprint": self.store.fingerprint(),
+            "fingerprint": fingerprint,
         }
         if self.mesh.rank == 0 and self.config.export.at_end and self.problem.exportable:
             content = self.folder.read_config()
-            card = card_of(content, self.log.header, self.log.version, self.scores, summary["fingerprint"])
+            card = card_of(content, self.log.header, self.log.version, self.scores, fingerprint)
             write_folder(self.model, self.problem.tokenizer, self.folder.model, card, replace=True)
         self.mesh.barrier()
         return summary

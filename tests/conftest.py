@@ -1,0 +1,89 @@
+"""Small real models and data that tests share, and a clean place to run in."""
+
+import json
+import random
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+WORDS = "the film was a bad good great terrible dull bright long short it story and of cast plot ending very".split()
+CHAT = "{% for m in messages %}<{{ m.role }}> {{ m.content }} {% endfor %}{% if add_generation_prompt %}<assistant> {% endif %}"
+
+
+def make_tokenizer():
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<unk>", "<eos>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", eos_token="<eos>")
+    made.chat_template = CHAT
+    return made
+
+
+def make_llama(**changes):
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 24,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "bos_token_id": None,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "tie_word_embeddings": True,
+    }
+    return LlamaForCausalLM(LlamaConfig(**(sizes | changes))).eval()
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """Folder of a Llama of 23,000 parameters with its tokenizer."""
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    make_llama().save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def reviews(tmp_path_factory):
+    """A .jsonl of 60 reviews with text and label, of many lengths."""
+    path, chance = tmp_path_factory.mktemp("data") / "reviews.jsonl", random.Random(0)
+    rows = [
+        {
+            "text": " ".join(chance.choices(WORDS, k=chance.randint(3, 20))),
+            "label": chance.choice(["terrible", "great"]),
+        }
+        for _ in range(60)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def overrides(tiny_model, reviews):
+    """What makes the quickstart a run of a second on the tiny model and data."""
+    return [
+        f"model.name={tiny_model}",
+        f"data.name={reviews}",
+        "data.template='{text} it was'",
+        "data.label_words=[terrible,great]",
+        "data.dev_examples=10",
+        "batch.sequences=4",
+        "batch.micro=2",
+        "update.lr=1e-3",
+        "update.schedule=constant",
+        "update.warmup_steps=0",
+        "estimator.directions=1",
+        "run.steps=4",
+        "eval.every=2",
+        "export.at_end=false",
+    ]

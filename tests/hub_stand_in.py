@@ -1,0 +1,155 @@
+"""The part of the hub's HTTP interface that a push uses, on 127.0.0.1; what arrives is kept in memory.
+
+Written from huggingface_hub 2.4: create_repo, model_info, list_repo_files (tree), validate-yaml, preupload, LFS batch
+with one part a file, and commit. Weights go by LFS where the client has Xet off (``HF_HUB_DISABLE_XET=1``); Xet's own
+protocol is binary and not here, so with Xet on ``weights_mode`` must be ``regular``, the mode of small files.
+"""
+
+import base64
+import hashlib
+import json
+import threading
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import yaml
+
+TOKEN = "hf_good"
+USER = "ann"
+
+
+@dataclass
+class Repo:
+    private: bool
+    files: dict[str, bytes] = field(default_factory=dict)
+    messages: list[str] = field(default_factory=list)
+
+
+class HubStandIn:
+    """``with HubStandIn() as hub:`` serves at ``hub.endpoint``; ``hub.repos`` is what arrived."""
+
+    def __init__(self, weights_mode="lfs"):
+        self.repos: dict[str, Repo] = {}
+        self.objects: dict[str, bytes] = {}
+        self.requests: list[str] = []
+        self.lfs_files: set[str] = set()
+        self.fail_uploads_with = 0
+        """Status with which every PUT of a large file is refused; 0: none is."""
+        self.weights_mode = weights_mode
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"hub": self}))
+        self.endpoint = f"http://127.0.0.1:{self._server.server_address[1]}"
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    def create(self, body):
+        repo_id = f"{body['organization'] or USER}/{body['name']}"
+        if body["organization"] not in (None, USER):
+            return 403, {"error": f"You don't have the rights to create a model under {body['organization']}"}
+        if repo_id in self.repos:
+            return 409, {"error": "You already created this model repo", "url": f"{self.endpoint}/{repo_id}"}
+        # Who does not say is public, as on the hub.
+        self.repos[repo_id] = Repo(private=body.get("visibility") == "private")
+        return 200, {"url": f"{self.endpoint}/{repo_id}", "name": repo_id}
+
+    def info(self, repo_id):
+        private = self.repos[repo_id].private
+        return 200, {"id": repo_id, "private": private, "sha": "0" * 40, "siblings": [], "tags": []}
+
+    def tree(self, repo_id):
+        files = self.repos[repo_id].files.items()
+        return 200, [{"type": "file", "path": name, "size": len(data), "oid": "0" * 40} for name, data in files]
+
+    def validate(self, body):
+        front_matter = body["content"].split("---\n")[1]
+        valid = isinstance(yaml.safe_load(front_matter), dict)
+        return (
+            (200, {"errors": [], "warnings": []}) if valid else (400, {"errors": [{"message": "bad"}], "warnings": []})
+        )
+
+    def preupload(self, body):
+        def mode(path):
+            return self.weights_mode if path.endswith(".safetensors") else "regular"
+
+        files = [{"path": f["path"], "uploadMode": mode(f["path"]), "shouldIgnore": False} for f in body["files"]]
+        return 200, {"files": files}
+
+    def batch(self, body):
+        def answer(wanted):
+            href = f"{self.endpoint}/lfs/{wanted['oid']}"
+            return {**wanted, "actions": {"upload": {"href": href}, "verify": {"href": f"{href}/verify"}}}
+
+        return 200, {"transfer": "basic", "objects": [answer(wanted) for wanted in body["objects"]]}
+
+    def commit(self, repo_id, lines):
+        repo = self.repos[repo_id]
+        for line in lines:
+            value = line["value"]
+            if line["key"] == "header":
+                repo.messages.append(value["summary"])
+            elif line["key"] == "file":
+                repo.files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                self.lfs_files.add(value["path"])
+                repo.files[value["path"]] = self.objects[value["oid"]]
+            else:
+                assert line["key"] == "deletedFile", line["key"]
+                del repo.files[value["path"]]
+        return 200, {"commitUrl": f"{self.endpoint}/{repo_id}/commit/{'1' * 40}", "commitOid": "1" * 40}
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    hub: HubStandIn
+
+    def _body(self):
+        return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+
+    def _route(self, body):
+        hub, path = self.hub, self.path.partition("?")[0]
+        hub.requests.append(f"{self.command} {path}")
+        if path.startswith("/lfs/") and self.command == "PUT":  # A signed address: no token.
+            oid = path.removeprefix("/lfs/")
+            assert hashlib.sha256(body).hexdigest() == oid
+            hub.objects[oid] = body
+            return hub.fail_uploads_with or 200, {}
+        if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            return 401, {"error": "Invalid username or password."}
+        if path.startswith("/lfs/"):
+            return 200, {}
+        repo_id = "/".join(path.removeprefix("/api/models/").split("/")[:2])
+        if self.command == "GET" and path.startswith("/api/models/"):
+            if repo_id not in hub.repos:
+                return 404, {"error": "Repository not found"}
+            return hub.tree(repo_id) if path.endswith("/tree/main") else hub.info(repo_id)
+        if path.endswith("/commit/main"):
+            return hub.commit(repo_id, [json.loads(line) for line in body.splitlines()])
+        routes = {
+            "/api/repos/create": hub.create,
+            "/api/validate-yaml": hub.validate,
+            f"/api/models/{repo_id}/preupload/main": hub.preupload,
+        }
+        if path.endswith(".git/info/lfs/objects/batch"):
+            return hub.batch(json.loads(body))
+        return routes[path](json.loads(body)) if path in routes else (501, {"error": f"not in the stand-in: {path}"})
+
+    def _answer(self):
+        status, content = self._route(self._body())
+        data = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    do_GET = do_POST = do_PUT = _answer
+
+    def log_message(self, *_):
+        pass

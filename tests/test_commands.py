@@ -1,0 +1,241 @@
+"""What a user types: a mistake ends in one line that says what to do, exit code 2, and nothing written."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import make_llama
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from zo import launcher
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def command(monkeypatch, capsys, tmp_path):
+    """Run a command of launch/ in this process: exit code, stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(name, *arguments):
+        main = runpy.run_path(str(ROOT / "launch" / f"{name}.py"))["main"]
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        capsys.readouterr()
+        code = launcher.run(main)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def rows(*lines):
+    return "".join(json.dumps(line) + "\n" for line in lines)
+
+
+ROW = {"text": "a good film", "label": "great"}
+
+MISTAKES = {
+    "unknown recipe": (["recipe=quikstart"], "recipe=quikstart is not known; use one of"),
+    "unknown key": (["model.nam=x"], "model.nam is no key of a run"),
+    "unknown group": (["modell.name=x"], "modell is no key of a run"),
+    "wrong type": (["batch.micro=many"], "batch.micro=many"),
+    "no key=value": (["quickstart"], "quickstart is not understood"),
+    "missing model folder": (["model.name=./nowhere"], "model.name=./nowhere is no folder"),
+    "folder without weights": (["model.name={weightless}"], "has no weights that can be read"),
+    "folder without configuration": (["model.name={empty}"], "model.name={empty} cannot be read"),
+    "part of the weights": (["model.name={partial}"], "lacks 1 weights, model.norm.weight"),
+    "missing file": (["data.name=missing.jsonl"], "data.name=missing.jsonl does not exist"),
+    "unknown kind of file": (["data.name=data.txt"], "data.name=data.txt is no file of a known kind"),
+    "empty file": (["data.name={data}"], "is empty", ""),
+    "broken JSON": (["data.name={data}"], "line 3 is broken JSON", rows(ROW) + "\n" + '{"text": \n'),
+    "a line that is no object": (["data.name={data}"], "line 2 is no JSON object", rows(ROW, 3)),
+    "wrong columns": (["data.name={data}"], "has columns body, label, not text", rows({"body": "x", "label": 1}) * 30),
+    "columns of nothing": (["data.name={data}"], "use text, prompt and completion", rows({"body": "x"}) * 30),
+    "label not in the set": (["data.name={data}"], "label 'meh' is not in the label set", rows({**ROW, "label": "meh"}) * 30),
+    "label number not in the set": (["data.name={data}"], "label 2 is not in", rows({**ROW, "label": 2}) * 30),
+    "text that is no text": (["data.name={data}"], "column text holds int", rows({**ROW, "text": 1}) * 30),
+    "nothing left to train on": (["data.dev_examples=60"], "leaves none of the 60 rows"),
+    "label word of two tokens": (["data.label_words=[terrible,'very great']"], "'very great' is 2 tokens"),
+    "mesh and ranks": (["mesh.perturb=2"], "mesh.perturb=2 does not fit 1 rank"),
+    "mesh and table": (["mesh.perturb=1", "mesh.data=3"], "use mesh.perturb=1 mesh.data=1"),
+    "batch not divisible": (["batch.micro=3"], "batch.micro=3 does not divide batch.sequences=4; use 1, 2, 4"),
+    "eps of zero": (["estimator.eps=0"], "estimator.eps=0.0 must be a number above 0"),
+    "eps that is no number": (["estimator.eps=nan"], "estimator.eps=nan must be a number above 0"),
+    "steps below zero": (["run.steps=-1"], "run.steps=-1 is out of range"),
+    "unknown estimator": (["estimator.name=adam"], "estimator.name='adam' is not known; use one of one-sided, spsa"),
+    "no data": (["data.name=''"], "data.name is empty"),
+    "no model": (["model.name=''"], "model.name is empty"),
+    "unwritable folder": (["run.dir=/proc/zo/run"], "run.dir=/proc/zo/run cannot be written"),
+    "folder with other files": (["run.dir={empty}/.."], "is not empty and holds no run"),
+    "two-word flag": (["--cfg", "hydra"], "--cfg shows one thing"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_ends_in_one_line(command, overrides, tiny_model, tmp_path, mistake):
+    arguments, said, *content = MISTAKES[mistake]
+    names = {name: tmp_path / "in" / name for name in ("empty", "weightless", "partial")}
+    for path in names.values():
+        path.mkdir(parents=True)
+    names["data"] = tmp_path / "in" / "data.jsonl"
+    names["data"].write_text(content[0] if content else "")
+    for name in ("weightless", "partial"):
+        (names[name] / "config.json").write_bytes((tiny_model / "config.json").read_bytes())
+        AutoTokenizer.from_pretrained(tiny_model).save_pretrained(names[name])
+    if mistake == "part of the weights":
+        model = make_llama()
+        state = {k: v for k, v in model.state_dict().items() if k != "model.norm.weight"}
+        model.save_pretrained(names["partial"], state_dict=state)
+    run_dir = tmp_path / "out"
+    given = [a.format(**names) for a in arguments]
+    defaults = [*overrides, f"run.dir={run_dir}"]
+    mine = {a.partition("=")[0] for a in given}
+    code, out, err = command("train", *[o for o in defaults if o.partition("=")[0] not in mine], *given)
+    assert code == 2
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert said.format(**names) in err
+    assert out == ""
+    assert not run_dir.exists()
+
+
+def test_a_run_from_start_to_hub_folder(command, overrides, tmp_path):
+    """Everything a run leaves, and what the other commands make of it."""
+    run_dir = tmp_path / "run"
+    kept = [o for o in overrides if not o.startswith("export")]
+    code, out, err = command("train", *kept, f"run.dir={run_dir}", "model.dtype=bfloat16")
+    assert code == 0, err
+    summary = json.loads(out.splitlines()[-1])
+    assert set(summary) == {"run_dir", "steps", "loss", "eval", "train_s", "fingerprint"}
+    assert {path.name for path in run_dir.iterdir()} == {"config.yaml", "steps.log", "metrics.jsonl", "model"}
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    keys = {"step", "loss", "scalars", "lr", "step_s", "tokens", "tokens_per_s", "device_peak_bytes", "host_rss_bytes"}
+    assert [line["step"] for line in lines if "eval" not in line] == [1, 2, 3, 4]
+    assert [line["step"] for line in lines if "eval" in line] == [0, 2, 4]
+    assert all(set(line) in (keys, {"step", "eval"}) for line in lines)
+    assert lines[-1]["eval"] == summary["eval"]
+    assert "step 4/4" in err
+    assert summary["fingerprint"] in (run_dir / "model" / "README.md").read_text()
+
+    code, out, err = command("evaluate", f"run={run_dir}")
+    assert code == 0, err
+    assert json.loads(out)["eval"] == summary["eval"]
+    assert json.loads(out)["fingerprint"] == summary["fingerprint"]
+
+    code, out, err = command("export", f"run={run_dir}", f"to={tmp_path}/exported")
+    assert code == 0, err
+    trained = AutoModelForCausalLM.from_pretrained(run_dir / "model").state_dict()
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "exported").state_dict()
+    assert all((trained[name] == exported[name]).all() for name in trained)
+    code, out, err = command("evaluate", f"model.name={tmp_path}/exported", *kept[1:], "model.dtype=bfloat16")
+    assert code == 0, err
+    assert json.loads(out)["fingerprint"] == summary["fingerprint"]
+    assert json.loads(out)["eval"] == summary["eval"]
+
+
+def test_another_configuration_in_the_same_folder_is_refused(command, overrides, tmp_path):
+    assert command("train", *overrides, f"run.dir={tmp_path}/run")[0] == 0
+    before = (tmp_path / "run" / "steps.log").read_bytes()
+    changed = [o for o in overrides if not o.startswith("update.lr")] + ["update.lr=5e-4", "run.seed=3"]
+    code, _, err = command("train", *changed, f"run.dir={tmp_path}/run")
+    assert code == 2
+    assert "update.lr (0.001 -> 0.0005), run.seed (0 -> 3)" in err
+    assert err.count("\n") == 1
+    assert (tmp_path / "run" / "steps.log").read_bytes() == before
+
+
+def test_another_base_model_or_other_data_in_the_same_place_is_refused(command, overrides, tiny_model, reviews, tmp_path):
+    """The names are the same; the bits are not."""
+    model, data = tmp_path / "model", tmp_path / "data.jsonl"
+    make_llama().save_pretrained(model)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(model)
+    data.write_bytes(reviews.read_bytes())
+    settings = [f"model.name={model}", f"data.name={data}", *overrides[2:], f"run.dir={tmp_path}/run"]
+    assert command("train", *settings)[0] == 0
+    data.write_text(reviews.read_text().replace("good", "bad"))
+    code, _, err = command("train", *settings)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "began from another training data" in err
+    data.write_bytes(reviews.read_bytes())
+    changed = make_llama()
+    changed.model.norm.weight.data[0] = 2
+    changed.save_pretrained(model)
+    for name, arguments in (("train", settings), ("evaluate", [f"run={tmp_path}/run"])):
+        code, _, err = command(name, *arguments)
+        assert (code, err.count("\n")) == (2, 1)
+        assert "base model" in err
+
+
+def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_when_there_is_room(overrides, tmp_path):
+    """A limit on the size of files stands for the full disk: the kernel refuses in the middle of a write."""
+    settings = [*overrides, f"run.dir={tmp_path}/run", "run.steps=30", "eval.every=0"]
+    train = f"sys.argv[1:] = {settings!r}; import runpy; runpy.run_path('launch/train.py', run_name='__main__')"
+    limited = "import resource, sys; import zo.trainer; resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000)); "
+    run = lambda code: subprocess.run(  # noqa: E731
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "NUMBA_NUM_THREADS": "2"}
+    )
+    full = run(limited + train)
+    assert full.returncode == 2, full.stderr
+    assert [line for line in full.stderr.splitlines() if line.startswith("error: ")] == [full.stderr.splitlines()[-1]]
+    assert "make room and start the same command again" in full.stderr
+    resumed = run("import sys; " + train)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resuming" in resumed.stderr
+    alone = run("import sys; " + train.replace(f"{tmp_path}/run", f"{tmp_path}/alone"))
+    assert json.loads(resumed.stdout)["fingerprint"] == json.loads(alone.stdout)["fingerprint"]
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "said"),
+    [
+        ("evaluate", [], "nothing to score"),
+        ("evaluate", ["run=nowhere"], "run=nowhere holds no run"),
+        ("evaluate", ["run=nowhere", "update.lr=1"], "cannot be changed for a run"),
+        ("export", ["run=nowhere", "to=x"], "run=nowhere holds no run"),
+        ("export", ["run=nowhere"], "usage: launch/export.py"),
+        ("export", ["run=a", "to=b", "pull=c"], "pull=c is no argument"),
+        ("export", ["run=a", "to=b", "push=c", "public=yes"], "public=yes is neither true nor false"),
+    ],
+)
+def test_mistakes_of_the_other_commands(command, name, arguments, said):
+    code, out, err = command(name, *arguments)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert said in err
+
+
+def test_help_names_every_recipe_and_key(command):
+    code, out, _ = command("train", "--help")
+    assert code == 0
+    for recipe in (ROOT / "recipes").glob("*.yaml"):
+        assert f"\n  {recipe.stem} " in out
+    assert "\n  update.lr (1e-06): Learning rate." in out
+
+
+def test_cfg_job_is_the_resolved_configuration(command):
+    code, out, _ = command("train", "recipe=opt-13b", "update.lr=2e-7", "--cfg", "job")
+    assert code == 0
+    assert "lr: 2.0e-07" in out
+    assert "name: facebook/opt-13b" in out
+
+
+def test_a_sweep_under_torchrun_is_refused(command, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, err = command("train", "-m", "update.lr=1e-4,1e-5")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "sweep with python" in err
+
+
+def test_a_sweep_makes_one_run_each_and_hydra_writes_nothing(overrides, tmp_path):
+    settings = [*overrides, "run.steps=1", "eval.every=0", "update.lr=1e-4,1e-5", "hydra.verbose=false"]
+    settings = [s for s in settings if s != "update.lr=1e-3"]
+    run = subprocess.run(
+        [sys.executable, ROOT / "launch" / "train.py", "-m", *settings[:-1]], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    assert len([line for line in run.stdout.splitlines() if "fingerprint" in line]) == 2
+    assert {path.name for path in tmp_path.iterdir()} <= {"runs"}
+    assert len(list((tmp_path / "runs").iterdir())) == 2

@@ -1,0 +1,72 @@
+"""Law 2: kill -9 at any instant loses no completed step, and the run goes on to the same bits."""
+
+import pytest
+from ranks import KILLED, kill_at, train
+
+from zo.log import read
+
+MOMENTS = {
+    "before the log's append": ("zo.log", "Log.append", 3, True),
+    "after the log's append": ("zo.log", "Log.append", 3, False),
+    "in the middle of the log's append": ("os", "pwrite", 4, False),
+    "after config.yaml, before the log": ("zo.log", "Log.create", 1, True),
+    "while a snapshot is written": ("zo.folder", "save_file", 2, False),
+    "before a snapshot": ("zo.log", "Log.append", 6, False),
+}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """Folder and summary, once for all moments."""
+    return tmp_path_factory.mktemp("runs") / "uninterrupted", {}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_killed_run_goes_on_to_the_same_bits(overrides, uninterrupted, tmp_path, moment):
+    settings = [*overrides, "run.steps=7", "model.dtype=bfloat16", "update.weight_decay=0.1"]
+    whole, expected = uninterrupted
+    if not expected:
+        expected |= train([*settings, f"run.dir={whole}", "run.snapshot_every=0"])
+    settings += [f"run.dir={tmp_path}/run", "run.snapshot_every=2"]
+    assert train(settings, prelude=(kill_at, *MOMENTS[moment])) == KILLED
+    found = train(settings)
+    assert found["fingerprint"] == expected["fingerprint"]
+    assert found["eval"] == expected["eval"]
+    assert (tmp_path / "run" / "steps.log").read_bytes() == (whole / "steps.log").read_bytes()
+    kept = sorted(path.name for path in (tmp_path / "run" / "snapshots").iterdir())
+    assert len(kept) == 2
+    assert all(name.endswith(".safetensors") for name in kept)
+
+
+def test_a_rank_killed_takes_no_step_with_it(overrides, tmp_path):
+    settings = [*overrides, "run.steps=5"]
+    expected = train([*settings, f"run.dir={tmp_path}/alone"])
+    settings.append(f"run.dir={tmp_path}/run")
+    assert train(settings, ranks=2, prelude=(kill_at, "os", "fsync", 6, False)) == KILLED
+    assert 0 < len(read(tmp_path / "run" / "steps.log")[1]) < 5
+    assert train(settings, ranks=2)["fingerprint"] == expected["fingerprint"]
+
+
+def test_a_snapshot_cut_short_is_passed_over(overrides, tmp_path):
+    settings = [*overrides, f"run.dir={tmp_path}/run", "run.snapshot_every=2"]
+    expected = train(settings)
+    newest = tmp_path / "run" / "snapshots" / "step-000000004.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    assert train(settings)["fingerprint"] == expected["fingerprint"]
+
+
+def test_an_altered_snapshot_is_named_and_never_trusted(overrides, tmp_path):
+    settings = [*overrides, f"run.dir={tmp_path}/run", "run.snapshot_every=2"]
+    train(settings)
+    newest = tmp_path / "run" / "snapshots" / "step-000000004.safetensors"
+    data = newest.read_bytes()
+    newest.write_bytes(data[:-9] + bytes([data[-9] ^ 1]) + data[-8:])
+    with pytest.raises(AssertionError, match="damaged snapshot of step 4"):
+        train(settings)
+
+
+def test_more_steps_of_a_finished_run(overrides, tmp_path):
+    """Raising run.steps goes on where the run ended; with a constant rate the bits are those of one long run."""
+    expected = train([*overrides, "run.steps=6", f"run.dir={tmp_path}/long"])
+    train([*overrides, "run.steps=4", f"run.dir={tmp_path}/run"])
+    assert train([*overrides, "run.steps=6", f"run.dir={tmp_path}/run"])["fingerprint"] == expected["fingerprint"]
