@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import sys
+import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -51,10 +52,16 @@ def sweep(recipe: str, overrides: list[str]) -> None:
     from zo.recipe import FOLDER
 
     resolve(recipe, [o for o in overrides if "," not in o])
-    # Runs have folders of their own; Hydra is to write none.
-    quiet = ["hydra.sweep.dir=.", "hydra.sweep.subdir=.", "hydra.output_subdir=null"]
-    sys.argv[1:] = ["-m", *overrides, f"recipe={recipe}", *quiet, "hydra/job_logging=none", "hydra/hydra_logging=none"]
-    hydra.main(version_base="1.3", config_path=str(FOLDER), config_name=recipe)(train)()
+    # Runs have folders of their own; what Hydra writes goes.
+    with tempfile.TemporaryDirectory() as scrap:
+        quiet = [
+            f"hydra.sweep.dir={scrap}",
+            "hydra.output_subdir=null",
+            "hydra/job_logging=none",
+            "hydra/hydra_logging=none",
+        ]
+        sys.argv[1:] = ["-m", *overrides, f"recipe={recipe}", *quiet]
+        hydra.main(version_base="1.3", config_path=str(FOLDER), config_name=recipe)(train)()
 
 
 if __name__ == "__main__":

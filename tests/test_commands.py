@@ -55,7 +55,11 @@ MISTAKES = {
     "a line that is no object": (["data.name={data}"], "line 2 is no JSON object", rows(ROW, 3)),
     "wrong columns": (["data.name={data}"], "has columns body, label, not text", rows({"body": "x", "label": 1}) * 30),
     "columns of nothing": (["data.name={data}"], "use text, prompt and completion", rows({"body": "x"}) * 30),
-    "label not in the set": (["data.name={data}"], "label 'meh' is not in the label set", rows({**ROW, "label": "meh"}) * 30),
+    "label not in the set": (
+        ["data.name={data}"],
+        "label 'meh' is not in the label set",
+        rows({**ROW, "label": "meh"}) * 30,
+    ),
     "label number not in the set": (["data.name={data}"], "label 2 is not in", rows({**ROW, "label": 2}) * 30),
     "text that is no text": (["data.name={data}"], "column text holds int", rows({**ROW, "text": 1}) * 30),
     "nothing left to train on": (["data.dev_examples=60"], "leaves none of the 60 rows"),
@@ -148,7 +152,9 @@ def test_another_configuration_in_the_same_folder_is_refused(command, overrides,
     assert (tmp_path / "run" / "steps.log").read_bytes() == before
 
 
-def test_another_base_model_or_other_data_in_the_same_place_is_refused(command, overrides, tiny_model, reviews, tmp_path):
+def test_another_base_model_or_other_data_in_the_same_place_is_refused(
+    command, overrides, tiny_model, reviews, tmp_path
+):
     """The names are the same; the bits are not."""
     model, data = tmp_path / "model", tmp_path / "data.jsonl"
     make_llama().save_pretrained(model)
@@ -172,11 +178,24 @@ def test_another_base_model_or_other_data_in_the_same_place_is_refused(command, 
 
 def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_when_there_is_room(overrides, tmp_path):
     """A limit on the size of files stands for the full disk: the kernel refuses in the middle of a write."""
-    settings = [*overrides, f"run.dir={tmp_path}/run", "run.steps=30", "eval.every=0"]
+    settings = [*overrides, f"run.dir={tmp_path}/run", "run.steps=6", "eval.every=0"]
     train = f"sys.argv[1:] = {settings!r}; import runpy; runpy.run_path('launch/train.py', run_name='__main__')"
-    limited = "import resource, sys; import zo.trainer; resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000)); "
+    limited = f"""
+import resource, sys
+from zo.log import Log
+append = Log.append
+def fills_the_disk(log, entry):
+    if entry.step == 3:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (log._length + 10, log._length + 10))
+    append(log, entry)
+Log.append = fills_the_disk
+"""
     run = lambda code: subprocess.run(  # noqa: E731
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "NUMBA_NUM_THREADS": "2"}
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "NUMBA_NUM_THREADS": "2"},
     )
     full = run(limited + train)
     assert full.returncode == 2, full.stderr
@@ -230,10 +249,10 @@ def test_a_sweep_under_torchrun_is_refused(command, monkeypatch):
 
 
 def test_a_sweep_makes_one_run_each_and_hydra_writes_nothing(overrides, tmp_path):
-    settings = [*overrides, "run.steps=1", "eval.every=0", "update.lr=1e-4,1e-5", "hydra.verbose=false"]
+    settings = [*overrides, "run.steps=1", "eval.every=0", "update.lr=1e-4,1e-5"]
     settings = [s for s in settings if s != "update.lr=1e-3"]
     run = subprocess.run(
-        [sys.executable, ROOT / "launch" / "train.py", "-m", *settings[:-1]], cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, ROOT / "launch" / "train.py", "-m", *settings], cwd=tmp_path, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr
     assert len([line for line in run.stdout.splitlines() if "fingerprint" in line]) == 2

@@ -280,8 +280,9 @@ for number in range(1, total + 1):
 # And in the middle of the weights, which no event marks.
 large = tf.LlamaForCausalLM(tf.LlamaConfig(vocab_size=40_000, hidden_size=512, intermediate_size=64,
                                            num_hidden_layers=1, num_attention_heads=4))
-pid, weights, cut = child(large, -1), to.parent / ".model.unfinished" / "model.safetensors", 0
+pid, weights = child(large, -1), to.parent / ".model.unfinished" / "model.safetensors"
 while not (weights.exists() and weights.stat().st_size):
+    assert os.waitpid(pid, os.WNOHANG) == (0, 0)
     time.sleep(0.0002)
 os.kill(pid, signal.SIGKILL)
 checked(pid)

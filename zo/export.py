@@ -166,7 +166,7 @@ def _saved_bytes(tensors: Mapping[str, Tensor]) -> int:
 def _whole_or_nothing(to: Path, bytes_needed: int, replace: bool) -> Iterator[Path]:
     """An empty folder beside ``to`` that takes its place if the block ends well, and goes away if it does not."""
     # One fixed name: what a killed export left is found and removed by the next.
-    beside, old = to, to.with_name(f".{to.name}.replaced")
+    beside, old = to.with_name(f".{to.name}.unfinished"), to.with_name(f".{to.name}.replaced")
     try:
         if to.exists() and not (to.is_dir() and (replace or not any(to.iterdir()))):
             raise UserError(f"{to} exists and is not an empty folder; choose a new one")

@@ -91,7 +91,9 @@ def config_of(tree: Mapping[str, Any]) -> Config:
 def _explain(error: Exception) -> str:
     """What Hydra or OmegaConf says of an override, as one line that names the key."""
     if isinstance(error, OverrideParseException):
-        return f"{error.override} is not understood; give key=value, and quote a value with special characters: key='...'"
+        return (
+            f"{error.override} is not understood; give key=value, and quote a value with special characters: key='...'"
+        )
     # Hydra's outer message names the override, OmegaConf's inner one says what is wrong with it.
     inner = str(error.__cause__ or "").split("\n")[0]
     outer = str(error).split("\n")[0]
