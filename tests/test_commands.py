@@ -180,7 +180,7 @@ def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_when_there_is_room(ove
     """A limit on the size of files stands for the full disk: the kernel refuses in the middle of a write."""
     settings = [*overrides, f"run.dir={tmp_path}/run", "run.steps=6", "eval.every=0"]
     train = f"sys.argv[1:] = {settings!r}; import runpy; runpy.run_path('launch/train.py', run_name='__main__')"
-    limited = f"""
+    limited = """
 import resource, sys
 from zo.log import Log
 append = Log.append

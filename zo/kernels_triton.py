@@ -1,9 +1,9 @@
 """The fused visit on a GPU: one Triton launch a segment, the same bits as the reference in ``perturbation``.
 
 A program loads a tile of weights, applies every pending entry in registers, stores it, and writes the probes beside.
-Philox runs once a call, not once an element: the words of a vector of calls are laid side by side and widened to signs,
-normals or halves. Nothing is contracted (``enable_fp_fusion=False``), and the 16-bit types are rounded on their bits, so a
-GPU, a CPU and Triton's interpreter agree.
+Philox runs once a call, not once an element: the words of a vector of calls are laid side by side and widened to
+signs, normals or halves. Nothing is contracted (``enable_fp_fusion=False``), and the 16-bit types are rounded on their
+bits, so a GPU, a CPU and Triton's interpreter agree.
 """
 
 from collections.abc import Sequence
@@ -83,7 +83,7 @@ def _z(seed_lo, seed_hi, address, direction, gaussian: tl.constexpr, tile: tl.co
         z0, z1 = _box_muller(a, b)
         z2, z3 = _box_muller(c, d)
         return _side_by_side(z0, z1, z2, z3, tile // 4)
-    else:
+    else:  # noqa: RET505 -- Triton compiles the branch of a constant only where it is one
         a, b, c, d = _words(seed_lo, seed_hi, address, 128, direction, _RADEMACHER, tile // 128)
         words = tl.reshape(_side_by_side(a, b, c, d, tile // 128), (tile // 32, 1))
         signs = (words >> tl.arange(0, 32)[None, :].to(tl.uint32)) & 1

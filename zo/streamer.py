@@ -1,8 +1,8 @@
 """Lends blocks to the cells that wait for them: the visit.
 
 At a visit the master catches up with the log, and the weights of at most ``SLOTS`` probes at a time are written
-beside it into scratch memory that all blocks share; the cells of those probes run; the next probes follow. The master is never
-perturbed. With store ``device`` every block is already in its place, so a visit moves nothing else.
+beside it into scratch memory that all blocks share; the cells of those probes run; the next probes follow. The master
+is never perturbed. With store ``device`` every block is already in its place, so a visit moves nothing else.
 """
 
 from collections.abc import Iterator, Sequence

@@ -155,7 +155,7 @@ class Run:
                     if log.header[key] != header[key]:
                         raise UserError(
                             f"run.dir={self.folder.path} began from another {what}: its log names "
-                            f"{log.header[key][:12]}, this one is {header[key][:12]}; restore it, or use another run.dir"
+                            f"{log.header[key][:12]}, this one is {header[key][:12]}; restore it, or use a new run.dir"
                         )
             else:
                 facts = {
@@ -182,6 +182,11 @@ class Run:
         config, begun = self.config, time.monotonic()
         progress = Progress(config.run.steps, self.log.version, self.mesh.rank == 0)
         progress.say(self._summary())
+        if config.estimator.distribution == "gaussian" and config.update.lr >= FIRST_ORDER_LR:
+            progress.say(
+                f"update.lr={config.update.lr} looks like a rate for gradients; full fine-tuning by Gaussian "
+                "directions usually diverges there: MeZO's authors use 1e-7 to 1e-6 for all parameters, 1e-4 for LoRA"
+            )
         self._resume(progress)
         metrics = MetricsFile(self.folder.metrics_file, self.log.version) if self.mesh.rank == 0 else None
         loss = None
