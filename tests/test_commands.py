@@ -62,7 +62,6 @@ MISTAKES = {
     ),
     "label number not in the set": (["data.name={data}"], "label 2 is not in", rows({**ROW, "label": 2}) * 30),
     "text that is no text": (["data.name={data}"], "column text holds int", rows({**ROW, "text": 1}) * 30),
-    "nothing left to train on": (["data.dev_examples=60"], "leaves none of the 60 rows"),
     "label word of two tokens": (["data.label_words=[terrible,'very great']"], "'very great' is 2 tokens"),
     "mesh and ranks": (["mesh.perturb=2"], "mesh.perturb=2 does not fit 1 rank"),
     "mesh and table": (["mesh.perturb=1", "mesh.data=3"], "use mesh.perturb=1 mesh.data=1"),

@@ -66,7 +66,7 @@ class DataConfig:
     dev: str | None = None
     """File or split to evaluate on; without it, examples are held out of the training data."""
     dev_examples: int = 256
-    """Examples evaluated on, at most."""
+    """Examples evaluated on, at most; held out of the training data, at most a fifth of it."""
     train_examples: int | None = None
     """Examples trained on, at most; all by default."""
     template: str | None = None

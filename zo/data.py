@@ -135,13 +135,9 @@ class Rows:
             held = read_rows("data.dev", config.dev if is_file else config.name, config, config.dev)
             self.dev = [held[i] for i in sorted(permutation(HOLD_OUT_SEED, 0, len(held))[: config.dev_examples])]
         else:
-            if config.dev_examples >= len(rows):
-                raise UserError(
-                    f"data.dev_examples={config.dev_examples} leaves none of the {len(rows)} rows to train on; "
-                    f"use at most {len(rows) - 1}, 0 for no evaluation, or name a file as data.dev"
-                )
-            self.dev = [rows[i] for i in sorted(order[: config.dev_examples])]
-            order = order[config.dev_examples :]
+            held_out = min(config.dev_examples, len(rows) // 5)
+            self.dev = [rows[i] for i in sorted(order[:held_out])]
+            order = order[held_out:]
         self.train = [rows[i] for i in sorted(order[: config.train_examples])]
 
     @property
