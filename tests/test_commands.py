@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import make_llama
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertModel
 
 from zo import launcher
 
@@ -205,6 +205,61 @@ Log.append = fills_the_disk
     assert "resuming" in resumed.stderr
     alone = run("import sys; " + train.replace(f"{tmp_path}/run", f"{tmp_path}/alone"))
     assert json.loads(resumed.stdout)["fingerprint"] == json.loads(alone.stdout)["fingerprint"]
+
+
+def test_torchrun_makes_one_folder_and_speaks_once(overrides, tmp_path):
+    """The default folder's name holds the time: ranks that each made one would train apart."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", ROOT / "launch" / "train.py"]
+    run = subprocess.run([*torchrun, *overrides], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+    (line,) = run.stdout.splitlines()
+    assert json.loads(line)["run_dir"] == f"runs/{folder.name}"
+    assert run.stderr.count("step 4/4  loss") == 1
+    mistaken = subprocess.run(
+        [*torchrun, *overrides, "mesh.perturb=3"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert mistaken.returncode == 1
+    assert mistaken.stderr.count("error: mesh.perturb=3 does not fit 2 ranks") == 1
+    assert len(list((tmp_path / "runs").iterdir())) == 1
+
+
+def test_random_weights_and_synthetic_data_need_a_configuration_only(command, tiny_model, tmp_path):
+    folder = tmp_path / "shape"
+    folder.mkdir()
+    (folder / "config.json").write_bytes((tiny_model / "config.json").read_bytes())
+    settings = [f"model.name={folder}", "model.weights=random", "data.name=synthetic", "batch.max_tokens=16"]
+    settings += ["batch.sequences=2", "batch.micro=2", "run.steps=2", "model.dtype=float16"]
+    code, out, err = command("train", "recipe=opt-175b", *settings, f"run.dir={tmp_path}/run")
+    assert code == 0, err
+    first = json.loads(out)["fingerprint"]
+    code, out, _ = command("train", "recipe=opt-175b", *settings, f"run.dir={tmp_path}/again")
+    assert json.loads(out)["fingerprint"] == first
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[0])["tokens"] == 32
+
+
+def test_a_sequence_classifier_from_rows_to_folder(command, reviews, tmp_path, tokenizer):
+    """A base model without a head gets one of the rows' classes; the trained head is in the exported folder."""
+    sizes = {
+        "vocab_size": 24,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    BertModel(BertConfig(**sizes, max_position_embeddings=64)).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    settings = [f"model.name={tmp_path}/base", "model.task=sequence-classification", f"data.name={reviews}"]
+    settings += ["batch.sequences=4", "batch.micro=2", "run.steps=3", "eval.every=3", "update.lr=1e-3"]
+    code, out, err = command("train", *settings, f"run.dir={tmp_path}/run")
+    assert code == 0, err
+    assert set(json.loads(out)["eval"]) == {"accuracy", "loss"}
+    trained = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "model")
+    assert trained.config.id2label == {0: "great", 1: "terrible"}
+    code, out, err = command("evaluate", f"model.name={tmp_path}/run/model", f"data={reviews}", "batch.micro=2")
+    assert code == 0, err
 
 
 @pytest.mark.parametrize(

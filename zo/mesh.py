@@ -67,7 +67,11 @@ class Mesh:
         self.device = torch.device(device, self.local_rank) if device == "cuda" else torch.device(device)
         self.shape = Shape(1, 1)
         if self.ranks > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if device == "cuda" else "gloo")
+            if device == "cuda":
+                torch.cuda.set_device(self.device)
+                dist.init_process_group("nccl", device_id=self.device)
+            else:
+                dist.init_process_group("gloo")
 
     def arrange(self, shape: Shape) -> None:
         """Give the axes their sizes."""

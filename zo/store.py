@@ -7,6 +7,7 @@ log entry applied to it. The model's parameters are views of them. Only ``replay
 import hashlib
 from collections.abc import Iterator, Mapping
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +18,14 @@ def view_of(placed: Placed, segment: Tensor, segment_start: int) -> Tensor:
     """The parameter as a view, in its shape, of the flat tensor of its segment."""
     offset = placed.start - segment_start
     return segment[offset : offset + placed.numel].view(placed.spec.shape)
+
+
+def allocate(size_bytes: int, device: torch.device) -> Tensor:
+    """Zeroed memory for weights: uint8 of shape ``[size_bytes]``."""
+    if device.type == "cpu":
+        # numpy asks the kernel for huge pages and torch does not: a tenth of a visit's time, and of a forward's.
+        return torch.from_numpy(np.zeros(size_bytes, np.uint8))
+    return torch.zeros(size_bytes, dtype=torch.uint8, device=device)
 
 
 class DeviceStore:
@@ -32,7 +41,7 @@ class DeviceStore:
         self.segments: list[list[Tensor]] = []
         for block in layout.blocks:
             # Padding is zeroed: it is stored, replayed and never read by the model.
-            flat = [torch.zeros(s.numel, dtype=s.dtype, device=device) for s in block.segments]
+            flat = [allocate(s.size_bytes, device).view(s.dtype) for s in block.segments]
             self.segments.append(flat)
             for placed, view in self.views(block, flat):
                 view.copy_(self.targets[placed.name][0].data)

@@ -14,6 +14,7 @@ from torch import Tensor
 from zo.layout import Block
 from zo.perturbation import Offset
 from zo.replay import Replay
+from zo.store import allocate
 
 SLOTS = 2
 """Probes whose weights are in scratch memory at once: the two signs of a direction share its z."""
@@ -26,7 +27,7 @@ class Streamer:
         """Allocate scratch for ``SLOTS`` copies of the largest block."""
         self._replay, self._store = replay, replay.store
         layout = self._store.layout
-        memory = torch.empty(SLOTS * layout.largest_block_bytes, dtype=torch.uint8, device=device)
+        memory = allocate(SLOTS * layout.largest_block_bytes, device)
         self._scratch = [self._carve(memory, block) for block in layout.blocks]
         self._probes: list[Offset] = []
         self._rows: list[int] = []
