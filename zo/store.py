@@ -4,6 +4,7 @@ A store owns the master weights, block by block, one flat tensor a segment, and 
 log entry applied to it. The model's parameters are views of them. Only ``replay`` writes here once a run has begun.
 """
 
+import ctypes
 import hashlib
 from collections.abc import Iterator, Mapping
 
@@ -28,6 +29,12 @@ def allocate(size_bytes: int, device: torch.device) -> Tensor:
     return torch.zeros(size_bytes, dtype=torch.uint8, device=device)
 
 
+def return_freed_memory() -> None:
+    """Give what was freed back to the system: glibc keeps freed tensors below 32 MiB, once a model's own."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
+
+
 class DeviceStore:
     """All blocks on one device, as views of which the model computes."""
 
@@ -46,6 +53,7 @@ class DeviceStore:
             for placed, view in self.views(block, flat):
                 view.copy_(self.targets[placed.name][0].data)
             self.bind(block, flat)
+        return_freed_memory()
 
     @staticmethod
     def views(block: Block, segments: list[Tensor]) -> Iterator[tuple[Placed, Tensor]]:
