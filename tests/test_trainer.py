@@ -126,6 +126,7 @@ def test_a_step_without_a_finite_loss_moves_nothing_and_is_reported(tmp_path, ca
     assert "step 2: 4 of 4 directions had no finite loss" in capsys.readouterr().err
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line.get("skipped") for line in lines] == [None, 4, None]
+    assert lines[1]["loss"] is None
 
 
 def test_a_run_that_stays_without_finite_losses_stops_with_advice(tmp_path):

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -15,6 +16,11 @@ from zo.config import UserError
 
 PLAIN_LINE_EVERY_S = 5.0
 GIB = 2**30
+
+
+def finite_or_none(value: Any) -> Any:
+    """JSON has no word for a loss that is not a number: null stands for it."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class MetricsFile:
@@ -53,7 +59,8 @@ class MetricsFile:
             UserError: the disk refuses.
         """
         try:
-            self._file.write(json.dumps(values) + "\n")
+            plain = {key: finite_or_none(value) for key, value in values.items()}
+            self._file.write(json.dumps(plain, allow_nan=False) + "\n")
             self._file.flush()
         except OSError as error:
             raise UserError(

@@ -26,7 +26,7 @@ from zo.folder import RunFolder, versions
 from zo.lockstep import Lockstep
 from zo.log import Entry, Log
 from zo.mesh import Mesh, fit
-from zo.metrics import MetricsFile, Progress, memory
+from zo.metrics import MetricsFile, Progress, finite_or_none, memory
 from zo.problem import Problem, build_problem, own_problem
 from zo.replay import Replay
 from zo.store import DeviceStore
@@ -275,13 +275,13 @@ class Run:
             self.replay.catch_up()
             tensors = ((placed.name, t) for placed, t in self.store.tensors())
             self.folder.save_snapshot(step, tensors, self.base, self.store.fingerprint())
-        if self.config.eval.every and (step % self.config.eval.every == 0 or step == self.config.run.steps):
-            self._evaluate(step, metrics, progress)
+        self._evaluate(step, metrics, progress)
 
     def _evaluate(self, step: int, metrics: MetricsFile | None, progress: Progress) -> None:
-        """Scores at the current version, on every rank."""
-        problem = self.problem
-        if not self.config.eval.every or problem.task is None or not problem.dev_batches:
+        """Scores at the current version, on every rank, where one is due and not on record."""
+        problem, every, steps = self.problem, self.config.eval.every, self.config.run.steps
+        due = every and (step % every == 0 or step == steps)
+        if not due or problem.task is None or not problem.dev_batches:
             return
         known = self.mesh.broadcast(metrics.scores.get(step) if metrics else None)
         if known is None:
@@ -292,15 +292,16 @@ class Run:
         else:
             self.scores = known
         shown = "  ".join(f"{name} {value:.4g}" for name, value in self.scores.items())
-        progress.say(f"step {step}/{self.config.run.steps}  dev {shown}")
+        progress.say(f"step {step}/{steps}  dev {shown}")
 
     def _finish(self, loss: float | None, train_s: float) -> dict[str, Any]:
+        self.lockstep.detach()
         self.replay.catch_up()
         fingerprint = self.store.fingerprint()
         summary = {
             "run_dir": str(self.folder.path),
             "steps": self.log.version,
-            "loss": loss,
+            "loss": finite_or_none(loss),
             "eval": self.scores or None,
             "train_s": round(train_s, 3),
             "fingerprint": fingerprint,
