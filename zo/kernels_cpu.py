@@ -292,5 +292,5 @@ def visit_cpu(
     if threads == 1:
         _visit(stored, 0, count, *arguments)
     else:
-        numba.set_num_threads(min(threads, numba.get_num_threads()))
+        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
         _visit_in_parts(threads, share, stored, *arguments)
