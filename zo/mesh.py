@@ -106,7 +106,7 @@ class Mesh:
         padded = torch.zeros(most, width, dtype=torch.float64, device=self.device)
         padded[: len(local)] = local.to(self.device)
         gathered = torch.empty(self.ranks * most, width, dtype=torch.float64, device=self.device)
-        dist.all_gather_into_tensor(gathered, padded)
+        dist.all_gather_single(gathered, padded)
         by_rank, taken, places = gathered.cpu(), [0] * self.ranks, []
         for rank in owners:
             places.append(rank * most + taken[rank])
