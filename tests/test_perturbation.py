@@ -10,6 +10,7 @@ from zo.perturbation import (
     STORED_DTYPES,
     Change,
     Offset,
+    Rows,
     Z,
     _cos_sin_turns,
     _log_uniform,
@@ -106,6 +107,19 @@ def test_entries_in_one_pass_have_the_bits_of_entries_one_by_one(dtype):
     for change in CHANGES:
         visit(apart, 0, SEED, "rademacher", [change])
     assert torch.equal(bits(together), bits(apart))
+
+
+@pytest.mark.parametrize("width", [768, 100, 5000])
+def test_rows_that_will_be_read_are_written_and_changes_apply_to_all(width):
+    """A lookup reads a few rows of an embedding; the head reads all of them in the same step."""
+    count, numbers = 60 * width, torch.tensor([0, 7, 8, 31, 59])
+    whole, part = weights(count, torch.bfloat16), weights(count, torch.bfloat16)
+    whole_out, part_out = (torch.zeros(4, count, dtype=torch.bfloat16) for _ in range(2))
+    visit(whole, 1280, SEED, "rademacher", CHANGES, OFFSETS, whole_out)
+    visit(part, 1280, SEED, "rademacher", CHANGES, OFFSETS, part_out, Rows(numbers, width))
+    assert torch.equal(bits(whole), bits(part))
+    expected, found = (bits(out).view(4, 60, width)[:, numbers] for out in (whole_out, part_out))
+    assert torch.equal(expected, found)
 
 
 def test_probes_leave_the_master_alone():

@@ -192,8 +192,7 @@ def _round_stochastic(x, kind, seed, address, step, words, random16, small):  # 
 @_jit
 def _visit(  # type: ignore[no-untyped-def]
     stored,
-    start,
-    stop,
+    tiles,
     address,
     seed,
     gaussian,
@@ -207,12 +206,13 @@ def _visit(  # type: ignore[no-untyped-def]
     scales,
     out,
 ):
-    """The visit of ``stored[start:stop]``; ``start`` is a multiple of ``TILE``."""
+    """The visit of these tiles of ``stored``."""
     x, y = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
     z, u, v = np.empty(TILE, np.float32), np.empty(TILE // 4, np.float32), np.empty((4, TILE // 4), np.float32)
     words, random16 = np.empty((4, TILE // 4), np.uint32), np.empty(TILE, np.uint32)
-    for lo in range(start, stop, TILE):
-        count, here, in_z = min(TILE, stop - lo), address + u64(lo), -1
+    for tile in tiles:
+        lo = tile * TILE
+        count, here, in_z = min(TILE, len(stored) - lo), address + u64(lo), -1
         # Slices start at zero: an index that could be negative would keep a loop from being vectorised.
         here_stored = stored[lo : lo + count]
         _load(here_stored, kind, x)
@@ -246,10 +246,18 @@ def _visit(  # type: ignore[no-untyped-def]
 
 
 @numba.njit(nogil=True, cache=True, parallel=True, error_model="numpy")
-def _visit_in_parts(parts, share, stored, *arguments):  # type: ignore[no-untyped-def]
-    """The visit of ``stored``, ``share`` elements a thread."""
+def _visit_in_parts(parts, stored, tiles, *arguments):  # type: ignore[no-untyped-def]
+    """The visit of these tiles, an equal part of them a thread."""
     for part in numba.prange(parts):
-        _visit(stored, part * share, min((part + 1) * share, len(stored)), *arguments)
+        _visit(stored, tiles[part * len(tiles) // parts : (part + 1) * len(tiles) // parts], *arguments)
+
+
+def _tiles_of(rows: p.Rows, count: int) -> np.ndarray:
+    """Numbers of the tiles that these rows lie in, sorted."""
+    first = rows.numbers.numpy() * rows.width
+    spanned = np.arange(0, rows.width + TILE - 1, TILE)[None, :]
+    inside = np.minimum(first[:, None] + spanned, np.minimum(first + rows.width, count)[:, None] - 1)
+    return np.unique(inside // TILE)
 
 
 def _numpy(tensor: Tensor) -> np.ndarray:
@@ -265,8 +273,12 @@ def visit_cpu(
     changes: Sequence[p.Change] = (),
     offsets: Sequence[p.Offset] = (),
     out: Tensor | None = None,
+    rows: p.Rows | None = None,
 ) -> None:
     """:func:`zo.perturbation.visit` for tensors on CPU, on as many threads as torch uses."""
+    if rows is not None and changes:
+        visit_cpu(weights, address, seed, distribution, changes)
+        changes = ()
     count, width = weights.numel(), max((len(c.directions) for c in changes), default=0)
     stored = _numpy(weights)
     directions, coefficients = np.zeros((len(changes), width), u64), np.zeros((len(changes), width), f32)
@@ -287,10 +299,10 @@ def visit_cpu(
         np.array([o.scale for o in offsets], f32),
         np.zeros((0, 0), stored.dtype) if out is None else _numpy(out),
     )
-    threads = torch.get_num_threads() if count >= PARALLEL_FROM else 1
-    share = -(-count // (threads * TILE)) * TILE
+    tiles = np.arange(-(-count // TILE)) if rows is None else _tiles_of(rows, count)
+    threads = torch.get_num_threads() if len(tiles) * TILE >= PARALLEL_FROM else 1
     if threads == 1:
-        _visit(stored, 0, count, *arguments)
+        _visit(stored, tiles, *arguments)
     else:
         numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
-        _visit_in_parts(threads, share, stored, *arguments)
+        _visit_in_parts(threads, stored, tiles, *arguments)

@@ -207,8 +207,9 @@ def visit_triton(
     changes: Sequence[p.Change] = (),
     offsets: Sequence[p.Offset] = (),
     out: Tensor | None = None,
+    rows: p.Rows | None = None,
 ) -> None:
-    """:func:`zo.perturbation.visit` for tensors on a GPU; nothing waits for the device."""
+    """:func:`zo.perturbation.visit` for tensors on a GPU; nothing waits for the device. All of ``out`` is written."""
     count, kind = weights.numel(), KINDS[weights.dtype]
     width = max((len(c.directions) for c in changes), default=0)
     table = _table(seed, changes, offsets, width)

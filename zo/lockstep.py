@@ -14,7 +14,7 @@ from contextlib import closing
 from typing import Any, Protocol, TypeVar
 
 from greenlet import getcurrent, greenlet
-from torch import nn
+from torch import Tensor, nn
 
 from zo.layout import Layout
 
@@ -24,8 +24,11 @@ T = TypeVar("T")
 class Lender(Protocol):
     """Puts a block's weights in place for each cell in turn."""
 
-    def lend(self, block: int, cells: Sequence[int]) -> Iterable[int]:
-        """Yield every given cell once, each when the block holds that cell's weights."""
+    def lend(self, block: int, cells: Sequence[int], row_numbers: Sequence[Tensor | None]) -> Iterable[int]:
+        """Yield every given cell once, each when the block holds that cell's weights.
+
+        ``row_numbers`` holds, for each cell, which rows of an embedding it is about to look up, if that is all it does.
+        """
         ...
 
 
@@ -35,6 +38,7 @@ class Lockstep:
     def __init__(self, model: nn.Module, layout: Layout) -> None:
         """Attach the hooks."""
         self._waiting: dict[greenlet, int | None] = {}
+        self._row_numbers: dict[greenlet, Tensor | None] = {}
         self._hooks = [
             model.get_submodule(name).register_forward_pre_hook(self._hook(block.index))
             for block in layout.blocks
@@ -46,6 +50,9 @@ class Lockstep:
             cell = getcurrent()
             if cell in self._waiting:
                 self._waiting[cell] = block
+                # A subclass with a forward of its own may read more than the rows that it is given.
+                plain_lookup = type(module).forward is nn.Embedding.forward and len(arguments) == 1
+                self._row_numbers[cell] = arguments[0] if plain_lookup else None
                 cell.parent.switch()
 
         return suspend
@@ -71,11 +78,12 @@ class Lockstep:
                 resume(cell)
             while (block := next((b for b in self._waiting.values() if b is not None), None)) is not None:
                 here = [cell for cell, g in enumerate(greenlets) if self._waiting[g] == block]
-                with closing(lender.lend(block, here)) as lent:  # type: ignore[type-var]
+                rows = [self._row_numbers[greenlets[cell]] for cell in here]
+                with closing(lender.lend(block, here, rows)) as lent:  # type: ignore[type-var]
                     for cell in lent:
                         resume(cell)
         finally:
-            self._waiting = {}
+            self._waiting, self._row_numbers = {}, {}
             for g in greenlets:
                 if not g.dead:
                     g.throw()

@@ -64,6 +64,16 @@ class Offset:
     scale: float
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a matrix that begins at a visit's first address: the only ones that will be read of its probes."""
+
+    numbers: Tensor
+    """int64 of shape ``[k]``."""
+    width: int
+    """Elements a row."""
+
+
 def rademacher(seed: int, direction: int, address: int, count: int, device: torch.device | str = "cpu") -> Tensor:
     """Z = +1 or -1 for ``count`` addresses from ``address``; float32 of shape ``[count]``.
 
@@ -173,6 +183,7 @@ def visit_reference(
     changes: Sequence[Change] = (),
     offsets: Sequence[Offset] = (),
     out: Tensor | None = None,
+    rows: Rows | None = None,
 ) -> None:
     """The equation of :func:`visit` in plain torch, on any device; the kernels must give the same bits."""
     z, count, device = Z[distribution], weights.numel(), weights.device
@@ -201,6 +212,7 @@ def visit(
     changes: Sequence[Change] = (),
     offsets: Sequence[Offset] = (),
     out: Tensor | None = None,
+    rows: Rows | None = None,
 ) -> None:
     """Replay ``changes`` on ``weights`` in place and write one probe a row of ``out``, in one pass over memory.
 
@@ -212,9 +224,10 @@ def visit(
         changes: log entries to apply, oldest first; each is rounded to the stored dtype, stochastically below float32.
         offsets: the probes.
         out: shape ``[len(offsets), n]``, rows contiguous, dtype and device of ``weights``; *modified in place*.
+        rows: what will be read of ``out``; the rest of it may be left as it is. Changes apply to all of ``weights``.
     """
     assert address % ALIGNMENT == 0 and weights.is_contiguous() and weights.dtype in STORED_DTYPES
-    _kernel(weights.device.type)(weights, address, seed, distribution, changes, offsets, out)
+    _kernel(weights.device.type)(weights, address, seed, distribution, changes, offsets, out, rows)
 
 
 def _kernel(device_type: str) -> Callable[..., None]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from zo.layout import Block
 from zo.log import Entry, Log
-from zo.perturbation import Change, Offset, visit
+from zo.perturbation import Change, Offset, Rows, visit
 from zo.store import DeviceStore
 from zo.update import RULES
 
@@ -41,23 +41,30 @@ class Replay:
         """Replay ``log`` on ``store``; entries appended later are seen."""
         self.store, self.log, self.recipe = store, log, Recipe.of(log)
 
-    def visit(self, block: Block, offsets: Sequence[Offset] = (), out: Sequence[Tensor] = ()) -> None:
+    def visit(
+        self,
+        block: Block,
+        offsets: Sequence[Offset] = (),
+        out: Sequence[Tensor] = (),
+        row_numbers: Tensor | None = None,
+    ) -> None:
         """Bring one block to the newest version and write probes of it.
 
         Args:
             block: which block; its master weights are *modified in place* if they lag.
             offsets: the probes.
             out: one tensor a segment, of shape ``[len(offsets), segment.numel]``; *modified in place*.
+            row_numbers: for a block of one matrix, the only rows of it that will be read of ``out``.
         """
         pending = self.log.entries[self.store.versions[block.index] :]
         changes = [self._change(entry) for entry in pending]
         for i, (segment, master) in enumerate(zip(block.segments, self.store.segments[block.index], strict=True)):
             here = changes if segment.decays else [replace(c, decay=1.0) for c in changes]
             if here or offsets:
-                recipe = self.recipe
-                visit(
-                    master, segment.start, recipe.seed, recipe.distribution, here, offsets, out[i] if offsets else None
-                )
+                seed, distribution = self.recipe.seed, self.recipe.distribution
+                rows = None if row_numbers is None else Rows(row_numbers, segment.parameters[0].spec.shape[1])
+                written = out[i] if offsets else None
+                visit(master, segment.start, seed, distribution, here, offsets, written, rows)
         self.store.versions[block.index] += len(pending)
 
     def catch_up(self) -> None:

@@ -48,17 +48,30 @@ class Streamer:
         """Set the probes of a table and, for each cell, the row it belongs to (non-decreasing)."""
         self._probes, self._rows = list(probes), list(rows)
 
-    def lend(self, block: int, cells: Sequence[int]) -> Iterator[int]:
+    def lend(self, block: int, cells: Sequence[int], row_numbers: Sequence[Tensor | None]) -> Iterator[int]:
         """Yield the cells in order, each when the block's weights are its probe's."""
         here, scratch = self._store.layout.blocks[block], self._scratch[block]
         self.visited.add(block)
+        read = self._rows_read(here, row_numbers)
         by_row = [(row, list(group)) for row, group in groupby(cells, key=self._rows.__getitem__)]
         try:
             for first in range(0, len(by_row), SLOTS):
                 lent = by_row[first : first + SLOTS]
-                self._replay.visit(here, [self._probes[row] for row, _ in lent], scratch)
+                self._replay.visit(here, [self._probes[row] for row, _ in lent], scratch, read)
                 for slot, (_, group) in enumerate(lent):
                     self._store.bind(here, [segment[slot] for segment in scratch])
                     yield from group
         finally:
             self._store.bind(here, self._store.segments[block])
+
+    def _rows_read(self, block: Block, row_numbers: Sequence[Tensor | None]) -> Tensor | None:
+        """The rows that a lookup in a block of one embedding reads; ``None`` where it may read all.
+
+        A large, tied embedding is visited twice a step, for the lookup and for the head: this saves most of the first.
+        """
+        known = [numbers.flatten() for numbers in row_numbers if numbers is not None]
+        # On a GPU the unique numbers would have to be waited for.
+        if len(block.parameters) > 1 or len(known) < len(row_numbers) or known[0].device.type != "cpu":
+            return None
+        read: Tensor = torch.cat(known).unique()  # type: ignore[no-untyped-call]
+        return read
