@@ -12,6 +12,9 @@ from zo.recipe import DEFAULT, load_config
 
 USAGE = "usage: launch/evaluate.py run=DIR [data=FILE_OR_ID], or [recipe=NAME] model.name=... [key=value ...]"
 
+BATCHES_AT_ONCE = 2
+"""Batches that one pass over a model serves."""
+
 
 def main(arguments: list[str]) -> None:
     """Print the scores as one JSON object."""
@@ -41,12 +44,11 @@ def main(arguments: list[str]) -> None:
         raise UserError(
             "there is nothing to score on: data.dev_examples is 0, or the data is synthetic; give data=FILE"
         )
-    scores = evaluate(finished.model, problem.task, problem.dev_batches, Mesh(finished.device.type))
-    print(
-        json.dumps(
-            {"run": own.get("run"), "steps": finished.steps, "eval": scores, "fingerprint": finished.fingerprint}
-        )
-    )
+    mesh, replica = Mesh(finished.device.type), finished.replica
+    scores = evaluate(finished.model, replica, problem.task, problem.dev_batches, mesh, at_once=BATCHES_AT_ONCE)
+    fingerprint = replica.fingerprint()
+    replica.close()
+    print(json.dumps({"run": own.get("run"), "steps": finished.steps, "eval": scores, "fingerprint": fingerprint}))
 
 
 if __name__ == "__main__":

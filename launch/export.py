@@ -31,8 +31,9 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"to={to} exists and is not an empty folder; choose a new one")
     finished = load_run(path)
     scores = last_scores(path / "metrics.jsonl", finished.steps)
-    card = card_of(finished.content, finished.header, finished.steps, scores, finished.fingerprint)
-    write_folder(finished.model, finished.problem.tokenizer, to, card)
+    card = card_of(finished.content, finished.header, finished.steps, scores, finished.replica.fingerprint())
+    write_folder(finished.model, finished.problem.tokenizer, to, card, source=finished.replica)
+    finished.replica.close()
     print(to)
     if "push" in own:
         print(push(to, own["push"], private=own.get("public", "false") == "false"))

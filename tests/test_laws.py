@@ -10,13 +10,16 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = {path.stem: path for path in sorted((ROOT / "zo").glob("*.py"))}
 
 LAYERS = [
-    {"philox", "config"},
-    {"perturbation", "assets", "metrics", "mesh", "recipe"},
+    {"philox", "config", "hardware"},
+    {"perturbation", "assets", "metrics", "mesh", "recipe", "disk", "timeline"},
     {"kernels_cpu", "kernels_triton", "layout", "estimator", "tasks", "log", "launcher"},
-    {"store", "update", "data", "folder", "evaluate", "export", "model", "lockstep"},
-    {"replay", "problem"},
+    {"base", "blocks", "binding", "update", "data", "folder", "export"},
+    {"store", "shards", "lockstep", "replay"},
+    {"lanes", "model"},
+    {"ring", "problem"},
     {"streamer"},
-    {"blocks"},
+    {"replica"},
+    {"evaluate", "selfcheck"},
     {"finished"},
     {"trainer"},
     {"__init__"},
@@ -52,6 +55,10 @@ def test_only_replay_writes_parameters():
 
 def test_only_the_mesh_speaks_to_torch_distributed():
     assert users(r"torch\.distributed|init_process_group") == {"mesh"}
+
+
+def test_only_the_streamers_lanes_know_streams():
+    assert users(r"cuda\.(Stream|stream|current_stream)|wait_event") == {"lanes"}
 
 
 def test_no_pickle():

@@ -1,22 +1,21 @@
 """Lockstep against plain forwards, with the same bits, for families that transformers builds in different ways."""
 
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 import transformers as t
 from torch import nn
 
-from zo.blocks import find_layout, layer_lists, miniature, self_check
-from zo.config import UserError
+from zo.base import OwnBase
+from zo.blocks import find_layout, layer_lists
+from zo.config import MemoryConfig, UserError
 from zo.estimator import float32
-from zo.layout import Layout
-from zo.lockstep import Lockstep
 from zo.log import Log
-from zo.perturbation import Offset
-from zo.replay import Replay
-from zo.store import DeviceStore
-from zo.streamer import Streamer
+from zo.perturbation import Offset, rademacher
+from zo.replica import Replica, Weights
+from zo.selfcheck import miniature, self_check
 
 SIZES = {
     "vocab_size": 120,
@@ -69,11 +68,14 @@ def forwards(model):
     return cells
 
 
-def parts(model, distribution="rademacher"):
-    layout = find_layout(model)
-    log = Log({"directions": 1, "seed": 1, "distribution": distribution, "rule": "sgd", "weight_decay": 0.0})
-    replay = Replay(DeviceStore(model, layout, torch.device("cpu")), log)
-    return replay, Streamer(replay, torch.device("cpu")), Lockstep(model, layout)
+HEADER = {"directions": 1, "seed": 1, "distribution": "rademacher", "rule": "sgd", "weight_decay": 0.0}
+CPU = torch.device("cpu")
+
+
+def replica_of(model, layout=None, **memory):
+    layout = layout or find_layout(model)
+    weights = Weights(model, layout, lambda engine: OwnBase(model), MemoryConfig(**memory), CPU, Path())
+    return Replica(weights, Log(HEADER))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -82,31 +84,30 @@ def parts(model, distribution="rademacher"):
 def test_lockstep_is_plain_forwards(name, dtype):
     """Every probe of several directions, on two micro-batches: each cell sees its own weights, whole and alone."""
     model, reference = build(name, dtype), build(name, dtype)
-    replay, streamer, lockstep = parts(model)
+    replica = replica_of(model)
     eps = float32(0.01)
     probes = [Offset(0, 0.0), Offset(0, eps), Offset(0, -eps), Offset(1, eps), Offset(2, eps)]
     cells = [(row, forward) for row in range(len(probes)) for forward in forwards(model)]
-    streamer.begin(probes, [row for row, _ in cells])
-    together = lockstep.run([lambda f=f: f(model) for _, f in cells], streamer)
-    copy = DeviceStore(reference, find_layout(reference), torch.device("cpu"))
-    masters = {p.name: tensor.clone() for p, tensor in copy.tensors()}
+    together = replica.table(probes, [row for row, _ in cells], [lambda f=f: f(model) for _, f in cells])
+    parameters = dict(reference.named_parameters(remove_duplicate=False))
+    placed = list(find_layout(reference).parameters)
+    masters = {p.name: parameters[p.name].data.clone() for p in placed}
     for row, probe in enumerate(probes):
-        plain_replay = Replay(copy, replay.log)
-        for block in copy.layout.blocks:
-            written = [torch.empty(1, s.numel, dtype=s.dtype) for s in block.segments]
-            plain_replay.visit(block, [probe], written)
-            copy.bind(block, [w[0] for w in written])
+        for p in placed:
+            z = rademacher(HEADER["seed"], probe.direction, p.start, p.numel).view(p.spec.shape)
+            for n in p.spec.names:
+                parameters[n].data = (masters[p.name].float() + z * probe.scale).to(dtype)
         for cell, (cell_row, forward) in enumerate(cells):
             if cell_row == row:
                 assert torch.equal(together[cell], forward(reference))
-    assert all(torch.equal(tensor, masters[p.name]) for p, tensor in replay.store.tensors())
+    assert all(torch.equal(tensor, masters[name]) for name, tensor in replica.tensors())
     assert not torch.equal(together[0], together[2])
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_self_check_passes(name):
     model = build(name)
-    self_check(model, forwards(model), torch.device("cpu"), "gaussian")
+    self_check([model], forwards(model), CPU, "gaussian")
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -131,7 +132,7 @@ def test_layers_are_blocks_and_tied_weights_one_block():
         ("model.layers.2",),
         ("model.norm",),
     ]
-    assert [p.name for p in layout.blocks[1].parameters][-1].endswith("layernorm.weight")
+    assert layout.blocks[1].parts[-1].parameter.name.endswith("layernorm.weight")
 
 
 def test_frozen_parameters_have_no_address_and_are_left_alone():
@@ -139,7 +140,7 @@ def test_frozen_parameters_have_no_address_and_are_left_alone():
     model.model.embed_tokens.weight.requires_grad_(False)
     names = {p.name for p in find_layout(model).parameters}
     assert "model.embed_tokens.weight" not in names
-    self_check(model, forwards(model), torch.device("cpu"), "rademacher")
+    self_check([model], forwards(model), CPU, "rademacher")
 
 
 def test_the_miniature_of_a_model_on_meta_is_small_and_real():
@@ -167,30 +168,29 @@ def test_a_weight_read_outside_its_module_is_found():
     """Without the self-check this model would train on the wrong losses, in silence."""
     x = torch.randn(2, 8)
     with pytest.raises(UserError, match="lockstep differs"):
-        self_check(ReadsElsewhere(), [lambda m: m(x)], torch.device("cpu"), "rademacher")
+        self_check([ReadsElsewhere()], [lambda m: m(x)], CPU, "rademacher")
 
 
 def test_a_weight_outside_any_visited_block_is_refused_by_name():
     torch.manual_seed(0)
     model = t.DebertaV2ForSequenceClassification(t.DebertaV2Config(**SIZES, relative_attention=True)).eval()
     with pytest.raises(UserError, match="rel_embeddings"):
-        self_check(model, forwards(model), torch.device("cpu"), "rademacher")
+        self_check([model], forwards(model), CPU, "rademacher")
 
 
 def test_a_cell_that_fails_ends_the_others_and_leaves_the_master_in_place():
     model = build("llama")
-    replay, streamer, lockstep = parts(model)
-    streamer.begin([Offset(0, 1.0), Offset(0, -1.0)], [0, 1])
     before = {n: p.clone() for n, p in model.named_parameters()}
+    replica = replica_of(model)
 
     def fails():
         forwards(model)[0](model)
         raise RuntimeError("objective")
 
     with torch.no_grad(), pytest.raises(RuntimeError, match="objective"):
-        lockstep.run([lambda: forwards(model)[0](model), fails], streamer)
+        replica.table([Offset(0, 1.0), Offset(0, -1.0)], [0, 1], [lambda: forwards(model)[0](model), fails])
+    replica.close()
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
-    assert isinstance(replay.store.layout, Layout)
 
 
 @torch.no_grad()

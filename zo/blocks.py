@@ -1,32 +1,27 @@
-"""Find the blocks of any model, and prove on a small copy that visiting them is the same as a plain forward.
+"""Find the blocks of any model: what one visit serves.
 
-A block is a transformer layer (a member of an outermost ``nn.ModuleList`` whose members are all transformers'
-``GradientCheckpointingLayer``) or, outside the layers, the topmost module that owns parameters directly. Modules that
-share a parameter are one block with several entrances. No model family is named anywhere.
+A layer is a member of an outermost ``nn.ModuleList`` whose members are all transformers'
+``GradientCheckpointingLayer``; layers, and the topmost modules outside them that own parameters directly, are the
+groups that give addresses. With unit ``layer`` they are the blocks; with ``module`` every module that owns
+parameters is one, and a large vocabulary (embedding, head) is cut into chunks of rows. Modules that share a
+parameter are one block with several entrances. No model family is named anywhere.
 """
 
-import copy
+import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from zo.config import UserError
-from zo.layout import Layout, Spec, lay_out
-from zo.lockstep import Lockstep
-from zo.log import Log
-from zo.perturbation import Offset
-from zo.replay import Replay
-from zo.store import DeviceStore
-from zo.streamer import Streamer
+from zo.layout import Layout, Part, Placed, Spec, cut, lay_out
+from zo.perturbation import ALIGNMENT
 
-SELF_CHECK_SCALE = 0.0625
-"""Far larger than any eps, so that a weight of the wrong probe shows in every loss."""
+CHUNK_BYTES = 32 * 2**20
+"""Rows of a vocabulary that one block of unit ``module`` holds, at most."""
 
-Forward = Callable[[nn.Module], Tensor]
-"""A cell of the table as a function of the model: an objective on one micro-batch."""
+Grouped = list[tuple[list[str], list[Spec]]]
 
 
 def layer_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
@@ -40,11 +35,11 @@ def layer_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
     return found
 
 
-def trainable(model: nn.Module) -> list[tuple[str, ...]]:
-    """All names of each trainable parameter, tied ones together, in the model's order."""
+def tied(model: nn.Module, trainable: bool = True) -> list[tuple[str, ...]]:
+    """All names of each parameter that is trainable, or frozen; tied ones together, in the model's order."""
     groups: dict[object, list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if parameter.requires_grad:
+        if parameter.requires_grad == trainable:
             # Loaded models tie two Parameter objects on one storage; on meta only identity tells.
             stored = parameter.device.type != "meta" and parameter.numel() > 0
             key = (parameter.data_ptr(), parameter.shape) if stored else id(parameter)
@@ -52,39 +47,88 @@ def trainable(model: nn.Module) -> list[tuple[str, ...]]:
     return [tuple(names) for names in groups.values()]
 
 
-def find_layout(model: nn.Module) -> Layout:
+def find_layout(model: nn.Module, unit: str = "layer", whole: Collection[str] = ()) -> Layout:
     """Cut a model into blocks and give its trainable parameters their addresses.
+
+    Args:
+        model: its parameters may be on meta.
+        unit: ``layer`` or ``module``.
+        whole: modules that are one block with all they hold, as :func:`pattern` names them.
 
     Raises:
         UserError: no parameter is trainable, or one is owned by a module around the layers, which no visit can serve.
     """
+    names = tied(model)
+    if not names:
+        raise UserError("the model has no trainable parameter; set requires_grad on those to train")
     lists = layer_lists(model)
     layers = {f"{name}.{i}" for name, members in lists.items() for i in range(len(members))}
-    groups = trainable(model)
-    if not groups:
-        raise UserError("the model has no trainable parameter; set requires_grad on those to train")
+    # Frozen parameters of a layer travel with it; others stay where the model computes.
+    names += [n for n in tied(model, trainable=False) if all(_inside(name, layers) for name in n)]
+    names.sort(key=_order(model))
+    layout = lay_out(_merge(model, names, _group_entrance(names, lists, layers)))
+    if unit == "layer":
+        return layout
+
+    def owner(parameter: str) -> str:
+        return next((m for m in _modules_above(parameter) if pattern(m, lists) in whole), parameter.rpartition(".")[0])
+
+    placed = {p.name: p for g in layout.groups for p in (part.parameter for part in g.parts)}
+    pieces: list[tuple[Sequence[str], Sequence[Part]]] = []
+    for modules, specs in _merge(model, names, owner):
+        parameters = [placed[s.names[0]] for s in specs]
+        chunks = _chunks(model, modules, parameters, layers)
+        pieces += [((), (chunk,)) for chunk in chunks] or [(modules, [Part(p) for p in parameters])]
+    return cut(layout, pieces)
+
+
+def pattern(module: str, lists: Collection[str]) -> str:
+    """A module's name with the number of its layer left open: the same module of every layer."""
+    within = next((name for name in lists if module.startswith(f"{name}.")), None)
+    return module if within is None else within + re.sub(r"^\.\d+", ".*", module[len(within) :])
+
+
+def _modules_above(parameter: str) -> list[str]:
+    """The modules that hold a parameter, outermost first."""
+    path = parameter.split(".")[:-1]
+    return [".".join(path[:n]) for n in range(len(path) + 1)]
+
+
+def _inside(parameter: str, layers: Collection[str]) -> str | None:
+    """The layer that holds a parameter, if one does."""
+    return next((m for m in _modules_above(parameter) if m in layers), None)
+
+
+def _order(model: nn.Module) -> Callable[[tuple[str, ...]], int]:
+    """Sorts groups of names into the model's order."""
+    place = {name: i for i, (name, _) in enumerate(model.named_parameters(remove_duplicate=False))}
+    return lambda names: place[names[0]]
+
+
+def _group_entrance(
+    groups: Sequence[tuple[str, ...]], lists: Collection[str], layers: Collection[str]
+) -> Callable[[str], str]:
     owners = {name.rpartition(".")[0] for names in groups for name in names}
+
+    def around(module: str) -> bool:
+        return any(name.startswith(f"{module}." if module else "") for name in lists)
 
     def entrance(parameter: str) -> str:
         """The module that a visit waits at for this parameter."""
-        path = parameter.split(".")[:-1]
-        above = [".".join(path[:n]) for n in range(len(path) + 1)]
-        if layer := next((a for a in above if a in layers), None):
+        if layer := _inside(parameter, layers):
             return layer
-        if any(name.startswith(f"{above[-1]}." if above[-1] else "") for name in lists):
+        above = _modules_above(parameter)
+        if around(above[-1]):
             raise UserError(
                 f"parameter {parameter} belongs to no block: its module {above[-1] or '(root)'} lies around the "
                 "transformer layers; freeze it (requires_grad=False) or use a model without it"
             )
-        around = [a for a in above if not any(name.startswith(f"{a}." if a else "") for name in lists)]
-        return next(a for a in around if a in owners)
+        return next(m for m in above if not around(m) and m in owners)
 
-    return lay_out(_merge(model, groups, entrance))
+    return entrance
 
 
-def _merge(
-    model: nn.Module, groups: Sequence[tuple[str, ...]], entrance: Callable[[str], str]
-) -> list[tuple[list[str], list[Spec]]]:
+def _merge(model: nn.Module, groups: Sequence[tuple[str, ...]], entrance: Callable[[str], str]) -> Grouped:
     """Blocks as (entrances, parameters): entrances that share a parameter are joined."""
     named = dict(model.named_parameters(remove_duplicate=False))
     joined: dict[str, list[str]] = {}
@@ -95,103 +139,37 @@ def _merge(
     blocks: dict[int, tuple[list[str], list[Spec]]] = {}
     for names in groups:
         parameter, modules = named[names[0]], joined[entrance(names[0])]
-        spec = Spec(names, tuple(parameter.shape), parameter.dtype)
+        spec = Spec(names, tuple(parameter.shape), parameter.dtype, not parameter.requires_grad)
         blocks.setdefault(id(modules), (modules, []))[1].append(spec)
     return list(blocks.values())
 
 
-def miniature(model: nn.Module, seed: int = 0) -> nn.Module:
-    """A copy with the first layers of each list, at least two and one of each kind, and small random weights on CPU.
-
-    The model itself may be on meta; none of its large tensors is copied.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    lists, named = layer_lists(model), dict(model.named_parameters(remove_duplicate=False))
-    kept = {name: _kinds_seen(members) for name, members in lists.items()}
-    left_out = [member for name, members in lists.items() for member in list(members)[kept[name] :]]
-    memo: dict[int, object] = {id(member): nn.Identity() for member in left_out}
-    skipped = {id(p) for member in left_out for p in member.parameters()}
-    frozen = [(name,) for name, p in named.items() if not p.requires_grad]
-    for names in trainable(model) + frozen:
-        original = named[names[0]]
-        if any(id(named[name]) not in skipped for name in names):
-            small = torch.randn(original.shape, generator=generator).mul_(0.05).to(original.dtype)
-            shared = nn.Parameter(small, requires_grad=original.requires_grad)
-            memo.update((id(named[name]), shared) for name in names)
-    small_model = copy.deepcopy(model, memo)
-    for name, count in kept.items():
-        del small_model.get_submodule(name)[count:]  # type: ignore[operator]
-    return small_model.eval()
+def _chunks(
+    model: nn.Module, modules: Sequence[str], parameters: Sequence[Placed], layers: Collection[str]
+) -> list[Part]:
+    """A vocabulary's matrix in parts; empty for what is small, or is read in another way than by rows."""
+    matrix = parameters[0]
+    itemsize, shape = matrix.spec.dtype.itemsize, matrix.spec.shape
+    if len(parameters) > 1 or len(shape) != 2 or matrix.numel * itemsize <= CHUNK_BYTES:
+        return []
+    if any(
+        _inside(name, layers) or not read_by_rows(model.get_submodule(m)) for name in matrix.spec.names for m in modules
+    ):
+        return []
+    rows = max(ALIGNMENT, CHUNK_BYTES // (shape[1] * itemsize) // ALIGNMENT * ALIGNMENT)
+    return [Part(matrix, (first, min(first + rows, shape[0]))) for first in range(0, shape[0], rows)]
 
 
-def _kinds_seen(members: nn.ModuleList) -> int:
-    """How many first members hold one of each kind (class and shapes of parameters); at least two."""
-    kinds = [(type(m), tuple((n, tuple(p.shape)) for n, p in m.named_parameters())) for m in members]
-    return max(2, 1 + max(kinds.index(kind) for kind in kinds))
+def read_by_rows(module: nn.Module) -> bool:
+    """Whether a module is a plain lookup or a plain head, each row of whose weight makes its part of the result."""
+    # A subclass with a forward of its own may read its weight in any way.
+    if isinstance(module, nn.Embedding):
+        return type(module).forward is nn.Embedding.forward and module.max_norm is None
+    return type(module) is nn.Linear and module.bias is None
 
 
-def self_check(model: nn.Module, forwards: Sequence[Forward], device: torch.device, distribution: str) -> None:
-    """Run the model's miniature in lockstep and by plain forwards, two probes of each, and compare the bits.
-
-    Args:
-        model: the model to be trained; it may be on meta.
-        forwards: the micro-batches to try.
-        device: where to compute.
-        distribution: of the directions.
-
-    Raises:
-        UserError: a trainable parameter is read outside the forward of its block, so that visits cannot serve it.
-    """
-    small = move_frozen(miniature(model), device)
-    layout = find_layout(small)
-    store = DeviceStore(small, layout, device)
-    header = {"directions": 1, "seed": 1, "distribution": distribution, "rule": "sgd", "weight_decay": 0.0}
-    replay = Replay(store, Log(header))
-    probes = [Offset(0, SELF_CHECK_SCALE), Offset(0, -SELF_CHECK_SCALE)]
-    cells = [(row, forward) for row in range(len(probes)) for forward in forwards]
-    with torch.no_grad():
-        plain = list(_plain(small, store, replay, probes, forwards))
-        streamer, lockstep = Streamer(replay, device), Lockstep(small, layout)
-        streamer.begin(probes, [row for row, _ in cells])
-        together = lockstep.run([lambda forward=f: forward(small) for _, f in cells], streamer)  # type: ignore[misc]
-    for block in layout.blocks:
-        if block.index not in streamer.visited:
-            raise UserError(
-                f"parameter {block.parameters[0].name} is never visited: the forward of {block.name} is not called, "
-                "so its weights are read elsewhere or not at all; freeze it (requires_grad=False)"
-            )
-    if not all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(plain, together, strict=True)):
-        raise UserError(
-            "the model's loss in lockstep differs from its plain forward: a weight is read outside the module that "
-            "owns it; this model cannot be trained block by block"
-        )
-
-
-def _plain(
-    model: nn.Module, store: DeviceStore, replay: Replay, probes: Sequence[Offset], forwards: Sequence[Forward]
-) -> Iterator[Tensor]:
-    """Losses of ordinary forwards of a model whose weights all stand at one probe."""
-    blocks = store.layout.blocks
-    for probe in probes:
-        for block in blocks:
-            copies = [
-                torch.empty(1, s.numel, dtype=s.dtype, device=t.device)
-                for s, t in zip(block.segments, store.segments[block.index], strict=True)
-            ]
-            replay.visit(block, [probe], copies)
-            store.bind(block, [c[0] for c in copies])
-        for forward in forwards:
-            yield forward(model)
-    for block in blocks:
-        store.bind(block, store.segments[block.index])
-
-
-def move_frozen(model: nn.Module, device: torch.device) -> nn.Module:
-    """Move what a store does not hold, buffers and frozen parameters, to the device."""
-    for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            module._buffers[name] = buffer.to(device)
-        for parameter in module.parameters(recurse=False):
-            if not parameter.requires_grad:
-                parameter.data = parameter.data.to(device)
-    return model
+def callables(model: nn.Module) -> Iterator[str]:
+    """Names of the modules that are called, and not only hold others."""
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict):
+            yield name

@@ -6,6 +6,7 @@ are met. Every check raises :class:`UserError`, whose text is one line: field, v
 """
 
 import math
+import re
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -166,6 +167,54 @@ class MeshConfig:
 
 
 @dataclass(frozen=True)
+class MemoryConfig:
+    """Where the weights live between visits, and what one visit brings."""
+
+    store: str = "device"
+    """``device``: all weights where the model computes; ``host``: in host memory; ``disk``: in the run's folder."""
+    unit: str = "layer"
+    """What one visit brings: a ``layer``, or each ``module`` that owns parameters, for the least memory."""
+    slots: int = 3
+    """Blocks that have room where the model computes: one computes, one comes, one goes; at least 2."""
+    lag: int = 4
+    """Entries that a block in a store may lag behind before it is written back; replayed in one pass at its visits."""
+    disk_engine: str = "mmap"
+    """``mmap``, or ``deepnvme``: DeepSpeed's direct I/O, which needs the extra nvme and libaio."""
+    pin: bool = True
+    """Lock a host store's memory for the GPU's copies; without effect where there is no GPU."""
+    activations: str = "device"
+    """Where a forward's hidden states wait while others compute: ``device``, or ``host``."""
+
+    def __post_init__(self) -> None:
+        choice("memory.store", self.store, ("device", "host", "disk"))
+        choice("memory.unit", self.unit, ("layer", "module"))
+        choice("memory.disk_engine", self.disk_engine, ("mmap", "deepnvme"))
+        choice("memory.activations", self.activations, ("device", "host"))
+        at_least("memory.slots", self.slots, 2)
+        at_least("memory.lag", self.lag, 1)
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    """What is looked at while a run goes on."""
+
+    steps: str | None = None
+    """Steps ``a..b`` whose timeline is drawn: ``timeline.json`` for Chrome or Perfetto and ``timeline.png``."""
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and not self.range:
+            raise UserError(
+                f"profile.steps={self.steps} is no range of steps; give the first and the last, such as 3..4"
+            )
+
+    @property
+    def range(self) -> range:
+        """The steps, from 1."""
+        found = re.fullmatch(r"(\d+)\.\.(\d+)", self.steps or "")
+        return range(int(found[1]), int(found[2]) + 1) if found and int(found[1]) else range(0)
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """Where, how long, from which seed."""
 
@@ -176,7 +225,8 @@ class RunConfig:
     seed: int = 0
     """Seed of everything that is random."""
     snapshot_every: int = 0
-    """Steps between snapshots of the weights, which bound how much a resume replays; 0: never."""
+    """Steps between snapshots of the weights, which bound how much a resume replays; 0: never. Of a run with
+    memory.store=disk the blocks on disk are that already, so none are made."""
     device: str = "auto"
     """``cpu``, ``cuda``, or ``auto`` for ``cuda`` where there is one."""
     max_skipped: int = 10
@@ -222,6 +272,8 @@ class Config:
     estimator: EstimatorConfig = field(default_factory=EstimatorConfig)
     update: UpdateConfig = field(default_factory=UpdateConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     run: RunConfig = field(default_factory=RunConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)

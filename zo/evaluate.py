@@ -1,4 +1,4 @@
-"""Scores on held-out batches, shared among all ranks, by plain forwards of the weights as they stand."""
+"""Scores on held-out batches, shared among all ranks, by forwards of the weights at the newest version."""
 
 from collections.abc import Sequence
 
@@ -6,22 +6,27 @@ import torch
 from torch import nn
 
 from zo.mesh import Mesh
+from zo.replica import Replica
 from zo.tasks import Batch, Task
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, task: Task, batches: Sequence[Batch], mesh: Mesh) -> dict[str, float]:
+def evaluate(
+    model: nn.Module, replica: Replica, task: Task, batches: Sequence[Batch], mesh: Mesh, at_once: int
+) -> dict[str, float]:
     """Scores of a model, the same on every rank and any mesh.
 
     Args:
-        model: its weights must be at one version.
+        model: of the replica.
+        replica: brings its weights.
         task: how a batch is scored.
         batches: on CPU; rank r of R computes every R-th.
         mesh: of the run.
+        at_once: batches that one pass over the model serves.
     """
     owners = [i % mesh.ranks for i in range(len(batches))]
     mine = [batch for batch, owner in zip(batches, owners, strict=True) if owner == mesh.rank]
-    terms = [task.terms(model, {k: v.to(mesh.device) for k, v in batch.items()}) for batch in mine]
-    table = mesh.gather(terms, owners, width=3)
+    cells = [lambda batch=b: task.terms(model, {k: v.to(mesh.device) for k, v in batch.items()}) for b in mine]
+    table = mesh.gather(replica.plain(cells, at_once), owners, width=3)
     # Summed in the order of the batches, so that the scores have the same bits on any mesh.
     return task.summarize([sum(column) for column in table.T.tolist()])

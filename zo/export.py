@@ -8,11 +8,11 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import httpx2
 from huggingface_hub import HfApi, ModelCard, ModelCardData
@@ -28,6 +28,8 @@ from zo.log import sync_folder
 SHARD_BYTES = 5_000_000_000
 """Weights converted and written at once, at most, unless one layer has more; the hub's usual size of a file."""
 COMMIT_MESSAGE = "Weights, card and configuration of a zo run"
+STREAMED_BYTES = 512_000_000
+"""The same for weights that are not in memory."""
 ROOM_BYTES = 32 * 2**20
 """Room asked for beside the weights: tokenizer (17 MB for the largest that we know, Gemma-3's), configuration, card."""
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(?<!\.json)(?<!\.jsonl)(?<!\.csv)(?<!\.parquet)")
@@ -123,43 +125,87 @@ def _one_line(what: object) -> str:
     return " ".join(str(what).split())
 
 
-def write_folder(model: nn.Module, tokenizer: Any, to: Path, card: Card, *, replace: bool = False) -> None:
+class Source(Protocol):
+    """Where the weights are while they are written."""
+
+    resident: bool
+    """Whether they stay in memory, so that nothing need be copied."""
+
+    def tensors(self) -> Iterable[tuple[str, Tensor]]:
+        """Every parameter that is trained, by the first of its names; else valid until the next is asked for."""
+        ...
+
+
+def write_folder(
+    model: nn.Module, tokenizer: Any, to: Path, card: Card, *, source: Source | None = None, replace: bool = False
+) -> None:
     """Write a folder that ``from_pretrained`` reads: weights, configuration, tokenizer if there is one, card.
 
     Memory over the model's: nothing where transformers keeps weights in memory as they are on disk; else what it
-    converts, and from an accelerator the copies on the host, of ``SHARD_BYTES`` or one layer at a time.
+    converts, and of weights that come from elsewhere ``STREAMED_BYTES`` or one layer at a time.
 
     Args:
         model: a transformers model; its parameters may be views of larger tensors, and tied.
         tokenizer: a transformers tokenizer, or None.
         to: the folder; missing or empty.
         card: what the card says.
+        source: of the weights that the model itself does not hold.
         replace: put the new folder in the place of a full one, which stays until the new one is whole.
 
     Raises:
         UserError: the folder is not empty, or the disk is too small, full or not writable; nothing is left behind.
     """
     to = to.expanduser().resolve()
-    tensors = _own_storages(model.state_dict())
-    with _whole_or_nothing(to, _saved_bytes(tensors) + ROOM_BYTES, replace) as beside:
-        _write_weights(model, tensors, beside)
+    content = _Content(model)
+    with _whole_or_nothing(to, content.size_bytes + ROOM_BYTES, replace) as beside:
+        _write_weights(model, content, source, beside)
         if tokenizer is not None:
             tokenizer.save_pretrained(beside)
         (beside / "README.md").write_text(model_card(card), encoding="utf-8")
 
 
-def _own_storages(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same memory, every tensor as a storage of its own.
+class _Content:
+    """What is to be saved of a model: names, shapes and ties, before any weight is at hand."""
 
-    save_pretrained clones all tensors that share a storage, disjoint or not: with a block's parameters in one tensor,
-    a second copy of the model. Through DLPack each keeps its address and forgets its neighbours; ties stay visible.
-    """
-    return {name: from_dlpack(tensor.detach()) for name, tensor in state.items()}
+    def __init__(self, model: nn.Module) -> None:
+        state = model.state_dict(keep_vars=True)
+        parameters: dict[object, list[str]] = {}
+        for name, tensor in state.items():
+            # Loaded models tie two Parameter objects on one storage; a placeholder has a storage of one element.
+            whole = tensor.device.type != "meta" and tensor.is_contiguous() and tensor.numel()
+            parameters.setdefault((tensor.data_ptr(), tensor.shape) if whole else id(tensor), []).append(name)
+        self.names = {names[0]: names for names in parameters.values()}
+        """All names of each tensor, by the first of them."""
+        self.resident = {name: state[name].detach() for name in self.names}
+        """What the model itself holds: all of it, or placeholders for what comes from elsewhere."""
+        self.meta = {name: tensor.detach().to("meta") for name, tensor in state.items()}
+        self.size_bytes = sum(self.meta[name].nbytes for name in self.names)
 
+    def parts(self, model: nn.Module, most_bytes: int) -> list[list[str]]:
+        """Cut the weights between layers, and modules outside them, into parts of at most that much, or one layer."""
+        layers: dict[str, list[str]] = {}
+        for name in self.names:
+            found = LAYER.match(name)
+            layers.setdefault(found.group() if found else name.rpartition(".")[0], []).append(name)
+        parts: list[list[str]] = [[]]
+        for layer in layers.values():
+            if parts[-1] and self._bytes(parts[-1] + layer) > most_bytes:
+                parts.append([])
+            parts[-1] += layer
+        # A whole conversion takes more memory, and is right for any model.
+        return parts if len(parts) > 1 and self._convert_apart(model, parts) else [list(self.names)]
 
-def _saved_bytes(tensors: Mapping[str, Tensor]) -> int:
-    """Size on disk; by address, for a tied parameter has several names and is saved once."""
-    return sum({t.data_ptr(): t.nbytes for t in tensors.values()}.values())
+    def _bytes(self, names: Sequence[str]) -> int:
+        return sum(self.meta[name].nbytes for name in names)
+
+    def _convert_apart(self, model: Any, parts: Sequence[Sequence[str]]) -> bool:
+        """Whether the parts, each converted alone, give the names and shapes of the whole."""
+
+        def saved(names: Sequence[str]) -> list[tuple[str, tuple[int, ...]]]:
+            on_meta = {name: self.meta[name] for first in names for name in self.names[first]}
+            return [(name, tuple(tensor.shape)) for name, tensor in revert_weight_conversion(model, on_meta).items()]
+
+        return sorted(saved(list(self.names))) == sorted(item for part in parts for item in saved(part))
 
 
 @contextmanager
@@ -200,53 +246,57 @@ def _whole_or_nothing(to: Path, bytes_needed: int, replace: bool) -> Iterator[Pa
         raise
 
 
-def _write_weights(model: nn.Module, tensors: Mapping[str, Tensor], folder: Path) -> None:
+def _write_weights(model: nn.Module, content: _Content, source: Source | None, folder: Path) -> None:
     """Write weights and configuration; a file a part, and their index, where there is more than one part."""
     save: Any = model.save_pretrained
-    parts = _parts(model, tensors)
-    if len(parts) == 1:
-        save(folder, state_dict=parts[0], max_shard_size=SHARD_BYTES)
-        return
+    streamed = source is not None and not source.resident
+    parts = content.parts(model, STREAMED_BYTES if streamed else SHARD_BYTES)
     weight_map: dict[str, str] = {}
-    for number, part in enumerate(parts, start=1):
+    for number, state in _states(content, source if streamed else None, parts):
+        if len(parts) == 1:
+            save(folder, state_dict=state, max_shard_size=SHARD_BYTES)
+            return
         # In a folder of its own: save_pretrained removes the files of other parts.
-        inner, name = folder / "part", f"model-{number:05d}-of-{len(parts):05d}.safetensors"
-        save(inner, state_dict=part, max_shard_size="1000TB")
+        inner, name = folder / "part", f"model-{number + 1:05d}-of-{len(parts):05d}.safetensors"
+        save(inner, state_dict=state, max_shard_size="1000TB")
         with safe_open(inner / "model.safetensors", framework="pt") as file:
             weight_map |= dict.fromkeys(file.keys(), name)
         (inner / "model.safetensors").rename(folder / name)
         for path in inner.iterdir():
             path.replace(folder / path.name)
         inner.rmdir()
-    index = {"metadata": {"total_size": _saved_bytes(tensors)}, "weight_map": weight_map}
+    index = {"metadata": {"total_size": content.size_bytes}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _parts(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-    """Cut the weights between layers into parts of at most ``SHARD_BYTES``, or one layer."""
-    layers: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        found = LAYER.match(name)
-        layers.setdefault(found.group() if found else "", {})[name] = tensor
-    parts: list[dict[str, Tensor]] = [{}]
-    for layer in layers.values():
-        if parts[-1] and _saved_bytes(parts[-1] | layer) > SHARD_BYTES:
-            parts.append({})
-        parts[-1] |= layer
-    # A whole conversion takes more memory, and is right for any model.
-    return parts if len(parts) > 1 and _convert_apart(model, tensors, parts) else [dict(tensors)]
+def _states(
+    content: _Content, source: Source | None, parts: Sequence[Sequence[str]]
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """Each part's number and its weights, when they are all at hand."""
+    of_part = {name: number for number, part in enumerate(parts) for name in part}
+    lacking = {name for name, tensor in content.resident.items() if source is not None and _is_placeholder(tensor)}
+    left = [len(lacking & set(part)) for part in parts]
+    held: list[dict[str, Tensor]] = [{n: content.resident[n] for n in part if n not in lacking} for part in parts]
+
+    def state(number: int) -> dict[str, Tensor]:
+        # Every tensor as a storage of its own: save_pretrained clones those that share one, a second copy of the
+        # model where a block is one tensor. Through DLPack each keeps its address; ties stay visible.
+        own = {first: from_dlpack(tensor) for first, tensor in held[number].items()}
+        held[number] = {}
+        return {name: own[first] for first in parts[number] for name in content.names[first]}
+
+    yield from ((number, state(number)) for number, count in enumerate(left) if not count)
+    for name, tensor in source.tensors() if source is not None else ():
+        first = next(f for f, names in content.names.items() if name in names)
+        number = of_part[first]
+        held[number][first] = tensor.detach().to("cpu", copy=True).contiguous()
+        left[number] -= 1
+        if not left[number]:
+            yield number, state(number)
 
 
-def _convert_apart(model: Any, whole: Mapping[str, Tensor], parts: Sequence[Mapping[str, Tensor]]) -> bool:
-    """Whether the parts, each converted alone, give the names and shapes of the whole, and no tie joins two of them."""
-
-    def saved(tensors: Mapping[str, Tensor]) -> list[tuple[str, tuple[int, ...]]]:
-        on_meta = {name: tensor.to("meta") for name, tensor in tensors.items()}
-        return [(name, tuple(tensor.shape)) for name, tensor in revert_weight_conversion(model, on_meta).items()]
-
-    addresses = [{t.data_ptr() for t in part.values() if t.numel()} for part in parts]
-    tied_across = sum(map(len, addresses)) > len(set.union(*addresses))
-    return not tied_across and sorted(saved(whole)) == sorted(item for part in parts for item in saved(part))
+def _is_placeholder(tensor: Tensor) -> bool:
+    return tensor.numel() > 1 and not any(tensor.stride())
 
 
 def push(folder: Path, repo_id: str, private: bool = True) -> str:

@@ -9,26 +9,28 @@ import torch
 from torch import nn
 
 from zo import log as logs
-from zo.blocks import find_layout, move_frozen
+from zo.blocks import find_layout
 from zo.config import Config, UserError
 from zo.export import Card
 from zo.folder import RunFolder
+from zo.log import Log
 from zo.problem import Problem, build_problem
 from zo.recipe import config_of
-from zo.replay import Replay
-from zo.store import DeviceStore
+from zo.replica import Replica, Weights
+from zo.selfcheck import move_resident, self_check
+from zo.store import DiskStore
 
 
-def restore(folder: RunFolder, store: DeviceStore, newest: int, base: str) -> None:
-    """Take over the newest snapshot that a log of ``newest`` entries covers, if there is one.
+def restore(folder: RunFolder, weights: Weights, log: Log) -> None:
+    """Take over the newest snapshot that a log covers, if there is one; a disk store has its blocks instead.
 
     Raises:
         UserError: its weights are not the ones that were saved.
     """
-    if (snapshot := folder.snapshot(newest, base)) is not None:
-        step, fingerprint, tensors = snapshot
-        store.fill(tensors, step)
-        if store.fingerprint() != fingerprint:
+    store = weights.store
+    if not isinstance(store, DiskStore) and (snapshot := folder.snapshot(log.version, store.base)) is not None:
+        step, fingerprint, get = snapshot
+        if store.fill(get, step) != fingerprint:
             raise UserError(f"{folder.snapshots} holds a damaged snapshot of step {step}; delete that file and go on")
 
 
@@ -38,18 +40,18 @@ class FinishedRun:
 
     problem: Problem
     model: nn.Module
+    replica: Replica
     device: torch.device
     content: dict[str, Any]
     header: dict[str, Any]
     steps: int
-    fingerprint: str
 
 
 def load_run(path: Path, change: Callable[[Config], Config] = lambda config: config) -> FinishedRun:
-    """Rebuild the weights of a run.
+    """Rebuild the weights of a run, in the store that it trained with.
 
     Args:
-        path: its folder.
+        path: its folder; nothing is written there.
         change: what to do differently from its configuration, such as other data to score.
 
     Raises:
@@ -58,28 +60,36 @@ def load_run(path: Path, change: Callable[[Config], Config] = lambda config: con
     folder = RunFolder(path)
     content = folder.read_config()
     header, entries = logs.read(folder.log_file)
-    problem = build_problem(change(config_of(content["config"])))
-    model, store, device = _load(problem)
-    with torch.no_grad():
-        if store.fingerprint() != header["base"]:
-            raise UserError(f"run={path}: the base model is not the one that its log began from; restore that model")
-        restore(folder, store, len(entries), header["base"])
-        Replay(store, logs.Log(header, entries)).catch_up()
-    return FinishedRun(problem, model, device, content, header, len(entries), store.fingerprint())
+    config = change(config_of(content["config"]))
+    problem = build_problem(config)
+    weights = _load(problem, config, folder.blocks(0))
+    if weights.store.base != header["base"]:
+        raise UserError(f"run={path}: the base model is not the one that its log began from; restore that model")
+    log = Log(header, entries)
+    restore(folder, weights, log)
+    return FinishedRun(problem, weights.model, Replica(weights, log), weights.device, content, header, len(entries))
 
 
 def load_plain(config: Config) -> FinishedRun:
     """A model that no run has changed."""
     problem = build_problem(config)
-    model, store, device = _load(problem)
-    return FinishedRun(problem, model, device, {}, {}, 0, store.fingerprint())
+    weights = _load(problem, config, Path())
+    log = Log({"directions": 1, "seed": 0, "distribution": "rademacher", "rule": "sgd", "weight_decay": 0.0})
+    return FinishedRun(problem, weights.model, Replica(weights, log), weights.device, {}, {}, 0)
 
 
-def _load(problem: Problem) -> tuple[nn.Module, DeviceStore, torch.device]:
+def _load(problem: Problem, config: Config, blocks: Path) -> Weights:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with torch.no_grad():
-        model = move_frozen(problem.load(), device)
-        return model, DeviceStore(model, find_layout(model), device), device
+        batches = [problem.batches(0, 0)] if not problem.dev_batches else list(problem.dev_batches[:1])
+        on_device = [{k: v.to(device) for k, v in batch.items()} for batch in batches]
+        forwards = [lambda model, batch=b: problem.objective(model, batch) for b in on_device]
+        models = [problem.narrow, problem.skeleton] if problem.narrow is not None else [problem.skeleton]
+        whole = self_check(models, forwards, device, config.estimator.distribution, config.memory.unit)
+        layout, model = find_layout(problem.skeleton, config.memory.unit, whole), problem.build()
+        weights = Weights(model, layout, problem.base, config.memory, device, blocks, writable=False)
+        move_resident(model, device)
+    return weights
 
 
 def with_data(config: Config, name: str) -> Config:

@@ -4,6 +4,7 @@
     steps.log       the log
     metrics.jsonl   one object a step and an evaluation
     snapshots/      weights at some versions, the last two
+    blocks/         what a disk store wrote back, a folder a rank
     model/          the Hugging Face folder at the end
 
 Files appear whole or not at all: written beside, synced, renamed.
@@ -11,12 +12,11 @@ Files appear whole or not at all: written beside, synced, renamed.
 
 import os
 import platform
-import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import yaml
 from safetensors import SafetensorError, safe_open
@@ -53,6 +53,17 @@ def _write_whole(path: Path, text: str) -> None:
         os.fsync(file.fileno())
     os.rename(beside, path)
     sync_folder(path.parent)
+
+
+class Tensors(Protocol):
+    """Whatever yields weights."""
+
+    resident: bool
+    """Whether what it yields stays valid."""
+
+    def tensors(self) -> Iterable[tuple[str, Tensor]]:
+        """Every parameter by its first name."""
+        ...
 
 
 class RunFolder:
@@ -121,7 +132,7 @@ class RunFolder:
                 f"run.dir={self.path} cannot be written: {error.strerror}; choose another folder or make room"
             ) from error
 
-    def save_snapshot(self, step: int, tensors: Iterable[tuple[str, Tensor]], base: str, fingerprint: str) -> None:
+    def save_snapshot(self, step: int, weights: Tensors, base: str, fingerprint: str) -> None:
         """Keep the weights of one version; the last two snapshots stay.
 
         Raises:
@@ -132,7 +143,9 @@ class RunFolder:
         try:
             self.snapshots.mkdir(exist_ok=True)
             metadata = {"version": str(step), "base": base, "fingerprint": fingerprint}
-            save_file(dict(tensors), beside, metadata)
+            resident = weights.resident
+            tensors = {name: t if resident else t.to("cpu", copy=True) for name, t in weights.tensors()}
+            save_file(tensors, beside, metadata)
             with open(beside, "rb+") as file:
                 os.fsync(file.fileno())
             os.rename(beside, path)
@@ -150,20 +163,18 @@ class RunFolder:
     def _snapshot_files(self) -> list[Path]:
         return sorted(self.snapshots.glob("step-*.safetensors"))
 
-    def snapshot(self, newest: int, base: str) -> tuple[int, str, dict[str, Tensor]] | None:
-        """Version, fingerprint and weights of the newest snapshot that the log covers, if there is one."""
+    def snapshot(self, newest: int, base: str) -> tuple[int, str, Callable[[str], Tensor]] | None:
+        """Version, fingerprint and weights by name of the newest snapshot that the log covers, if there is one."""
         for path in reversed(self._snapshot_files()):
             try:
-                with safe_open(path, framework="pt") as file:
-                    facts = file.metadata() or {}
-                    if facts.get("base") == base and int(facts["version"]) <= newest:
-                        names = file.keys()
-                        return int(facts["version"]), facts["fingerprint"], {n: file.get_tensor(n) for n in names}
+                file = safe_open(path, framework="pt")
+                facts = file.metadata() or {}  # type: ignore[no-untyped-call]
+                if facts.get("base") == base and int(facts["version"]) <= newest:
+                    return int(facts["version"]), facts["fingerprint"], file.get_tensor
             except (SafetensorError, OSError, KeyError):
                 continue  # A damaged snapshot is worth nothing: an older one, or the base, and the log are.
         return None
 
-    def free_bytes(self) -> int:
-        """Room on the disk that the folder lies on, or will."""
-        existing = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
-        return shutil.disk_usage(existing).free
+    def blocks(self, rank: int) -> Path:
+        """Where a rank's disk store keeps the blocks that it wrote back."""
+        return self.path / "blocks" / f"rank-{rank:05d}"

@@ -1,34 +1,38 @@
 """Where every trainable parameter lies: one flat address space, cut into blocks.
 
-Blocks follow one another in the order of the model; inside a block, parameters with two or more dims come first, then
-the rest, each group in the model's order and each parameter on the next multiple of ``ALIGNMENT``. The order depends on
-the model alone, so an address names the same weight on any machine, mesh or store. Pure arithmetic: no tensor is read.
+Groups (layers, and the modules around them) follow one another in the order of the model; inside a group, parameters
+with two or more dims come first, then the rest, each in the model's order and each on the next multiple of
+``ALIGNMENT``. That depends on the model alone, so an address names the same weight on any machine, mesh or store.
+How groups are cut into blocks, the units of a visit, changes no address. Pure arithmetic: no tensor is read.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import groupby
 from math import prod
 
 import torch
+from torch import Tensor
 
 from zo.perturbation import ALIGNMENT
 
 
 @dataclass(frozen=True)
 class Spec:
-    """One trainable parameter before it is placed."""
+    """One parameter before it is placed."""
 
     names: tuple[str, ...]
     """All its names in the model; more than one where it is tied, the first one counts."""
     shape: tuple[int, ...]
     dtype: torch.dtype
+    frozen: bool = False
+    """Read at a visit, never perturbed, never written; it has no address in the space of z."""
 
 
 @dataclass(frozen=True)
 class Placed:
-    """One trainable parameter and its address."""
+    """One parameter and its address; a frozen one's address only orders it among the frozen."""
 
     spec: Spec
     start: int
@@ -55,30 +59,70 @@ class Placed:
 
 
 @dataclass(frozen=True)
-class Segment:
-    """A run of a block's parameters with one stored dtype and one rule of decay: one tensor, one kernel call."""
+class Part:
+    """Rows of a parameter that one block holds: all of them, but for a vocabulary that is cut into chunks."""
 
-    parameters: tuple[Placed, ...]
+    parameter: Placed
+    rows: tuple[int, int] | None = None
+    """First row and the one after the last, of a matrix; ``None`` for the whole parameter."""
 
     @property
     def start(self) -> int:
         """Address of its first element."""
-        return self.parameters[0].start
+        return self.parameter.start + (self.rows[0] * self._width if self.rows else 0)
+
+    @property
+    def stop(self) -> int:
+        """The address after its last element, padding included."""
+        last = self.rows is None or self.rows[1] == self.parameter.spec.shape[0]
+        return self.parameter.stop if last else self.parameter.start + self.rows[1] * self._width  # type: ignore[index]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of these rows."""
+        whole = self.parameter.spec.shape
+        return whole if self.rows is None else (self.rows[1] - self.rows[0], *whole[1:])
+
+    @property
+    def numel(self) -> int:
+        """Number of elements, padding left out."""
+        return prod(self.shape)
+
+    @property
+    def _width(self) -> int:
+        return prod(self.parameter.spec.shape[1:])
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of a block's parts with adjoining addresses, one dtype, one rule of decay: one tensor, one kernel call."""
+
+    parts: tuple[Part, ...]
+
+    @property
+    def start(self) -> int:
+        """Address of its first element."""
+        return self.parts[0].start
 
     @property
     def numel(self) -> int:
         """Elements, the padding between parameters included."""
-        return self.parameters[-1].stop - self.start
+        return self.parts[-1].stop - self.start
 
     @property
     def dtype(self) -> torch.dtype:
         """Stored dtype."""
-        return self.parameters[0].spec.dtype
+        return self.parts[0].parameter.spec.dtype
 
     @property
     def decays(self) -> bool:
         """Whether weight decay applies."""
-        return self.parameters[0].decays
+        return self.parts[0].parameter.decays
+
+    @property
+    def frozen(self) -> bool:
+        """Whether its parameters are never changed."""
+        return self.parts[0].parameter.spec.frozen
 
     @property
     def size_bytes(self) -> int:
@@ -88,63 +132,123 @@ class Segment:
 
 @dataclass(frozen=True)
 class Block:
-    """The unit of streaming: what one visit brings."""
+    """The unit of streaming: what one visit brings. In memory and on disk its segments lie one after another."""
 
     index: int
     modules: tuple[str, ...]
-    """The modules whose forward enters it; more than one where they share a parameter."""
-    parameters: tuple[Placed, ...]
+    """The modules whose forward enters it; more than one where they share a parameter, none for a chunk."""
+    parts: tuple[Part, ...]
 
     @property
     def name(self) -> str:
-        """The name of its first module."""
-        return self.modules[0] or "(root)"
+        """The name of its first module, or of the rows that it holds."""
+        if self.modules:
+            return self.modules[0] or "(root)"
+        rows = self.parts[0].rows
+        return self.parts[0].parameter.name + (f"[{rows[0]}:{rows[1]}]" if rows else "")
 
     @cached_property
     def segments(self) -> tuple[Segment, ...]:
-        """Its parameters as runs of equal dtype and decay, in address order."""
-        runs = groupby(self.parameters, key=lambda p: (p.spec.dtype, p.decays))
-        return tuple(Segment(tuple(run)) for _, run in runs)
+        """Its parts as runs of equal kind, in address order, the frozen ones last."""
+        runs: list[list[Part]] = []
+        for part in sorted(self.parts, key=lambda p: (p.parameter.spec.frozen, p.start)):
+            before = runs[-1][-1] if runs else None
+            if before is not None and before.stop == part.start and _kind(before) == _kind(part):
+                runs[-1].append(part)
+            else:
+                runs.append([part])
+        return tuple(Segment(tuple(run)) for run in runs)
 
-    @property
+    @cached_property
+    def trainable(self) -> tuple[Segment, ...]:
+        """The segments that are perturbed and changed: the first ones."""
+        return tuple(s for s in self.segments if not s.frozen)
+
+    @cached_property
     def size_bytes(self) -> int:
-        """Stored size in bytes."""
+        """Stored size in bytes, frozen parameters included."""
         return sum(s.size_bytes for s in self.segments)
+
+    @cached_property
+    def trainable_bytes(self) -> int:
+        """Stored size in bytes of what is perturbed."""
+        return sum(s.size_bytes for s in self.trainable)
+
+    def carve(self, image: Tensor) -> list[Tensor]:
+        """A block's bytes, uint8 of shape ``[size_bytes]``, as one flat tensor of its dtype for each segment."""
+        carved, start = [], 0
+        for segment in self.segments:
+            carved.append(image[start : start + segment.size_bytes].view(segment.dtype))
+            start += segment.size_bytes
+        return carved
+
+
+def _kind(part: Part) -> tuple[torch.dtype, bool, bool]:
+    return part.parameter.spec.dtype, part.parameter.decays, part.parameter.spec.frozen
+
+
+def views(block: Block, segments: Sequence[Tensor]) -> Iterable[tuple[Part, Tensor]]:
+    """Every part of a block, in its shape, as a view of these flat tensors, one a segment."""
+    for segment, flat in zip(block.segments, segments, strict=False):
+        for part in segment.parts:
+            offset = part.start - segment.start
+            yield part, flat[offset : offset + part.numel].view(part.shape)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """All blocks of a model, in address order."""
+    """All blocks of a model, and the groups that gave them their addresses."""
 
-    blocks: tuple[Block, ...]
+    groups: tuple[Block, ...]
+    """Layers, and modules around them, as blocks of whole parameters."""
+    blocks: tuple[Block, ...] = field(default=())
+    """The units of a visit: the groups themselves, or what they are cut into."""
 
     @property
     def parameters(self) -> Iterable[Placed]:
         """Every trainable parameter, in address order."""
-        return (p for b in self.blocks for p in b.parameters)
+        return (part.parameter for g in self.groups for part in g.parts if not part.parameter.spec.frozen)
 
     @property
     def numel(self) -> int:
         """Number of trainable elements, padding left out."""
         return sum(p.numel for p in self.parameters)
 
-    @property
-    def largest_block_bytes(self) -> int:
-        """Stored size of the largest block, in bytes."""
-        return max(b.size_bytes for b in self.blocks)
+    @cached_property
+    def group_of(self) -> Mapping[int, Block]:
+        """The group that each block, by index, is a piece of."""
+        owner = {part.parameter.name: group for group in self.groups for part in group.parts}
+        return {block.index: owner[block.parts[0].parameter.name] for block in self.blocks}
+
+    @cached_property
+    def digest(self) -> str:
+        """What tells layouts apart: a block's bytes mean nothing under another."""
+        said = [[(p.parameter.spec, p.start, p.rows) for p in block.parts] for block in self.blocks]
+        return hashlib.sha256(repr(said).encode()).hexdigest()[:16]
 
 
-def lay_out(blocks: Sequence[tuple[Sequence[str], Sequence[Spec]]]) -> Layout:
-    """Give every parameter its address.
+def lay_out(groups: Sequence[tuple[Sequence[str], Sequence[Spec]]]) -> Layout:
+    """Give every parameter its address; blocks are the groups.
 
     Args:
-        blocks: for each block, in the order of the model: the modules that enter it, and its parameters.
+        groups: in the order of the model: the modules that enter one, and its parameters.
     """
-    placed_blocks, address = [], 0
-    for index, (modules, specs) in enumerate(blocks):
-        placed = []
-        for spec in sorted(specs, key=lambda s: len(s.shape) < 2):
-            placed.append(Placed(spec, address))
-            address = placed[-1].stop
-        placed_blocks.append(Block(index, tuple(modules), tuple(placed)))
-    return Layout(tuple(placed_blocks))
+    placed, address, frozen_address = [], 0, 0
+    for index, (modules, specs) in enumerate(groups):
+        parts = []
+        for spec in sorted(specs, key=lambda s: (s.frozen, len(s.shape) < 2)):
+            parameter = Placed(spec, frozen_address if spec.frozen else address)
+            parts.append(Part(parameter))
+            if spec.frozen:
+                frozen_address = parameter.stop
+            else:
+                address = parameter.stop
+        placed.append(Block(index, tuple(modules), tuple(parts)))
+    return Layout(tuple(placed), tuple(placed))
+
+
+def cut(layout: Layout, pieces: Sequence[tuple[Sequence[str], Sequence[Part]]]) -> Layout:
+    """The same addresses in other blocks: for each, the modules that enter it and what it holds."""
+    blocks = tuple(Block(i, tuple(modules), tuple(parts)) for i, (modules, parts) in enumerate(pieces))
+    assert sum(b.size_bytes for b in blocks) == sum(g.size_bytes for g in layout.groups)
+    return Layout(layout.groups, blocks)

@@ -3,7 +3,7 @@
 Each cell is a plain function call in a greenlet of its own. A pre-forward hook on the modules that enter a block
 suspends it; the hub resumes every cell that waits for the same block before any of them goes on to the next. No
 model is rewritten, and nothing is assumed of its inputs, outputs or control flow: a cell that takes another path
-waits for another block and is served there.
+waits for another block and is served there. A vocabulary in chunks is looked up, or multiplied by, chunk by chunk.
 
 Enter autocast and grad modes outside :meth:`Lockstep.run`, never inside a cell across a block: they belong to the
 thread, not to the greenlet.
@@ -11,12 +11,16 @@ thread, not to the greenlet.
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
+from itertools import groupby
 from typing import Any, Protocol, TypeVar
 
+import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
+from torch.nn import functional
 
-from zo.layout import Layout
+from zo.binding import Binding
+from zo.layout import Block
 
 T = TypeVar("T")
 
@@ -35,27 +39,71 @@ class Lender(Protocol):
 class Lockstep:
     """Hooks on a model's blocks; plain forwards outside :meth:`run` pass through them untouched."""
 
-    def __init__(self, model: nn.Module, layout: Layout) -> None:
+    def __init__(self, binding: Binding) -> None:
         """Attach the hooks."""
+        model, self._binding = binding.model, binding
         self._waiting: dict[greenlet, int | None] = {}
         self._row_numbers: dict[greenlet, Tensor | None] = {}
         self._hooks = [
             model.get_submodule(name).register_forward_pre_hook(self._hook(block.index))
-            for block in layout.blocks
+            for block in binding.layout.blocks
             for name in block.modules
         ]
+        self._patched: list[nn.Module] = []
+        chunks = [block for block in binding.layout.blocks if block.parts[0].rows is not None]
+        for _, of_one in groupby(chunks, key=lambda block: block.parts[0].parameter.name):
+            self._patch(model, list(of_one))
 
     def _hook(self, block: int) -> Callable[..., None]:
         def suspend(module: nn.Module, arguments: Any) -> None:
-            cell = getcurrent()
-            if cell in self._waiting:
-                self._waiting[cell] = block
-                # A subclass with a forward of its own may read more than the rows that it is given.
-                plain_lookup = type(module).forward is nn.Embedding.forward and len(arguments) == 1
-                self._row_numbers[cell] = arguments[0] if plain_lookup else None
-                cell.parent.switch()
+            # A subclass with a forward of its own may read more than the rows that it is given.
+            plain_lookup = type(module).forward is nn.Embedding.forward and len(arguments) == 1
+            self._enter(block, arguments[0] if plain_lookup else None)
 
         return suspend
+
+    def _enter(self, block: int, row_numbers: Tensor | None = None) -> None:
+        """Wait, in a cell, until the block holds the cell's weights."""
+        cell = getcurrent()
+        if cell in self._waiting:
+            self._waiting[cell], self._row_numbers[cell] = block, row_numbers
+            cell.parent.switch()
+
+    def _patch(self, model: nn.Module, chunks: list[Block]) -> None:
+        """Let the modules that own a parameter in chunks compute with one chunk after another."""
+        for name in chunks[0].parts[0].parameter.spec.names:
+            module = model.get_submodule(name.rpartition(".")[0])
+            make = self._lookup if isinstance(module, nn.Embedding) else self._head
+            module.forward = make(chunks)
+            self._patched.append(module)
+
+    def _lookup(self, chunks: list[Block]) -> Callable[[Tensor], Tensor]:
+        def forward(ids: Tensor) -> Tensor:
+            width, dtype = chunks[0].parts[0].shape[1], chunks[0].parts[0].parameter.spec.dtype
+            flat = ids.flatten()
+            found = torch.empty(len(flat), width, dtype=dtype, device=ids.device)
+            for chunk in chunks:
+                first, stop = chunk.parts[0].rows or (0, 0)
+                inside = ((flat >= first) & (flat < stop)).nonzero().squeeze(1)
+                if len(inside):
+                    rows = flat[inside] - first
+                    self._enter(chunk.index, rows)
+                    found[inside] = functional.embedding(rows, self._binding.chunks[chunk.index])
+            return found.view(*ids.shape, width)
+
+        return forward
+
+    def _head(self, chunks: list[Block]) -> Callable[[Tensor], Tensor]:
+        def forward(x: Tensor) -> Tensor:
+            vocabulary = chunks[0].parts[0].parameter.spec.shape[0]
+            logits = torch.empty(*x.shape[:-1], vocabulary, dtype=x.dtype, device=x.device)
+            for chunk in chunks:
+                first, stop = chunk.parts[0].rows or (0, 0)
+                self._enter(chunk.index)
+                logits[..., first:stop] = functional.linear(x, self._binding.chunks[chunk.index])
+            return logits
+
+        return forward
 
     def run(self, cells: Sequence[Callable[[], T]], lender: Lender) -> list[T]:
         """Run every cell to its end and return their results in order.
@@ -76,7 +124,8 @@ class Lockstep:
         try:
             for cell in range(len(cells)):
                 resume(cell)
-            while (block := next((b for b in self._waiting.values() if b is not None), None)) is not None:
+            # The earliest block first: cells that skipped one wait for those that did not.
+            while (block := min((b for b in self._waiting.values() if b is not None), default=None)) is not None:
                 here = [cell for cell, g in enumerate(greenlets) if self._waiting[g] == block]
                 rows = [self._row_numbers[greenlets[cell]] for cell in here]
                 with closing(lender.lend(block, here, rows)) as lent:  # type: ignore[type-var]
@@ -90,6 +139,8 @@ class Lockstep:
         return results
 
     def detach(self) -> None:
-        """Take the hooks off the model."""
+        """Leave the model as it was."""
         for hook in self._hooks:
             hook.remove()
+        while self._patched:
+            del self._patched.pop().forward

@@ -1,6 +1,8 @@
 """Build and load models through transformers, whatever their family: configuration, tokenizer, skeleton, weights."""
 
+import copy
 import inspect
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +10,14 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.core_model_loading import build_glob_alternation
 from transformers.utils import logging
 
 from zo import assets
+from zo.base import Base, RandomBase
 from zo.config import ModelConfig, UserError
+from zo.disk import Engine
+from zo.shards import ShardBase, shard_files
 from zo.tasks import ModelInfo
 
 # Bars of a second's loading would stand between the run's own lines, once a rank.
@@ -19,6 +25,10 @@ logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 AUTO_CLASS = {"causal-lm": AutoModelForCausalLM, "sequence-classification": AutoModelForSequenceClassification}
 """transformers' builders, by the name that ``model.task`` takes."""
+NARROW_HEAD = 16
+"""Width of an attention head in a narrow copy."""
+WIDTHS, LENGTHS = re.compile("hidden|emb|model|dim|width"), re.compile("max|position|vocab|layers|seq")
+"""Keys of a configuration that tell a width, and that do not though they hold the same number."""
 
 
 class Source:
@@ -87,27 +97,55 @@ class Source:
         return getattr(torch, self.config.dtype)  # type: ignore[no-any-return]
 
     def skeleton(self) -> nn.Module:
-        """The model with real buffers and parameters on meta.
+        """The model with real buffers and parameters on meta, each of the type it will have.
 
         Raises:
             UserError: transformers has no model of this kind for the configuration.
         """
         try:
-            with init_empty_weights(include_buffers=False):
-                model = self._from_config()
+            return self._on_meta(self.hf_config)  # type: ignore[no-any-return]
         except ValueError as error:
             raise UserError(f"model.name={self.config.name} has no {self.task} model: {_first_line(error)}") from error
+
+    def narrow(self, skeleton: nn.Module) -> nn.Module | None:
+        """A model of the same structure and a small width, for the self-check; ``None`` where there is none.
+
+        A layer of a large model has gigabytes, and where its weights are read does not depend on its width.
+        """
+        config, width = copy.deepcopy(self.hf_config), getattr(self.hf_config.get_text_config(), "hidden_size", 0)
+        heads = getattr(config.get_text_config(), "num_attention_heads", 0)
+        if not width or not heads or width <= heads * NARROW_HEAD:
+            return None
+        for part in {id(c): c for c in (config, config.get_text_config())}.values():
+            for key, value in list(vars(part).items()):
+                if value == width and type(value) is int and WIDTHS.search(key) and not LENGTHS.search(key):
+                    setattr(part, key, heads * NARROW_HEAD)
+            if isinstance(getattr(part, "head_dim", None), int):
+                part.head_dim = NARROW_HEAD
+        try:
+            model = self._on_meta(config)
+        except (ValueError, RuntimeError, AttributeError):
+            return None  # The model as it is will do.
+        same = [n for n, _ in model.named_parameters()] == [n for n, _ in skeleton.named_parameters()]
+        return model if same else None
+
+    def _on_meta(self, hf_config: Any) -> Any:
+        with init_empty_weights(include_buffers=False):
+            model = AUTO_CLASS[self.task].from_config(  # type: ignore[no-untyped-call]
+                hf_config,
+                dtype=self.dtype,
+                attn_implementation=self.config.attention,
+                trust_remote_code=self.config.trust_remote_code,
+            )
+        # Some families keep some parameters in float32 whatever is asked for; from_config does not know of it.
+        if plan := model._get_dtype_plan(self.dtype):
+            patterns, by_group, _ = build_glob_alternation(list(plan))
+            for name, parameter in model.named_parameters():
+                if found := patterns.search(name):
+                    parameter.data = parameter.data.to(plan[by_group[str(found.lastgroup)]])
         # Registering on meta makes a new Parameter each time, which parts tied ones.
         model.tie_weights()
-        return model.eval()  # type: ignore[no-any-return]
-
-    def _from_config(self) -> Any:
-        return AUTO_CLASS[self.task].from_config(  # type: ignore[no-untyped-call]
-            self.hf_config,
-            dtype=self.dtype,
-            attn_implementation=self.config.attention,
-            trust_remote_code=self.config.trust_remote_code,
-        )
+        return model.eval()
 
     def info(self, skeleton: nn.Module) -> ModelInfo:
         """What data and objective need to know of the model."""
@@ -117,40 +155,34 @@ class Source:
             accepts=frozenset(inspect.signature(skeleton.forward).parameters),
         )
 
-    def load(self, seed: int) -> nn.Module:
-        """The model with its weights, on CPU.
+    def base(self, skeleton: nn.Module, seed: int, engine: Engine) -> Base:
+        """The model's weights, to be read block by block.
 
         Args:
+            skeleton: of this source.
             seed: of random weights and of a head that the checkpoint does not have.
+            engine: reads the shards.
 
         Raises:
             UserError: the folder holds no weights, or not all of them.
         """
-        torch.manual_seed(seed)
+        fresh = RandomBase(skeleton, seed)
         if self.config.weights == "random":
-            return self._from_config().eval()  # type: ignore[no-any-return]
+            return fresh
+        name = self.config.name
         try:
-            model, report = AUTO_CLASS[self.task].from_pretrained(
-                self.path,
-                config=self.hf_config,
-                dtype=self.dtype,
-                attn_implementation=self.config.attention,
-                use_safetensors=True,
-                output_loading_info=True,
-                **self.hub,
-            )
-        except (OSError, ValueError, RuntimeError) as error:
+            found = ShardBase(skeleton, shard_files(self.path, self.hub), engine, fresh)
+        except (OSError, ValueError) as error:
             raise UserError(
-                f"model.name={self.config.name} has no weights that can be read: {_first_line(error)}; give a folder "
-                "with safetensors, or model.weights=random"
+                f"model.name={name} has no weights that can be read: {_first_line(error)}; give a folder with whole "
+                "safetensors, or model.weights=random"
             ) from error
-        missing = sorted(report["missing_keys"])
-        if missing and self.task == "causal-lm":
+        if found.missing and self.task == "causal-lm":
             raise UserError(
-                f"model.name={self.config.name} lacks {len(missing)} weights, {missing[0]} first; give a whole "
+                f"model.name={name} lacks {len(found.missing)} weights, {found.missing[0]} first; give a whole "
                 "checkpoint of a causal language model, or model.weights=random"
             )
-        return model.eval()  # type: ignore[no-any-return]
+        return found
 
 
 def _first_line(error: Exception) -> str:

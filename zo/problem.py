@@ -1,13 +1,15 @@
 """What a run trains: a model, an objective and batches, from a configuration or from the user's own hands."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
+from zo.base import Base, OwnBase
 from zo.config import Config, UserError
 from zo.data import Rows, build_data, pad_id
+from zo.disk import Engine
 from zo.model import Source
 from zo.tasks import Batch, Task
 
@@ -17,9 +19,11 @@ class Problem:
     """A model before its weights are read, and what it is trained on."""
 
     skeleton: nn.Module
-    """The model's structure; its parameters may be on meta."""
-    load: Callable[[], nn.Module]
-    """The model with its weights, on CPU."""
+    """The model's structure; its parameters may be on meta, and stay there."""
+    build: Callable[[], nn.Module]
+    """The model that will compute; its weights come from the base."""
+    base: Callable[[Engine], Base]
+    """Where the weights come from, given what reads files."""
     objective: Callable[[nn.Module, Batch], Tensor]
     """Model and batch -> sum of losses and number of terms."""
     batches: Callable[[int, int], Batch]
@@ -30,14 +34,25 @@ class Problem:
     tokenizer: Any = None
     exportable: bool = False
     """Whether the model can be written as a Hugging Face folder."""
-    facts: dict[str, Any] = field(default_factory=dict)
+    narrow: nn.Module | None = None
+    """A model of the same structure and a small width, on meta."""
+    own: bool = False
+    """Whether the model is the user's object, which is to have the trained weights in the end."""
 
 
 def own_problem(
     model: nn.Module, objective: Callable[[nn.Module, Batch], Tensor], batches: Callable[[int, int], Batch]
 ) -> Problem:
     """A user's own model, objective and batches."""
-    return Problem(model, model.eval, objective, batches, exportable=hasattr(model, "save_pretrained"))
+    return Problem(
+        model,
+        model.eval,
+        lambda engine: OwnBase(model),
+        objective,
+        batches,
+        exportable=hasattr(model, "save_pretrained"),
+        own=True,
+    )
 
 
 def build_problem(config: Config) -> Problem:
@@ -56,7 +71,8 @@ def build_problem(config: Config) -> Problem:
     data = build_data(rows, config, tokenizer, source.info(skeleton), classes)
     return Problem(
         skeleton=skeleton,
-        load=lambda: source.load(config.run.seed),
+        build=source.skeleton,
+        base=lambda engine: source.base(skeleton, config.run.seed, engine),
         objective=data.task.objective,
         batches=data.batches,
         data_checksum=data.checksum,
@@ -64,4 +80,5 @@ def build_problem(config: Config) -> Problem:
         dev_batches=data.dev_batches,
         tokenizer=tokenizer,
         exportable=True,
+        narrow=source.narrow(skeleton),
     )

@@ -14,7 +14,6 @@ from torch import Tensor
 from zo.layout import Block
 from zo.log import Entry, Log
 from zo.perturbation import Change, Offset, Rows, visit
-from zo.store import DeviceStore
 from zo.update import RULES
 
 
@@ -35,42 +34,44 @@ class Recipe:
 
 
 class Replay:
-    """Applies a log to the blocks of a store."""
+    """Applies a log to blocks, wherever their weights are."""
 
-    def __init__(self, store: DeviceStore, log: Log) -> None:
-        """Replay ``log`` on ``store``; entries appended later are seen."""
-        self.store, self.log, self.recipe = store, log, Recipe.of(log)
+    def __init__(self, log: Log) -> None:
+        """Replay ``log``; entries appended later are seen."""
+        self.log, self.recipe = log, Recipe.of(log)
 
     def visit(
         self,
         block: Block,
+        masters: Sequence[Tensor],
+        version: int,
         offsets: Sequence[Offset] = (),
         out: Sequence[Tensor] = (),
         row_numbers: Tensor | None = None,
-    ) -> None:
+    ) -> int:
         """Bring one block to the newest version and write probes of it.
 
         Args:
-            block: which block; its master weights are *modified in place* if they lag.
+            block: which block.
+            masters: its weights, one flat tensor a segment; *modified in place* if they lag. Frozen ones stay.
+            version: what they stand at.
             offsets: the probes.
-            out: one tensor a segment, of shape ``[len(offsets), segment.numel]``; *modified in place*.
+            out: one tensor a trainable segment, of shape ``[>= len(offsets), segment.numel]``; *modified in place*.
             row_numbers: for a block of one matrix, the only rows of it that will be read of ``out``.
+
+        Returns:
+            The newest version, at which the weights stand now.
         """
-        pending = self.log.entries[self.store.versions[block.index] :]
+        pending = self.log.entries[version:]
         changes = [self._change(entry) for entry in pending]
-        for i, (segment, master) in enumerate(zip(block.segments, self.store.segments[block.index], strict=True)):
+        for i, segment in enumerate(block.trainable):
             here = changes if segment.decays else [replace(c, decay=1.0) for c in changes]
             if here or offsets:
                 seed, distribution = self.recipe.seed, self.recipe.distribution
-                rows = None if row_numbers is None else Rows(row_numbers, segment.parameters[0].spec.shape[1])
+                rows = None if row_numbers is None else Rows(row_numbers, segment.parts[0].shape[1])
                 written = out[i] if offsets else None
-                visit(master, segment.start, seed, distribution, here, offsets, written, rows)
-        self.store.versions[block.index] += len(pending)
-
-    def catch_up(self) -> None:
-        """Bring every block to the newest version."""
-        for block in self.store.layout.blocks:
-            self.visit(block)
+                visit(masters[i], segment.start, seed, distribution, here, offsets, written, rows)
+        return version + len(pending)
 
     def _change(self, entry: Entry) -> Change:
         return RULES[self.recipe.rule](entry, self.recipe.weight_decay)

@@ -1,24 +1,28 @@
-"""Where the parameters live between visits. Store ``device``: every block in the memory of the compute device.
+"""Where the parameters live between visits: in the device's memory, the host's, or on disk.
 
-A store owns the master weights, block by block, one flat tensor a segment, and knows each block's version: the last
-log entry applied to it. The model's parameters are views of them. Only ``replay`` writes here once a run has begun.
+A store owns the master weights and knows each block's version, the last log entry applied to it. Stores differ in how a
+block comes to where it is computed with, and how it goes back; nothing else of a run depends on which one it is.
+
+    device   every block in its place            visits read and write it there
+    host     every block's bytes in host memory  copied to a slot, and back
+    disk     the base, read-only, and over it a file for each block that was written back
 """
 
 import ctypes
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from zo.layout import Block, Layout, Placed
-
-
-def view_of(placed: Placed, segment: Tensor, segment_start: int) -> Tensor:
-    """The parameter as a view, in its shape, of the flat tensor of its segment."""
-    offset = placed.start - segment_start
-    return segment[offset : offset + placed.numel].view(placed.spec.shape)
+from zo import hardware
+from zo.base import Base, rows_of
+from zo.config import UserError
+from zo.disk import PAGE, Engine, Header, checksum, padded
+from zo.layout import Block, Layout, views
 
 
 def allocate(size_bytes: int, device: torch.device) -> Tensor:
@@ -35,54 +39,302 @@ def return_freed_memory() -> None:
         trim(0)
 
 
-class DeviceStore:
-    """All blocks on one device, as views of which the model computes."""
+class Fingerprint:
+    """SHA-256 of all parameters in address order, as little-endian bytes; equal means equal bits.
 
-    def __init__(self, model: nn.Module, layout: Layout, device: torch.device) -> None:
-        """Move a model's trainable parameters into flat storage, a block at a time; their values stay."""
+    Blocks may come in another order than addresses: what comes early waits (biases and norms, which are small).
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        """Of a model with this layout."""
+        self._digest = hashlib.sha256()
+        self._due = sorted((part.start, part.numel) for b in layout.blocks for s in b.trainable for part in s.parts)
+        self._due.reverse()
+        self._early: dict[int, Tensor] = {}
+
+    def add(self, block: Block, segments: Sequence[Tensor]) -> None:
+        """Take in a block's parameters, one flat tensor a segment on any device."""
+        for part, view in views(block, segments):
+            if part.parameter.spec.frozen:
+                continue
+            # Not Tensor.numpy on the values: numpy has no bfloat16.
+            self._early[part.start] = view.detach().cpu().contiguous().view(-1).view(torch.uint8)
+            while self._due and self._due[-1][0] in self._early:
+                self._digest.update(self._early.pop(self._due.pop()[0]).numpy().data)
+        self._early = {start: values.clone() for start, values in self._early.items()}
+
+    def hexdigest(self) -> str:
+        """Of all that was added, which must be everything."""
+        assert not self._due
+        return self._digest.hexdigest()
+
+
+class Store(Protocol):
+    """What visits need of a store whose blocks come and go."""
+
+    layout: Layout
+    base: str
+    """Fingerprint of the weights at version 0."""
+    versions: list[int]
+    """For each block, the last entry applied to what is stored."""
+    writable: bool
+
+    def fetch(self, block: Block, slot: Tensor) -> int:
+        """Copy a block's bytes to a slot, behind its first page; return their version."""
+        ...
+
+    def keep(self, block: Block, slot: Tensor, version: int) -> None:
+        """Take over a block's bytes from a slot, at a version.
+
+        Raises:
+            UserError: the disk refuses; what was stored before stays.
+        """
+        ...
+
+
+class DeviceStore:
+    """All blocks on one device, where the model computes with them."""
+
+    def __init__(self, layout: Layout, base: Base, device: torch.device) -> None:
+        """Fill the memory, a group at a time."""
         self.layout = layout
         self.versions = [0] * len(layout.blocks)
-        named = dict(model.named_parameters(remove_duplicate=False))
-        self.targets = {p.name: [named[name] for name in p.spec.names] for p in layout.parameters}
-        """For each parameter, the objects in the model that hold it: more than one where it is tied."""
-        self.segments: list[list[Tensor]] = []
-        for block in layout.blocks:
-            # Padding is zeroed: it is stored, replayed and never read by the model.
-            flat = [allocate(s.size_bytes, device).view(s.dtype) for s in block.segments]
-            self.segments.append(flat)
-            for placed, view in self.views(block, flat):
-                view.copy_(self.targets[placed.name][0].data)
-            self.bind(block, flat)
+        whole, fingerprint = Layout(layout.groups, layout.groups), Fingerprint(layout)
+        self.groups: list[list[Tensor]] = []
+        """The flat tensors of each group of the layout."""
+        for group in layout.groups:
+            image = allocate(group.size_bytes, device)
+            on_host = image if device.type == "cpu" else torch.zeros(group.size_bytes, dtype=torch.uint8)
+            base.read(group, whole, on_host)
+            if on_host is not image:
+                image.copy_(on_host)
+            self.groups.append(group.carve(image))
+        base.forget()
+        self.segments = [self._within(block) for block in layout.blocks]
+        """The same memory as the flat tensors of each block."""
+        for block, segments in zip(layout.blocks, self.segments, strict=True):
+            fingerprint.add(block, segments)
+        self.base = fingerprint.hexdigest()
         return_freed_memory()
 
-    @staticmethod
-    def views(block: Block, segments: list[Tensor]) -> Iterator[tuple[Placed, Tensor]]:
-        """Every parameter of a block as a view of these flat tensors, one a segment."""
-        for segment, flat in zip(block.segments, segments, strict=True):
-            for placed in segment.parameters:
-                yield placed, view_of(placed, flat, segment.start)
+    def _within(self, block: Block) -> list[Tensor]:
+        """The block's segments as parts of its group's."""
+        found, group = [], self.layout.group_of[block.index]
+        for segment in block.segments:
+            for outer, flat in zip(group.segments, self.groups[group.index], strict=True):
+                offset = segment.start - outer.start
+                if outer.frozen == segment.frozen and 0 <= offset < outer.numel:
+                    found.append(flat[offset : offset + segment.numel])
+        return found
 
-    def bind(self, block: Block, segments: list[Tensor]) -> None:
-        """Let the model compute with these flat tensors as the block's weights."""
-        for placed, view in self.views(block, segments):
-            for target in self.targets[placed.name]:
-                target.data = view
+    def fill(self, get: Callable[[str], Tensor], version: int) -> str:
+        """Take over weights, by name, that stand at one version: a snapshot's; return their fingerprint."""
+        return _fill(self.layout, self.segments, self.versions, get, version)
 
-    def tensors(self) -> Iterator[tuple[Placed, Tensor]]:
-        """Every parameter with its master weights, in address order."""
-        for block, flat in zip(self.layout.blocks, self.segments, strict=True):
-            yield from self.views(block, flat)
 
-    def fill(self, tensors: Mapping[str, Tensor], version: int) -> None:
-        """Take over weights, by name, that stand at one version: a snapshot's."""
-        for placed, master in self.tensors():
-            master.copy_(tensors[placed.name])
-        self.versions = [version] * len(self.versions)
+def _fill(
+    layout: Layout,
+    segments: Sequence[Sequence[Tensor]],
+    versions: list[int],
+    get: Callable[[str], Tensor],
+    version: int,
+) -> str:
+    fingerprint = Fingerprint(layout)
+    for block, flat in zip(layout.blocks, segments, strict=True):
+        for part, view in views(block, flat):
+            if not part.parameter.spec.frozen:
+                view.copy_(rows_of(part, get(part.parameter.name)))
+        fingerprint.add(block, flat)
+        versions[block.index] = version
+    return fingerprint.hexdigest()
 
-    def fingerprint(self) -> str:
-        """SHA-256 of all parameters in address order, as little-endian bytes; equal means equal bits."""
-        digest = hashlib.sha256()
-        for _, master in self.tensors():
-            # Not Tensor.numpy on the values: numpy has no bfloat16.
-            digest.update(master.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+
+class HostStore:
+    """Every block's bytes in host memory, locked for the device's copies where there is one to copy to."""
+
+    writable = True
+
+    def __init__(self, layout: Layout, base: Base, pin: bool) -> None:
+        """Check that there is room, take it, fill it.
+
+        Raises:
+            UserError: too little host memory, or it cannot be locked.
+        """
+        self.layout = layout
+        self.versions = [0] * len(layout.blocks)
+        needed, free = sum(b.size_bytes for b in layout.blocks), hardware.available_host_bytes()
+        if needed > free:
+            raise UserError(
+                f"memory.store=host needs {needed} bytes ({needed / 2**30:.2f} GiB) of host memory and {free} "
+                f"({free / 2**30:.2f} GiB) are free; use memory.store=disk, or a machine with more"
+            )
+        memory = allocate(needed, torch.device("cpu"))
+        if pin and torch.cuda.is_available():
+            _lock(memory)
+        self._images, start, fingerprint = [], 0, Fingerprint(layout)
+        for block in layout.blocks:
+            self._images.append(memory[start : start + block.size_bytes])
+            start += block.size_bytes
+            base.read(block, layout, self._images[-1])
+            fingerprint.add(block, block.carve(self._images[-1]))
+        base.forget()
+        self.base = fingerprint.hexdigest()
+        return_freed_memory()
+
+    def fetch(self, block: Block, slot: Tensor) -> int:
+        """See :class:`Store`; on a GPU the copy is queued on the current stream."""
+        slot[PAGE : PAGE + block.size_bytes].copy_(self._images[block.index], non_blocking=True)
+        return self.versions[block.index]
+
+    def keep(self, block: Block, slot: Tensor, version: int) -> None:
+        """See :class:`Store`; on a GPU the copy is queued on the current stream."""
+        self._images[block.index].copy_(slot[PAGE : PAGE + block.size_bytes], non_blocking=True)
+        self.versions[block.index] = version
+
+    def fill(self, get: Callable[[str], Tensor], version: int) -> str:
+        """See :class:`DeviceStore`."""
+        segments = [b.carve(image) for b, image in zip(self.layout.blocks, self._images, strict=True)]
+        return _fill(self.layout, segments, self.versions, get, version)
+
+
+def _lock(memory: Tensor) -> None:
+    """Register a mapping of our own with the driver: PyTorch's allocator would round it up to a power of two.
+
+    Raises:
+        UserError: the system does not allow it.
+    """
+    code = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0)  # type: ignore[no-untyped-call]
+    if int(code):
+        raise UserError(
+            f"memory.pin=true cannot lock {memory.numel()} bytes of host memory (driver error {int(code)}); raise the "
+            "limit (ulimit -l unlimited; Docker: --ulimit memlock=-1 --shm-size), or set memory.pin=false"
+        )
+
+
+class DiskStore:
+    """The base, read-only, and a file for each block that was written back since."""
+
+    def __init__(self, layout: Layout, base: Base, engine: Engine, folder: Path, writable: bool = True) -> None:
+        """Read the base once: its fingerprint, and a checksum of each block that later reads are held against.
+
+        Raises:
+            UserError: the disk has too little room, or refuses.
+        """
+        self.layout, self.writable = layout, writable
+        self.versions = [0] * len(layout.blocks)
+        self.damaged: list[str] = []
+        """Names of blocks whose file was found damaged, and made anew from base and log."""
+        self._base, self._engine, self._folder = base, engine, folder
+        self._headers: dict[int, Header] = {}
+        self._on_disk = {b.index for b in layout.blocks if self._header(b) is not None}
+        if writable:
+            self._check_room()
+        self._checksums = self._read_base()
+
+    def _check_room(self) -> None:
+        blocks = self.layout.blocks
+        # A block is written beside its old file, which goes when the new one is whole.
+        needed = sum(file_bytes(b) for b in blocks) + max(file_bytes(b) for b in blocks)
+        held = sum(file_bytes(b) for b in blocks if b.index in self._on_disk)
+        free = hardware.free_disk_bytes(self._folder)
+        if needed - held > free:
+            raise UserError(
+                f"memory.store=disk needs {needed - held} bytes ({(needed - held) / 2**30:.2f} GiB) in {self._folder} "
+                f"and its disk has {free} free ({free / 2**30:.2f} GiB); make room, or choose a run.dir on another disk"
+            )
+
+    def _read_base(self) -> list[str]:
+        """One pass over the base; blocks that are slow to make are kept on disk at version 0."""
+        checksums, fingerprint = [], Fingerprint(self.layout)
+        slot = self._engine.allocate(slot_bytes(max(b.size_bytes for b in self.layout.blocks)))
+        for block in self.layout.blocks:
+            image = slot[PAGE : PAGE + block.size_bytes]
+            self._base.read(block, self.layout, image)
+            checksums.append(checksum(image))
+            fingerprint.add(block, block.carve(image))
+            if self.writable and self._base.costly(block) and block.index not in self._on_disk:
+                self.keep(block, slot, 0)
+        self._base.forget()
+        self.base = fingerprint.hexdigest()
+        return checksums
+
+    def open(self, newest: int) -> None:
+        """Go on with what an earlier process wrote, as far as a log of ``newest`` entries explains it."""
+        for block in self.layout.blocks:
+            header = self._header(block)
+            if header is None or header.version > newest:
+                continue
+            if header.version or header.checksum == self._checksums[block.index]:
+                self._headers[block.index], self.versions[block.index] = header, header.version
+        if self.writable and self._folder.is_dir():
+            known = {self._path(self.layout.blocks[index]) for index in self._headers}
+            for path in self._folder.iterdir():
+                if path not in known:
+                    path.unlink()
+
+    def _path(self, block: Block) -> Path:
+        return self._folder / f"{block.index:06d}.block"
+
+    def _header(self, block: Block) -> Header | None:
+        """What a block's file says, if there is one of this layout."""
+        try:
+            with open(self._path(block), "rb") as file:
+                header = Header.parse(file.read(PAGE))
+        except OSError:
+            return None
+        ours = header is not None and (header.layout, header.size_bytes) == (self.layout.digest, block.size_bytes)
+        return header if ours else None
+
+    def fetch(self, block: Block, slot: Tensor) -> int:
+        """See :class:`Store`; a file that is damaged gives way to the base, so to a replay of the whole log."""
+        image, header = slot[PAGE : PAGE + block.size_bytes], self._headers.get(block.index)
+        if header is not None:
+            try:
+                self._engine.read(self._path(block), 0, slot[: file_bytes(block)])
+                if checksum(image) == header.checksum:
+                    return header.version
+            except OSError:
+                pass  # As good as damaged.
+            self.damaged.append(block.name)
+            del self._headers[block.index]
+            self.versions[block.index] = 0
+        try:
+            self._base.read(block, self.layout, image)
+            # A block that is made, or converted, brings what it was made of.
+            self._base.forget()
+        except OSError as error:
+            raise UserError(f"the base model cannot be read any more: {error}; restore it") from error
+        if checksum(image) != self._checksums[block.index]:
+            raise UserError(
+                f"the base model changed while the run went on: block {block.name} differs; restore it and start the "
+                "same command again"
+            )
+        return 0
+
+    def keep(self, block: Block, slot: Tensor, version: int) -> None:
+        """See :class:`Store`: written beside, then renamed."""
+        path, image = self._path(block), slot[PAGE : PAGE + block.size_bytes]
+        header = Header(block.name, self.layout.digest, version, block.size_bytes, checksum(image))
+        slot[:PAGE] = torch.frombuffer(bytearray(header.page()), dtype=torch.uint8)
+        beside = path.with_suffix(".new")
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._engine.write(beside, slot[: file_bytes(block)])
+            beside.rename(path)
+        except OSError as error:
+            beside.unlink(missing_ok=True)
+            raise UserError(
+                f"block {block.name} cannot be written to {self._folder}: {error.strerror or error}; the log is safe: "
+                "make room and start the same command again"
+            ) from error
+        self._headers[block.index], self.versions[block.index] = header, version
+
+
+def file_bytes(block: Block) -> int:
+    """Size of a block's file."""
+    return PAGE + padded(block.size_bytes)
+
+
+def slot_bytes(block_bytes: int) -> int:
+    """Memory of a slot for a block of this size: a page for the header of its file, and whole pages of bytes."""
+    return PAGE + padded(block_bytes)

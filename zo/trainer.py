@@ -17,21 +17,20 @@ import torch
 from torch import Tensor, nn
 
 from zo import estimator
-from zo.blocks import find_layout, move_frozen, self_check
+from zo.blocks import find_layout
 from zo.config import Config, UserError
 from zo.evaluate import evaluate
 from zo.export import write_folder
 from zo.finished import card_of, restore
 from zo.folder import RunFolder, versions
-from zo.lockstep import Lockstep
 from zo.log import Entry, Log
 from zo.mesh import Mesh, fit
 from zo.metrics import MetricsFile, Progress, finite_or_none, memory
 from zo.problem import Problem, build_problem, own_problem
-from zo.replay import Replay
-from zo.store import DeviceStore
-from zo.streamer import Streamer
+from zo.replica import Replica, Traffic, Weights
+from zo.selfcheck import move_resident, self_check
 from zo.tasks import Batch
+from zo.timeline import check_drawable
 from zo.update import learning_rate
 
 FIRST_ORDER_LR = 1e-5
@@ -113,30 +112,31 @@ class Run:
         self.folder = RunFolder(Path(mesh.broadcast(config.run.dir or _default_dir(config.recipe))))
         self.folder.check(config)
 
+        if config.profile.range:
+            check_drawable()
         self.problem = own or build_problem(config)
-        self._self_check()
-        self.model = move_frozen(self.problem.load(), mesh.device)
-        layout = find_layout(self.model)
-        self.store = DeviceStore(self.model, layout, mesh.device)
-        self.base = self.store.fingerprint()
+        layout = find_layout(self.problem.skeleton, config.memory.unit, self._self_check())
+        self.model = self.problem.build()
+        blocks = self.folder.blocks(mesh.rank)
+        self.weights = Weights(self.model, layout, self.problem.base, config.memory, mesh.device, blocks)
+        move_resident(self.model, mesh.device)
         self.log = self._open_log()
-        self.replay = Replay(self.store, self.log)
-        self.streamer = Streamer(self.replay, mesh.device)
-        self.lockstep = Lockstep(self.model, layout)
+        self.replica = Replica(self.weights, self.log)
         self.scores: dict[str, float] = {}
         self.skipped_in_a_row = 0
 
-    def _self_check(self) -> None:
+    def _self_check(self) -> frozenset[str]:
         """Lockstep against plain forwards on the micro-batches of the first step, two at most."""
-        objective, device = self.problem.objective, self.mesh.device
-        batches = [_to(self.problem.batches(0, column), device) for column in range(min(2, self.columns))]
-        forwards = [lambda model, batch=b: objective(model, batch) for b in batches]
-        self_check(self.problem.skeleton, forwards, device, self.config.estimator.distribution)
+        problem, device, config = self.problem, self.mesh.device, self.config
+        batches = [_to(problem.batches(0, column), device) for column in range(min(2, self.columns))]
+        forwards = [lambda model, batch=b: problem.objective(model, batch) for b in batches]
+        models = [problem.narrow, problem.skeleton] if problem.narrow is not None else [problem.skeleton]
+        return self_check(models, forwards, device, config.estimator.distribution, config.memory.unit)
 
     def _header(self) -> dict[str, Any]:
         c = self.config
         return {
-            "base": self.base,
+            "base": self.weights.store.base,
             "data": self.problem.data_checksum,
             "directions": c.estimator.directions,
             "distribution": c.estimator.distribution,
@@ -160,7 +160,7 @@ class Run:
             else:
                 facts = {
                     "versions": versions(),
-                    "base": {"name": self.config.model.name, "fingerprint": self.base},
+                    "base": {"name": self.config.model.name, "fingerprint": self.weights.store.base},
                     "command": self.command,
                 }
                 log = self.folder.create(self.config, facts, header)
@@ -171,7 +171,7 @@ class Run:
 
     def _resume(self, progress: Progress) -> None:
         """Start from the newest snapshot, if there is one, and say where the run goes on."""
-        restore(self.folder, self.store, self.log.version, self.base)
+        restore(self.folder, self.weights, self.log)
         if self.log.cut_bytes:
             progress.say(f"cut {self.log.cut_bytes} bytes of an unfinished entry from the log")
         if self.log.version:
@@ -193,15 +193,17 @@ class Run:
         try:
             self._evaluate(self.log.version, metrics, progress)
             while self.log.version < config.run.steps:
-                started = time.monotonic()
+                self.replica.timeline.active = self.log.version + 1 in config.profile.range
+                started, before = time.monotonic(), self.replica.traffic()
                 outcome = self.step()
-                values = self._record(outcome, time.monotonic() - started)
+                values = self._record(outcome, time.monotonic() - started, before)
                 if metrics:
                     metrics.write(values)
                 progress.step(values, self.scores)
                 self._watch(outcome, progress)
                 self._after_step(metrics, progress)
                 loss = outcome.loss
+            self.replica.settle()
         finally:
             progress.close()
             if metrics:
@@ -217,9 +219,8 @@ class Run:
         owners = self.mesh.owners(self.rows, self.columns)
         mine = [divmod(i, self.columns) for i, owner in enumerate(owners) if owner == self.mesh.rank]
         batches = {c: _to(self.problem.batches(number - 1, c), self.mesh.device) for c in sorted({c for _, c in mine})}
-        self.streamer.begin(probes, [row for row, _ in mine])
         cells = [lambda batch=batches[c]: self._cell(batch) for _, c in mine]
-        table = self.mesh.gather(self.lockstep.run(cells, self.streamer), owners, width=3)
+        table = self.mesh.gather(self.replica.table(probes, [row for row, _ in mine], cells), owners, width=3)
         table = table.view(self.rows, self.columns, 3)
         losses = estimator.row_losses(table)
         scalars, skipped = estimator.estimate(settings.name, losses, settings.eps)
@@ -235,8 +236,8 @@ class Run:
         tokens = 0 if mask is None else (mask.sum() if mask is batch.get("attention_mask") else mask.numel())
         return torch.cat((result.view(2), torch.as_tensor(tokens, device=result.device).to(torch.float64).view(1)))
 
-    def _record(self, outcome: Outcome, step_s: float) -> dict[str, Any]:
-        entry = self.log.entries[-1]
+    def _record(self, outcome: Outcome, step_s: float, before: Traffic) -> dict[str, Any]:
+        entry, now = self.log.entries[-1], self.replica.traffic()
         values = {
             "step": entry.step,
             "loss": outcome.loss,
@@ -245,6 +246,9 @@ class Run:
             "step_s": round(step_s, 6),
             "tokens": outcome.tokens,
             "tokens_per_s": round(outcome.tokens / step_s, 3),
+            "read_bytes": now.read_bytes - before.read_bytes,
+            "written_bytes": now.written_bytes - before.written_bytes,
+            "wait_share": round((now.wait_s - before.wait_s) / step_s, 4),
             **memory(self.mesh.device),
         }
         return values | ({"skipped": outcome.skipped} if outcome.skipped else {})
@@ -270,11 +274,16 @@ class Run:
             )
 
     def _after_step(self, metrics: MetricsFile | None, progress: Progress) -> None:
-        step, every = self.log.version, self.config.run.snapshot_every
-        if every and step % every == 0 and self.mesh.rank == 0:
-            self.replay.catch_up()
-            tensors = ((placed.name, t) for placed, t in self.store.tensors())
-            self.folder.save_snapshot(step, tensors, self.base, self.store.fingerprint())
+        step, every, store = self.log.version, self.config.run.snapshot_every, self.config.memory.store
+        # The blocks that a disk store holds are snapshots already.
+        if every and step % every == 0 and self.mesh.rank == 0 and store != "disk":
+            fingerprint = self.replica.fingerprint()
+            self.folder.save_snapshot(step, self.replica, self.weights.store.base, fingerprint)
+        for name in self.replica.damaged():
+            progress.say(f"block {name} was damaged on disk; it was made anew from the base and the log")
+        if step in self.config.profile.range[-1:]:
+            self.replica.timeline.active = False
+            self._draw_timeline()
         self._evaluate(step, metrics, progress)
 
     def _evaluate(self, step: int, metrics: MetricsFile | None, progress: Progress) -> None:
@@ -285,8 +294,8 @@ class Run:
             return
         known = self.mesh.broadcast(metrics.scores.get(step) if metrics else None)
         if known is None:
-            self.replay.catch_up()
-            self.scores = evaluate(self.model, problem.task, problem.dev_batches, self.mesh)
+            at_once = self.rows * self.columns
+            self.scores = evaluate(self.model, self.replica, problem.task, problem.dev_batches, self.mesh, at_once)
             if metrics:
                 metrics.write({"step": step, "eval": self.scores})
         else:
@@ -295,9 +304,7 @@ class Run:
         progress.say(f"step {step}/{steps}  dev {shown}")
 
     def _finish(self, loss: float | None, train_s: float) -> dict[str, Any]:
-        self.lockstep.detach()
-        self.replay.catch_up()
-        fingerprint = self.store.fingerprint()
+        fingerprint = self.replica.fingerprint()
         summary = {
             "run_dir": str(self.folder.path),
             "steps": self.log.version,
@@ -309,17 +316,26 @@ class Run:
         if self.mesh.rank == 0 and self.config.export.at_end and self.problem.exportable:
             content = self.folder.read_config()
             card = card_of(content, self.log.header, self.log.version, self.scores, fingerprint)
-            write_folder(self.model, self.problem.tokenizer, self.folder.model, card, replace=True)
+            write_folder(self.model, self.problem.tokenizer, self.folder.model, card, source=self.replica, replace=True)
+        self.replica.close(give_back=self.problem.own)
         self.mesh.barrier()
         return summary
 
     def _summary(self) -> str:
-        layout, shape = self.store.layout, self.mesh.shape
+        layout, shape, memory = self.replica.layout, self.mesh.shape, self.config.memory
         return (
             f"{self.config.recipe or 'run'} in {self.folder.path}: {layout.numel / 1e6:.1f} M parameters in "
-            f"{len(layout.blocks)} blocks, {self.config.model.dtype} on {self.mesh.device}, table {self.rows} x "
-            f"{self.columns} on mesh {shape.perturb} x {shape.data}"
+            f"{len(layout.blocks)} blocks, {self.config.model.dtype} on {self.mesh.device}, store {memory.store}, "
+            f"table {self.rows} x {self.columns} on mesh {shape.perturb} x {shape.data}"
         )
+
+    def _draw_timeline(self) -> None:
+        """The trace and the picture of the profiled steps."""
+        if self.mesh.rank == 0:
+            memory, steps = self.config.memory, self.config.profile.steps
+            what = f"store {memory.store}, unit {memory.unit}, {memory.slots} slots, lag {memory.lag}"
+            title = f"{self.config.model.name or 'own model'}, steps {steps}: {what}"
+            self.replica.timeline.save(self.folder.path / "timeline.json", self.folder.path / "timeline.png", title)
 
 
 def _default_dir(recipe: str) -> str:

@@ -1,0 +1,193 @@
+"""A model whose weights are visited: store, log and streamer, wired; what training, scores and export share."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from zo.base import Base
+from zo.binding import Binding
+from zo.config import MemoryConfig
+from zo.disk import ENGINES, Engine
+from zo.lanes import GpuLanes, Lanes
+from zo.layout import Block, Layout, views
+from zo.lockstep import Lockstep
+from zo.log import Log
+from zo.perturbation import Offset
+from zo.replay import Replay
+from zo.ring import Resident, Ring
+from zo.store import DeviceStore, DiskStore, Fingerprint, HostStore
+from zo.streamer import Streamer
+from zo.timeline import Timeline
+
+T = TypeVar("T")
+MASTER = Offset(0, 0.0)
+"""The probe that is no probe: the parameters themselves."""
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What the lanes moved since they were made."""
+
+    read_bytes: int = 0
+    """To slots."""
+    written_bytes: int = 0
+    """Back to the store."""
+    wait_s: float = 0.0
+    """Time that the compute waited for a block."""
+
+
+class Weights:
+    """A model's weights in a store, before a log is known."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layout: Layout,
+        base: Callable[[Engine], Base],
+        memory: MemoryConfig,
+        device: torch.device,
+        folder: Path,
+        writable: bool = True,
+    ) -> None:
+        """Fill the store.
+
+        Args:
+            model: its parameters may be on meta; they are taken out of it.
+            layout: of the model.
+            base: makes the source of the weights, given what reads files.
+            memory: which store, and how.
+            device: of the compute.
+            folder: of a disk store's blocks.
+            writable: whether a disk store may write there.
+
+        Raises:
+            UserError: too little memory or disk, or weights that cannot be read.
+        """
+        engine = ENGINES[memory.disk_engine]() if memory.store == "disk" else ENGINES["mmap"]()
+        source = base(engine)
+        source.adopt(model)
+        self.model, self.memory, self.device, self.timeline = model, memory, device, Timeline(device)
+        self.binding = Binding(model, layout, device)
+        self.store: DeviceStore | HostStore | DiskStore
+        if memory.store == "device":
+            self.store = DeviceStore(layout, source, device)
+            self.lanes = None
+            return
+        if memory.store == "host":
+            self.store = HostStore(layout, source, memory.pin)
+        else:
+            self.store = DiskStore(layout, source, engine, folder, writable)
+        own = engine if memory.store == "disk" else None
+        args = (self.store, own, self.timeline)
+        self.lanes = GpuLanes(*args, device) if device.type == "cuda" else Lanes(*args)
+
+
+class Replica:
+    """A model's weights and a log: their versions, from the base to the newest."""
+
+    def __init__(self, weights: Weights, log: Log) -> None:
+        """Take up the weights where they stand; blocks catch up when they are visited."""
+        self.layout, self.store, self.log = weights.store.layout, weights.store, log
+        self.timeline, self.lanes = weights.timeline, weights.lanes
+        self._binding = weights.binding
+        self.resident = isinstance(self.store, DeviceStore)
+        """Whether all weights are in memory where the model computes."""
+        if isinstance(self.store, DiskStore):
+            self.store.open(log.version)
+        if isinstance(self.store, DeviceStore):
+            self._place: Resident | Ring = Resident(self.store)
+        else:
+            assert weights.lanes is not None
+            self._place = Ring(self.store, weights.lanes, weights.memory.slots, weights.memory.lag)
+        self.streamer = Streamer(weights.binding, Replay(log), self._place, weights.device, weights.timeline)
+        self.lockstep = Lockstep(weights.binding)
+
+    def table(self, probes: Sequence[Offset], rows: Sequence[int], cells: Sequence[Callable[[], T]]) -> list[T]:
+        """Run cells of a loss table, one pass over the model for all of them.
+
+        Args:
+            probes: the table's rows.
+            rows: for each cell its row, non-decreasing.
+            cells: forwards of the model.
+        """
+        if not cells:
+            return []
+        self.streamer.begin(probes, rows)
+        return self.lockstep.run(cells, self.streamer)
+
+    def plain(self, cells: Sequence[Callable[[], T]], at_once: int) -> list[T]:
+        """Run forwards on the parameters themselves, at the newest version, some at a time."""
+        results: list[T] = []
+        for first in range(0, len(cells), at_once):
+            together = cells[first : first + at_once]
+            results += self.table([MASTER], [0] * len(together), together)
+        return results
+
+    def masters(self) -> Iterator[tuple[Block, list[Tensor]]]:
+        """Every block's weights at the newest version, one block at a time."""
+        return self.streamer.masters()
+
+    def fingerprint(self) -> str:
+        """SHA-256 of all parameters at the newest version (see :class:`zo.store.Fingerprint`)."""
+        found = Fingerprint(self.layout)
+        for block, masters in self.masters():
+            found.add(block, masters)
+        return found.hexdigest()
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter with its weights at the newest version, whole, valid until the next is asked for."""
+        unfinished: dict[str, Tensor] = {}
+        for block, masters in self.masters():
+            for part, view in views(block, masters):
+                if part.rows is None:
+                    yield part.parameter.name, view
+                    continue
+                placed = part.parameter
+                if placed.name not in unfinished:
+                    unfinished[placed.name] = torch.empty(placed.spec.shape, dtype=view.dtype)
+                unfinished[placed.name][part.rows[0] : part.rows[1]] = view
+                if part.rows[1] == placed.spec.shape[0]:
+                    yield placed.name, unfinished.pop(placed.name)
+
+    def catch_up(self) -> None:
+        """Bring every block to the newest version."""
+        for _ in self.masters():
+            pass
+
+    def settle(self) -> None:
+        """Wait for write-backs under way, and raise what went wrong with them."""
+        if isinstance(self._place, Ring):
+            self._place.finish()
+
+    def traffic(self) -> Traffic:
+        """What was moved so far; on a GPU, once the results of a step are on the host."""
+        if self.lanes is None:
+            return Traffic()
+        self.lanes.settle()
+        return Traffic(self.lanes.read_bytes, self.lanes.written_bytes, self.lanes.wait_s)
+
+    def damaged(self) -> list[str]:
+        """Names of blocks that were found damaged since this was asked last."""
+        if not isinstance(self.store, DiskStore):
+            return []
+        found, self.store.damaged = self.store.damaged, []
+        return found
+
+    def close(self, give_back: bool = False) -> None:
+        """End the lanes and take the hooks off the model; with store ``device`` it holds its weights.
+
+        ``give_back``: it holds them whatever the store.
+        """
+        self.lockstep.detach()
+        if isinstance(self.store, DeviceStore):
+            for group, segments in zip(self.layout.groups, self.store.groups, strict=True):
+                self._binding.bind(group, segments)
+        elif give_back:
+            self._binding.fill((name, tensor.clone()) for name, tensor in self.tensors())
+        if self.lanes is not None:
+            self.settle()
+            self.lanes.close()

@@ -1,0 +1,124 @@
+"""What the lanes of a step did and when: a trace for Chrome or Perfetto, and a picture of it.
+
+Lanes: read, upload, replay+perturb, forward of each cell, write-back, and the waiting of the compute for a block.
+On a GPU a span on a stream is timed by the stream's own events.
+"""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zo.config import UserError
+
+ORDER = ("read", "upload", "wait", "replay+perturb", "forward", "write-back")
+"""Lanes from top to bottom; those of cells follow one another."""
+COLOURS = ("#4878a8", "#6aa5c9", "#c44e52", "#dd8452", "#55a868", "#8172b3")
+
+
+class Timeline:
+    """Spans of lanes, recorded while ``active``."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Begin empty and inactive."""
+        self.active = False
+        self._device, self._origin_s = device, time.perf_counter()
+        self._spans: list[tuple[str, str, Any, Any]] = []
+        self._origin = self._event() if device.type == "cuda" else None
+
+    def _event(self) -> Any:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    @contextmanager
+    def span(self, lane: str, name: str, on_stream: bool = True) -> Iterator[None]:
+        """What happens inside, on the host or, ``on_stream`` of a GPU, on its current stream."""
+        if not self.active:
+            yield
+            return
+        by_event = on_stream and self._origin is not None
+        start = self._event() if by_event else time.perf_counter()
+        try:
+            yield
+        finally:
+            self._spans.append((lane, name, start, self._event() if by_event else time.perf_counter()))
+
+    def spans(self) -> list[tuple[str, str, float, float]]:
+        """Lane, name, start and stop in seconds since the first of them, in the order of their start."""
+
+        def seconds(moment: Any) -> float:
+            if isinstance(moment, float):
+                return moment - self._origin_s
+            moment.synchronize()
+            return float(self._origin.elapsed_time(moment)) / 1e3  # type: ignore[union-attr]
+
+        found = sorted(((lane, name, seconds(a), seconds(b)) for lane, name, a, b in self._spans), key=lambda s: s[2])
+        first = found[0][2] if found else 0.0
+        return [(lane, name, a - first, b - first) for lane, name, a, b in found]
+
+    def save(self, trace: Path, picture: Path, title: str) -> None:
+        """Write both files.
+
+        Raises:
+            UserError: the disk refuses.
+        """
+        spans = self.spans()
+        lanes = sorted({lane for lane, *_ in spans}, key=_place)
+        events: list[dict[str, Any]] = [
+            {"ph": "M", "pid": 1, "tid": i, "name": "thread_name", "args": {"name": lane}}
+            for i, lane in enumerate(lanes)
+        ]
+        events += [
+            {"ph": "X", "pid": 1, "tid": lanes.index(lane), "name": name, "ts": a * 1e6, "dur": (b - a) * 1e6}
+            for lane, name, a, b in spans
+        ]
+        try:
+            trace.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}), encoding="utf-8")
+            _draw(spans, lanes, picture, title)
+        except OSError as error:
+            raise UserError(f"cannot write {trace}: {error.strerror}; make room, or unset profile.steps") from error
+
+
+def _place(lane: str) -> tuple[int, int]:
+    kind, _, number = lane.partition(" ")
+    return ORDER.index(kind), int(number or 0)
+
+
+def check_drawable() -> None:
+    """See that the picture can be drawn, before a run begins.
+
+    Raises:
+        UserError: the library is missing.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            "profile.steps draws with matplotlib, which is missing; install it with: pip install -e '.[profile]', or "
+            "unset profile.steps"
+        ) from error
+
+
+def _draw(spans: list[tuple[str, str, float, float]], lanes: list[str], picture: Path, title: str) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(14, 1.4 + 0.45 * len(lanes)), layout="constrained")
+    axes = figure.subplots()
+    for i, lane in enumerate(lanes):
+        bars = [(a, max(b - a, 1e-6)) for found, _, a, b in spans if found == lane]
+        busy = sum(width for _, width in bars)
+        axes.broken_barh(bars, (i - 0.38, 0.76), facecolors=COLOURS[_place(lane)[0]])
+        axes.text(1.005, i, f"{busy:.2f} s", transform=axes.get_yaxis_transform(), va="center")
+    axes.set_yticks(range(len(lanes)), lanes)
+    axes.set_ylim(len(lanes) - 0.5, -0.5)
+    axes.set_xlim(0, max((stop for *_, stop in spans), default=1.0))
+    axes.set_xlabel("seconds")
+    axes.set_title(title, loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="x", alpha=0.3)
+    figure.savefig(picture, dpi=110)
