@@ -176,23 +176,21 @@ def test_parts_make_the_same_model_as_the_whole(tmp_path, family, monkeypatch):
 
 def test_a_conversion_that_joins_layers_is_not_cut(monkeypatch):
     """A converter may read tensors of two layers; converting either alone would save half a weight."""
-    monkeypatch.setattr(export, "SHARD_BYTES", 40_000)
     model = build("llama-tied")
-    assert len(export._parts(model, model.state_dict())) > 1
+    assert len(export._Content(model).parts(model, 40_000)) > 1
     joined = "model.both_norms"
     monkeypatch.setattr(
         export,
         "revert_weight_conversion",
         lambda _, state: {joined if "input_layernorm" in name else name: tensor for name, tensor in state.items()},
     )
-    assert len(export._parts(model, model.state_dict())) == 1
+    assert len(export._Content(model).parts(model, 40_000)) == 1
 
 
-def test_a_tie_between_layers_is_not_cut(monkeypatch):
-    monkeypatch.setattr(export, "SHARD_BYTES", 40_000)
+def test_a_tie_between_layers_is_not_cut():
     model = build("llama-tied")
     model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
-    assert len(export._parts(model, model.state_dict())) == 1
+    assert len(export._Content(model).parts(model, 40_000)) == 1
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of resident memory from /proc")

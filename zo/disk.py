@@ -185,7 +185,7 @@ def _reserve(descriptor: int, size_bytes: int) -> None:
 
 def _deepnvme_handle() -> Callable[..., Any]:
     remedy = "install it with: apt install libaio-dev g++ && pip install -e '.[nvme]', or use memory.disk_engine=mmap"
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    hardware.name_accelerator()
     try:
         import logging
 

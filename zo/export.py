@@ -23,6 +23,7 @@ from torch.utils.dlpack import from_dlpack
 from transformers.core_model_loading import revert_weight_conversion
 
 from zo.config import UserError
+from zo.hardware import name_accelerator
 from zo.log import sync_folder
 
 SHARD_BYTES = 5_000_000_000
@@ -155,6 +156,7 @@ def write_folder(
     Raises:
         UserError: the folder is not empty, or the disk is too small, full or not writable; nothing is left behind.
     """
+    name_accelerator()
     to = to.expanduser().resolve()
     content = _Content(model)
     with _whole_or_nothing(to, content.size_bytes + ROOM_BYTES, replace) as beside:
@@ -193,7 +195,13 @@ class _Content:
                 parts.append([])
             parts[-1] += layer
         # A whole conversion takes more memory, and is right for any model.
-        return parts if len(parts) > 1 and self._convert_apart(model, parts) else [list(self.names)]
+        apart = len(parts) > 1 and not self._joins_layers() and self._convert_apart(model, parts)
+        return parts if apart else [list(self.names)]
+
+    def _joins_layers(self) -> bool:
+        """Whether a tie joins two layers."""
+        found = ({m.group() for name in names if (m := LAYER.match(name))} for names in self.names.values())
+        return any(len(layers) > 1 for layers in found)
 
     def _bytes(self, names: Sequence[str]) -> int:
         return sum(self.meta[name].nbytes for name in names)
@@ -275,6 +283,7 @@ def _states(
     """Each part's number and its weights, when they are all at hand."""
     of_part = {name: number for number, part in enumerate(parts) for name in part}
     lacking = {name for name, tensor in content.resident.items() if source is not None and _is_placeholder(tensor)}
+    assert source is not None or not any(map(_is_placeholder, content.resident.values()))
     left = [len(lacking & set(part)) for part in parts]
     held: list[dict[str, Tensor]] = [{n: content.resident[n] for n in part if n not in lacking} for part in parts]
 

@@ -5,6 +5,7 @@ import resource
 from pathlib import Path
 
 import psutil
+import torch
 
 CGROUP = Path("/sys/fs/cgroup")
 CAP_IPC_LOCK = 14
@@ -35,6 +36,11 @@ def lockable_bytes() -> float:
         pass
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     return float("inf") if soft == resource.RLIM_INFINITY else float(soft)
+
+
+def name_accelerator() -> None:
+    """Tell DeepSpeed, which transformers loads where it is installed; it would guess, and say so on stdout."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 
 def free_disk_bytes(path: Path) -> int:

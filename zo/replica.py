@@ -100,6 +100,7 @@ class Replica:
             self.store.open(log.version)
         if isinstance(self.store, DeviceStore):
             self._place: Resident | Ring = Resident(self.store)
+            self._bind_masters(self.store)
         else:
             assert weights.lanes is not None
             self._place = Ring(self.store, weights.lanes, weights.memory.slots, weights.memory.lag)
@@ -184,10 +185,13 @@ class Replica:
         """
         self.lockstep.detach()
         if isinstance(self.store, DeviceStore):
-            for group, segments in zip(self.layout.groups, self.store.groups, strict=True):
-                self._binding.bind(group, segments)
+            self._bind_masters(self.store)
         elif give_back:
             self._binding.fill((name, tensor.clone()) for name, tensor in self.tensors())
         if self.lanes is not None:
             self.settle()
             self.lanes.close()
+
+    def _bind_masters(self, store: DeviceStore) -> None:
+        for group, segments in zip(self.layout.groups, store.groups, strict=True):
+            self._binding.bind(group, segments)

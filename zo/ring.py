@@ -18,6 +18,9 @@ from zo.store import DeviceStore, DiskStore, HostStore
 class Place(Protocol):
     """Where a visit finds a block's weights."""
 
+    resident: bool
+    """Whether masters stay where they are between visits."""
+
     def begin(self) -> None:
         """A new pass over the model."""
         ...
@@ -33,6 +36,8 @@ class Place(Protocol):
 
 class Resident:
     """Store ``device``: every block is in its place."""
+
+    resident = True
 
     def __init__(self, store: DeviceStore) -> None:
         """Of one store."""
@@ -52,6 +57,8 @@ class Resident:
 
 class Ring:
     """A ring of slots over a store whose blocks come and go."""
+
+    resident = False
 
     def __init__(self, store: HostStore | DiskStore, lanes: Lanes, slots: int, lag: float) -> None:
         """Make the slots.

@@ -77,7 +77,10 @@ class Streamer:
                     self._binding.bind(here, [segment[slot] for segment in scratch])
                     yield from self._forwards(here, group)
         finally:
-            self._binding.release(here)
+            if self._place.resident:
+                self._binding.bind(here, masters)
+            else:
+                self._binding.release(here)
             self._place.depart(here, version)
 
     def _visit(
