@@ -29,6 +29,7 @@ from zo.metrics import MetricsFile, Progress, finite_or_none, memory
 from zo.problem import Problem, build_problem, own_problem
 from zo.replica import Replica, Traffic, Weights
 from zo.selfcheck import move_resident, self_check
+from zo.store import return_freed_memory, return_memory_at_once
 from zo.tasks import Batch
 from zo.timeline import check_drawable
 from zo.update import learning_rate
@@ -114,6 +115,8 @@ class Run:
 
         if config.profile.range:
             check_drawable()
+        if config.memory.store != "device":
+            return_memory_at_once()
         self.problem = own or build_problem(config)
         layout = find_layout(self.problem.skeleton, config.memory.unit, self._self_check())
         self.model = self.problem.build()
@@ -275,6 +278,8 @@ class Run:
 
     def _after_step(self, metrics: MetricsFile | None, progress: Progress) -> None:
         step, every, store = self.log.version, self.config.run.snapshot_every, self.config.memory.store
+        if store != "device":
+            return_freed_memory()
         # The blocks that a disk store holds are snapshots already.
         if every and step % every == 0 and self.mesh.rank == 0 and store != "disk":
             fingerprint = self.replica.fingerprint()

@@ -1,0 +1,106 @@
+"""Step time and memory of a run by store, unit, lag and disk engine, each in a process of its own, in turn.
+
+    python benchmarks/stores.py --shape opt-1.3b --tokens 512 --settings "store=device" "store=disk unit=module lag=4"
+
+The model has the shape of the recipe's and random weights in bfloat16; a setting is a list of keys of ``memory``.
+Printed for each: peak resident memory of the whole process, medians over the steps after the first two of step time, bytes
+read and written, and the share of time that the compute waited. ``cold`` among a setting's words drops the page cache
+before every step.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+from transformers import OPTConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+SHAPES = {
+    "opt-125m": {},
+    "opt-1.3b": {
+        "hidden_size": 2048, "ffn_dim": 8192, "num_hidden_layers": 24, "num_attention_heads": 32, "word_embed_proj_dim": 2048
+    },
+    "opt-13b": {
+        "hidden_size": 5120, "ffn_dim": 20480, "num_hidden_layers": 40, "num_attention_heads": 40, "word_embed_proj_dim": 5120
+    },
+}  # fmt: skip
+
+
+def drop_caches():
+    os.sync()
+    Path("/proc/sys/vm/drop_caches").write_text("3")
+
+
+def run(shape, tokens, steps, setting, folder):
+    words = setting.split()
+    cold = "cold" in words
+    config = folder / shape
+    OPTConfig(**SHAPES[shape], architectures=["OPTForCausalLM"]).save_pretrained(config)
+    run_dir = folder / "run"
+    shutil.rmtree(run_dir, ignore_errors=True)
+    command = [sys.executable, "launch/train.py", "recipe=opt-1.3b", f"model.name={config}", "model.weights=random"]
+    command += ["model.dtype=bfloat16", "data.name=synthetic", "data.dev=null", "batch.sequences=1", "batch.micro=1"]
+    command += [f"batch.max_tokens={tokens}", "estimator.distribution=rademacher", f"run.steps={steps}", "eval.every=0"]
+    command += [f"run.dir={run_dir}", "run.snapshot_every=0", "export.at_end=false"]
+    command += [f"memory.{word}" for word in words if "=" in word]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    done = threading.Event()
+    if cold:
+        metrics = run_dir / "metrics.jsonl"
+
+        def chill():
+            seen = -1
+            while not done.is_set():
+                size = metrics.stat().st_size if metrics.exists() else 0
+                if size != seen:
+                    drop_caches()
+                    seen = size
+                time.sleep(0.02)
+
+        threading.Thread(target=chill, daemon=True).start()
+    out, err = process.stdout.read(), process.stderr.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    done.set()
+    if status:
+        raise SystemExit(err)
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()][2:]
+    median = lambda key: statistics.median(line[key] for line in lines)  # noqa: E731
+    return {
+        "shape": shape,
+        "tokens": tokens,
+        "setting": setting,
+        "peak_rss_mb": round(usage.ru_maxrss * 1024 / 1e6),
+        "step_s": round(median("step_s"), 3),
+        "read_mb": round(median("read_bytes") / 1e6),
+        "written_mb_mean": round(statistics.mean(line["written_bytes"] for line in lines) / 1e6),
+        "wait_share": round(median("wait_share"), 3),
+        "train_s": json.loads(out.splitlines()[-1])["train_s"],
+        "fingerprint": json.loads(out.splitlines()[-1])["fingerprint"][:12],
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="opt-1.3b", choices=SHAPES)
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--settings", nargs="+", required=True)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as folder:
+        for _ in range(arguments.rounds):
+            for setting in arguments.settings:
+                result = run(arguments.shape, arguments.tokens, arguments.steps, setting, Path(folder))
+                print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,391 @@
+"""Law 1 across stores, units, slots, lag and ranks; and what a disk may do to a run."""
+
+import errno
+import json
+import os
+import subprocess
+
+import pytest
+import torch
+from conftest import make_llama, make_tokenizer
+from ranks import KILLED, kill_at, train
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, OPTConfig, OPTForCausalLM
+
+from zo import Trainer, blocks, load_config
+from zo.config import UserError
+from zo.log import read
+
+BITS = ["model.dtype=bfloat16", "update.weight_decay=0.1", "run.steps=6"]
+SIZES = {"vocab_size": 24, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "eos_token_id": 2}
+MODELS = {
+    "untied": lambda: make_llama(tie_word_embeddings=False),
+    "experts": lambda: MixtralForCausalLM(
+        MixtralConfig(**SIZES, intermediate_size=64, num_key_value_heads=2, num_local_experts=4, pad_token_id=0)
+    ),
+    "large vocabulary": lambda: OPTForCausalLM(
+        OPTConfig(**{**SIZES, "vocab_size": 700}, ffn_dim=64, word_embed_proj_dim=32, max_position_embeddings=64)
+    ),
+}
+PLACES = [
+    ["memory.store=device", "memory.unit=module"],
+    ["memory.store=host", "memory.unit=layer", "memory.slots=2", "memory.lag=1"],
+    ["memory.store=host", "memory.unit=module", "memory.slots=5", "memory.lag=4"],
+    ["memory.store=disk", "memory.unit=layer", "memory.slots=3", "memory.lag=4"],
+    ["memory.store=disk", "memory.unit=module", "memory.slots=2", "memory.lag=1"],
+    ["memory.store=disk", "memory.unit=module", "memory.slots=3", "memory.lag=4", "memory.disk_engine=deepnvme"],
+]
+DISK = ["memory.store=disk", "memory.unit=module", "memory.lag=2"]
+
+
+def run(settings, folder, *more):
+    return Trainer(load_config("quickstart", [*settings, f"run.dir={folder}", *more])).train()
+
+
+@pytest.fixture(scope="module")
+def on_device(tmp_path_factory):
+    """Folder and summary of the tiny model's run with store device, once for all."""
+    return tmp_path_factory.mktemp("device") / "run", {}
+
+
+@pytest.fixture
+def expected(overrides, on_device):
+    folder, summary = on_device
+    if not summary:
+        summary |= run([*overrides, *BITS], folder)
+    return folder, summary
+
+
+@pytest.mark.parametrize("place", PLACES, ids=" ".join)
+def test_a_store_is_not_part_of_the_result(overrides, expected, tmp_path, place):
+    folder, summary = expected
+    found = run([*overrides, *BITS, *place], tmp_path / "run")
+    assert (found["fingerprint"], found["eval"]) == (summary["fingerprint"], summary["eval"])
+    assert (tmp_path / "run" / "steps.log").read_bytes() == (folder / "steps.log").read_bytes()
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("place", [PLACES[0], PLACES[2], PLACES[4]], ids=" ".join)
+def test_nor_is_it_for_other_kinds_of_models(overrides, tmp_path, monkeypatch, model, place):
+    """Untied heads, experts that are many tensors on disk, and a vocabulary that is cut into chunks."""
+    monkeypatch.setattr(blocks, "CHUNK_BYTES", 16_384)
+    torch.manual_seed(0)
+    MODELS[model]().save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    settings = [*overrides, *BITS, f"model.name={tmp_path}/model"]
+    expected = run(settings, tmp_path / "device")
+    found = run([*settings, *place], tmp_path / "run", "export.at_end=true")
+    assert found["fingerprint"] == expected["fingerprint"]
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", dtype="bfloat16").state_dict()
+    assert all(not tensor.isnan().any() for tensor in saved.values())
+
+
+@pytest.mark.parametrize("store", ["host", "disk"])
+def test_two_ranks_have_the_bits_of_one(overrides, expected, tmp_path, store):
+    settings = [*overrides, *BITS, f"memory.store={store}", "memory.unit=module", f"run.dir={tmp_path}/run"]
+    assert train(settings, ranks=2)["fingerprint"] == expected[1]["fingerprint"]
+
+
+def test_random_weights_are_the_same_in_every_store(overrides, tmp_path):
+    settings = [*overrides, *BITS, "model.weights=random"]
+    found = {run([*settings, *place], tmp_path / str(i))["fingerprint"] for i, place in enumerate([[], *PLACES])}
+    assert len(found) == 1
+
+
+def test_a_run_may_change_its_store_between_steps(overrides, expected, tmp_path):
+    settings = [*overrides, *BITS]
+    for steps, place in enumerate(PLACES, start=1):
+        last = run([*settings, *place], tmp_path / "run", f"run.steps={steps}")
+    assert last["fingerprint"] == expected[1]["fingerprint"]
+
+
+def test_scores_and_folders_are_the_same_from_disk(overrides, tmp_path):
+    for place in (["memory.store=device"], DISK):
+        run([*overrides, *BITS, *place], tmp_path / place[0], "export.at_end=true")
+    one, other = (load_file(tmp_path / f"memory.store={s}" / "model" / "model.safetensors") for s in ("device", "disk"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+class Adapted(nn.Module):
+    """A layer whose large matrix is frozen, and a small trained one beside it."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        model = make_llama()
+        model.requires_grad_(False)
+        for layer in model.model.layers:
+            layer.mlp.down_proj.weight.requires_grad_(True)
+        self.inner = model
+
+    def forward(self, ids):
+        return self.inner(input_ids=ids, use_cache=False).logits
+
+
+def frozen_run(tmp_path, name, *place):
+    model, ids = Adapted(), torch.randint(3, 24, (4, 9), generator=torch.Generator().manual_seed(0))
+    frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
+    settings = ["run.steps=3", "batch.sequences=4", "batch.micro=4", "update.lr=1e-3", "eval.every=0", *place]
+    config = load_config("quickstart", [*settings, f"run.dir={tmp_path}/{name}"])
+
+    def objective(model, batch):
+        loss = nn.functional.cross_entropy(model(batch["ids"]).flatten(0, 1), batch["ids"].flatten(), reduction="sum")
+        return torch.stack((loss, torch.tensor(36.0)))
+
+    summary = Trainer(config, model=model, objective=objective, batches=lambda step, column: {"ids": ids}).train()
+    assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
+    return summary["fingerprint"], {n: p.detach().clone() for n, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("place", PLACES, ids=" ".join)
+def test_frozen_parameters_travel_and_never_change(tmp_path, place):
+    expected, trained = frozen_run(tmp_path, "device")
+    found, model = frozen_run(tmp_path, "run", *place)
+    assert found == expected
+    assert all(torch.equal(model[name], tensor) for name, tensor in trained.items())
+
+
+MOMENTS = {
+    "in a write-back": ("zo.disk", "Mapped.write", 5, False),
+    "before a rename": ("pathlib", "Path.rename", 9, True),
+    "after a rename": ("pathlib", "Path.rename", 17, False),
+    "while a file is begun": ("zo.disk", "_reserve", 11, True),
+    "while loading": ("zo.shards", "ShardBase.read", 7, False),
+    "in a read": ("zo.store", "DiskStore.fetch", 60, True),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_killed_run_goes_on_to_the_same_bits(overrides, expected, tmp_path, moment):
+    settings = [*overrides, *BITS, *DISK, f"run.dir={tmp_path}/run"]
+    assert train(settings, prelude=(kill_at, *MOMENTS[moment])) == KILLED
+    assert train(settings)["fingerprint"] == expected[1]["fingerprint"]
+    assert not list((tmp_path / "run" / "blocks").rglob("*.new"))
+
+
+def block_files(folder):
+    return sorted((folder / "blocks" / "rank-00000").iterdir())
+
+
+@pytest.mark.parametrize("where", [100, 5000], ids=["header", "bytes"])
+def test_a_flipped_byte_in_a_block_is_found_and_the_block_made_anew(overrides, expected, tmp_path, capsys, where):
+    settings = [*overrides, *BITS, *DISK]
+    run(settings, tmp_path / "run", "run.steps=4")
+    for path in block_files(tmp_path / "run")[:3]:
+        data = bytearray(path.read_bytes())
+        data[min(where, len(data) - 1)] ^= 4
+        path.write_bytes(data)
+    found = run(settings, tmp_path / "run")
+    assert found["fingerprint"] == expected[1]["fingerprint"]
+    assert (where == 100) or "was damaged on disk; it was made anew" in capsys.readouterr().err
+
+
+def test_a_block_cut_short_is_made_anew(overrides, expected, tmp_path):
+    settings = [*overrides, *BITS, *DISK]
+    run(settings, tmp_path / "run", "run.steps=4")
+    for path in block_files(tmp_path / "run"):
+        os.truncate(path, path.stat().st_size - 4096)
+    assert run(settings, tmp_path / "run")["fingerprint"] == expected[1]["fingerprint"]
+
+
+def changed_base(tmp_path, tiny_model, change):
+    folder = tmp_path / "base"
+    subprocess.run(["cp", "-r", tiny_model, folder], check=True)
+    return folder, lambda: change(folder / "model.safetensors")
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+
+
+BROKEN = {
+    "a flipped byte": (flip, "began from another base model"),
+    "cut short": (lambda path: os.truncate(path, path.stat().st_size - 10), "cut short"),
+    "missing": (os.unlink, "no weights that can be read"),
+    "another file": (lambda path: path.write_bytes(b"no weights at all"), "no safetensors file"),
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+@pytest.mark.parametrize("store", ["device", "disk"])
+def test_a_base_that_changed_is_found_at_the_start(overrides, tiny_model, tmp_path, store, broken):
+    folder, change = changed_base(tmp_path, tiny_model, BROKEN[broken][0])
+    settings = [*overrides, f"model.name={folder}", f"memory.store={store}"]
+    run(settings, tmp_path / "run", "run.steps=2")
+    before = (tmp_path / "run" / "steps.log").read_bytes()
+    change()
+    with pytest.raises(UserError, match=BROKEN[broken][1]) as caught:
+        run(settings, tmp_path / "run", "run.steps=4")
+    assert "\n" not in str(caught.value)
+    assert (tmp_path / "run" / "steps.log").read_bytes() == before
+
+
+def test_a_missing_shard_is_named(overrides, tiny_model, tmp_path):
+    folder = tmp_path / "sharded"
+    make_llama().save_pretrained(folder, max_shard_size="40KB")
+    make_tokenizer().save_pretrained(folder)
+    shards = sorted(folder.glob("*.safetensors"))
+    assert len(shards) > 1
+    run([*overrides, f"model.name={folder}", *DISK], tmp_path / "whole", "run.steps=1")
+    shards[1].unlink()
+    with pytest.raises(UserError, match=shards[1].name):
+        run([*overrides, f"model.name={folder}", *DISK], tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Mounts a disk of so many bytes."""
+    mounted = []
+
+    def mount(size_bytes):
+        folder = tmp_path / f"disk{len(mounted)}"
+        folder.mkdir()
+        options = f"size={size_bytes}"
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, check=False
+        )
+        if done.returncode:
+            pytest.skip(f"no file system can be mounted here: {done.stderr.decode().strip()}")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_folder_without_room_is_refused_with_the_bytes_needed(overrides, small_disk, tmp_path):
+    folder = small_disk(200_000)
+    with pytest.raises(UserError, match=r"memory\.store=disk needs \d+ bytes .* make room") as caught:
+        run([*overrides, *DISK], folder / "run")
+    assert "\n" not in str(caught.value)
+    assert not (folder / "run").exists()
+
+
+def test_a_disk_that_fills_up_stops_the_run_and_loses_nothing(overrides, expected, small_disk):
+    folder = small_disk(1_000_000)
+    settings = [*overrides, *BITS, *DISK]
+    run(settings, folder / "run", "run.steps=2")
+    filler = folder / "filler"
+    with open(filler, "wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(b"x" * 4096)
+        except OSError as error:
+            assert error.errno == errno.ENOSPC
+    with open(filler, "rb+") as file:
+        file.truncate(filler.stat().st_size - 12_288)
+    with pytest.raises(UserError, match=r"needs \d+ bytes|cannot be written .*log is safe|cannot write"):
+        run(settings, folder / "run")
+    steps = len(read(folder / "run" / "steps.log")[1])
+    assert steps >= 2
+    filler.unlink()
+    assert run(settings, folder / "run")["fingerprint"] == expected[1]["fingerprint"]
+
+
+def test_a_disk_that_fills_up_in_the_middle_of_a_step(overrides, expected, small_disk):
+    """The room that was there at the start is gone when a block is to be written."""
+    folder, log_steps = small_disk(1_000_000), 3
+
+    def fill(step, column, batches):
+        if step == log_steps:
+            with open(folder / "filler", "wb", buffering=0) as file, pytest.raises(OSError, match="space"):
+                while True:
+                    file.write(b"x" * 4096)
+        return batches(step, column)
+
+    from zo import trainer
+
+    settings = [*overrides, *BITS, *DISK, "memory.lag=1"]
+    original = trainer.build_problem
+
+    def problem(config):
+        from dataclasses import replace
+
+        made = original(config)
+        return replace(made, batches=lambda step, column: fill(step, column, made.batches))
+
+    trainer.build_problem = problem
+    try:
+        with pytest.raises(UserError, match=r"make room and start the same command again") as caught:
+            run(settings, folder / "run")
+    finally:
+        trainer.build_problem = original
+    assert "\n" not in str(caught.value)
+    assert len(read(folder / "run" / "steps.log")[1]) >= log_steps
+    (folder / "filler").unlink()
+    assert run(settings, folder / "run")["fingerprint"] == expected[1]["fingerprint"]
+
+
+def metrics(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "eval" not in line]
+
+
+def test_metrics_tell_what_was_moved(overrides, tmp_path):
+    settings = [*overrides, *BITS, "eval.every=0", "memory.unit=layer", "memory.slots=2"]
+    run([*settings, "memory.store=disk", "memory.lag=3"], tmp_path / "run", "run.steps=12")
+    weights = make_llama().num_parameters() * 2
+    steps = metrics(tmp_path / "run")
+    assert all(0.9 * weights < step["read_bytes"] < 2 * weights for step in steps[1:])
+    # A third of the blocks goes back at each step.
+    written = sum(step["written_bytes"] for step in steps[3:]) / len(steps[3:])
+    assert 0.2 * weights < written < 0.5 * weights
+    assert all(0 <= step["wait_share"] <= 1 for step in steps)
+    run(settings, tmp_path / "device", "run.steps=2")
+    assert [(s["read_bytes"], s["written_bytes"]) for s in metrics(tmp_path / "device")] == [(0, 0)] * 2
+
+
+def test_a_timeline_is_drawn(overrides, tmp_path):
+    run([*overrides, *BITS, *DISK], tmp_path / "run", "profile.steps=3..4")
+    events = json.loads((tmp_path / "run" / "timeline.json").read_text())["traceEvents"]
+    lanes = [e["args"]["name"] for e in events if e["ph"] == "M"]
+    assert lanes == ["read", "wait", "replay+perturb", *(f"forward {i}" for i in range(4)), "write-back"]
+    spans = [e for e in events if e["ph"] == "X"]
+    assert {e["tid"] for e in spans} == set(range(len(lanes)))
+    assert all(e["ts"] >= 0 and e["dur"] >= 0 for e in spans)
+    assert (tmp_path / "run" / "timeline.png").read_bytes().startswith(b"\x89PNG")
+
+
+MISTAKES = {
+    "one slot": (["memory.slots=1"], r"memory\.slots=1 is out of range; use a number of at least 2"),
+    "no lag": (["memory.lag=0"], r"memory\.lag=0 is out of range"),
+    "unknown store": (["memory.store=tape"], r"memory\.store='tape' is not known; use one of device, disk, host"),
+    "unknown unit": (["memory.unit=head"], r"use one of layer, module"),
+    "unknown engine": (["memory.disk_engine=aio"], r"use one of deepnvme, mmap"),
+    "profile of nothing": (["profile.steps=3"], r"profile\.steps=3 is no range of steps"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_told_before_anything_is_read(mistake):
+    given, said = MISTAKES[mistake]
+    with pytest.raises(UserError, match=said):
+        load_config("quickstart", given)
+
+
+def test_deepnvme_without_a_compiler_or_libaio_is_one_line(overrides, tmp_path, monkeypatch):
+    monkeypatch.setenv("CC", "false")
+    with pytest.raises(UserError, match=r"deepnvme needs libaio.*memory\.disk_engine=mmap") as caught:
+        run([*overrides, *DISK, "memory.disk_engine=deepnvme"], tmp_path / "run")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_deepnvme_without_deepspeed_is_one_line(overrides, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "deepspeed.ops.op_builder", None)
+    with pytest.raises(UserError, match=r"needs the extra nvme.*pip install"):
+        run([*overrides, *DISK, "memory.disk_engine=deepnvme"], tmp_path / "run")
+
+
+def test_too_little_host_memory_is_told_before_any_is_taken(overrides, tmp_path, monkeypatch):
+    from zo import hardware
+
+    monkeypatch.setattr(hardware, "available_host_bytes", lambda: 1000)
+    with pytest.raises(UserError, match=r"memory\.store=host needs \d+ bytes .* of host memory and 1000 "):
+        run([*overrides, "memory.store=host"], tmp_path / "run")
