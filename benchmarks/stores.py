@@ -3,9 +3,10 @@
     python benchmarks/stores.py --shape opt-1.3b --tokens 512 --settings "store=device" "store=disk unit=module lag=4"
 
 The model has the shape of the recipe's and random weights in bfloat16; a setting is a list of keys of ``memory``.
-Printed for each: peak resident memory of the whole process, medians over the steps after the first two of step time,
-bytes read and written, and the share of time that the compute waited. ``cold`` among a setting's words drops the page cache
-before every step.
+Printed for each: peak resident memory of the whole process, medians over the steps after the first of step time,
+bytes read and written, and the share of time that the compute waited; of the last step, from its timeline, the
+seconds that reading, replaying and perturbing, and the forwards took. ``cold`` among a setting's words drops the page
+cache before every step.
 """
 
 import argparse
@@ -36,6 +37,16 @@ def drop_caches():
     Path("/proc/sys/vm/drop_caches").write_text("3")
 
 
+def seconds_of_lanes(trace):
+    events = json.loads(trace.read_text())["traceEvents"]
+    lanes = {event["tid"]: event["args"]["name"].split()[0] for event in events if event["ph"] == "M"}
+    seconds = dict.fromkeys(("read", "replay+perturb", "forward", "write-back"), 0.0)
+    for event in events:
+        if event["ph"] == "X" and lanes[event["tid"]] in seconds:
+            seconds[lanes[event["tid"]]] += event["dur"] / 1e6
+    return {f"{lane}_s": round(value, 3) for lane, value in seconds.items()}
+
+
 def run(shape, tokens, steps, setting, folder):
     words = setting.split()
     cold = "cold" in words
@@ -51,6 +62,7 @@ def run(shape, tokens, steps, setting, folder):
     command += [f"batch.max_tokens={tokens}", "estimator.distribution=rademacher", f"run.steps={steps}", "eval.every=0"]
     command += [f"run.dir={run_dir}", "run.snapshot_every=0", "export.at_end=false"]
     command += [f"memory.{word}" for word in words if "=" in word]
+    command += [f"profile.steps={steps}..{steps}"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     done = threading.Event()
     if cold:
@@ -71,8 +83,9 @@ def run(shape, tokens, steps, setting, folder):
     done.set()
     if status:
         raise SystemExit(err)
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()][2:]
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()][1:]
     median = lambda key: statistics.median(line[key] for line in lines)  # noqa: E731
+    lanes = seconds_of_lanes(run_dir / "timeline.json")
     return {
         "shape": shape,
         "tokens": tokens,
@@ -82,6 +95,8 @@ def run(shape, tokens, steps, setting, folder):
         "read_mb": round(median("read_bytes") / 1e6),
         "written_mb_mean": round(statistics.mean(line["written_bytes"] for line in lines) / 1e6),
         "wait_share": round(median("wait_share"), 3),
+        "last_step_s": round(lines[-1]["step_s"], 3),
+        **lanes,
         "train_s": json.loads(out.splitlines()[-1])["train_s"],
         "fingerprint": json.loads(out.splitlines()[-1])["fingerprint"][:12],
     }

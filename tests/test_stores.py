@@ -87,6 +87,12 @@ def test_two_ranks_have_the_bits_of_one(overrides, expected, tmp_path, store):
     assert train(settings, ranks=2)["fingerprint"] == expected[1]["fingerprint"]
 
 
+@pytest.mark.parametrize("unit", ["layer", "module"])
+def test_where_hidden_states_wait_is_not_part_of_the_result(overrides, expected, tmp_path, unit):
+    settings = [*overrides, *BITS, "memory.activations=host", f"memory.unit={unit}"]
+    assert run(settings, tmp_path / "run")["fingerprint"] == expected[1]["fingerprint"]
+
+
 def test_random_weights_are_the_same_in_every_store(overrides, tmp_path):
     settings = [*overrides, *BITS, "model.weights=random"]
     found = {run([*settings, *place], tmp_path / str(i))["fingerprint"] for i, place in enumerate([[], *PLACES])}
@@ -310,7 +316,8 @@ def test_metrics_tell_what_was_moved(overrides, tmp_path):
     run([*settings, "memory.store=disk", "memory.lag=3"], tmp_path / "run", "run.steps=12")
     weights = make_llama().num_parameters() * 2
     steps = metrics(tmp_path / "run")
-    assert all(0.9 * weights < step["read_bytes"] < 2 * weights for step in steps[1:])
+    # A block that is prefetched for the next step counts for this one.
+    assert all(0.5 * weights < step["read_bytes"] < 1.5 * weights for step in steps[1:])
     # A third of the blocks goes back at each step.
     written = sum(step["written_bytes"] for step in steps[3:]) / len(steps[3:])
     assert 0.2 * weights < written < 0.5 * weights

@@ -19,9 +19,10 @@ GROUPED = {**SIZES, "num_key_value_heads": 2}
 ELSEWHERE = {
     "gpt-oss": lambda: t.GptOssForCausalLM(t.GptOssConfig(**GROUPED, head_dim=8, num_local_experts=4)),
     "qwen3-next": lambda: t.Qwen3NextForCausalLM(
-        t.Qwen3NextConfig(**{**GROUPED, "num_hidden_layers": 4}, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
-                          shared_expert_intermediate_size=16, linear_key_head_dim=8, linear_value_head_dim=8,
-                          linear_num_key_heads=2, linear_num_value_heads=4)
+        t.Qwen3NextConfig(**GROUPED | {"num_hidden_layers": 4}, head_dim=8, num_experts=4,
+                          num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=16,
+                          linear_key_head_dim=8, linear_value_head_dim=8, linear_num_key_heads=2,
+                          linear_num_value_heads=4)
     ),
     "mamba-2": lambda: t.Mamba2ForCausalLM(
         t.Mamba2Config(vocab_size=120, hidden_size=32, num_hidden_layers=3, num_heads=8, head_dim=8, state_size=8,
@@ -146,3 +147,37 @@ def test_a_scaled_lookup_is_left_whole(monkeypatch):
     model = build("gemma3")
     assert all(part.rows is None for b in find_layout(model, "module").blocks for part in b.parts)
     self_check([model], forwards(model), CPU, "rademacher", "module")
+
+
+@torch.no_grad()
+def test_parked_hidden_states_take_no_memory_of_the_device_and_come_back():
+    """What waits while others compute: the memory that a table of many cells would need."""
+    from zo.lockstep import _park
+
+    hidden = torch.randn(3, 5)
+    kept, view = hidden.clone(), hidden[1]
+    bring_back = _park(hidden)
+    assert hidden.untyped_storage().nbytes() == 0
+    bring_back()
+    assert torch.equal(hidden, kept)
+    assert torch.equal(view, kept[1])
+
+
+def test_a_head_whose_chunks_have_other_bits_is_left_whole(monkeypatch):
+    """As a GPU's may be, which chooses its kernel by the matrix's shape."""
+    from zo import lockstep
+
+    monkeypatch.setattr(blocks, "CHUNK_BYTES", 4000)
+    original = lockstep.Lockstep._head
+
+    def inexact(self, chunks):
+        forward = original(self, chunks)
+        return lambda x: forward(x) * (1 + 2**-10)
+
+    monkeypatch.setattr(lockstep.Lockstep, "_head", inexact)
+    model = build("qwen3")
+    whole = self_check([model], forwards(model), CPU, "rademacher", "module")
+    layout = find_layout(model, "module", whole)
+    assert "lm_head" in whole
+    assert all(part.rows is None for block in layout.blocks for part in block.parts)
+    assert len(layout.blocks) > 3 * len(layout.groups)

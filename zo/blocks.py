@@ -77,7 +77,7 @@ def find_layout(model: nn.Module, unit: str = "layer", whole: Collection[str] = 
     pieces: list[tuple[Sequence[str], Sequence[Part]]] = []
     for modules, specs in _merge(model, names, owner):
         parameters = [placed[s.names[0]] for s in specs]
-        chunks = _chunks(model, modules, parameters, layers)
+        chunks = _chunks(model, modules, parameters, layers, whole)
         pieces += [((), (chunk,)) for chunk in chunks] or [(modules, [Part(p) for p in parameters])]
     return cut(layout, pieces)
 
@@ -145,16 +145,18 @@ def _merge(model: nn.Module, groups: Sequence[tuple[str, ...]], entrance: Callab
 
 
 def _chunks(
-    model: nn.Module, modules: Sequence[str], parameters: Sequence[Placed], layers: Collection[str]
+    model: nn.Module,
+    modules: Sequence[str],
+    parameters: Sequence[Placed],
+    layers: Collection[str],
+    whole: Collection[str],
 ) -> list[Part]:
     """A vocabulary's matrix in parts; empty for what is small, or is read in another way than by rows."""
     matrix = parameters[0]
     itemsize, shape = matrix.spec.dtype.itemsize, matrix.spec.shape
     if len(parameters) > 1 or len(shape) != 2 or matrix.numel * itemsize <= CHUNK_BYTES:
         return []
-    if any(
-        _inside(name, layers) or not read_by_rows(model.get_submodule(m)) for name in matrix.spec.names for m in modules
-    ):
+    if any(m in whole or _inside(f"{m}.weight", layers) or not read_by_rows(model.get_submodule(m)) for m in modules):
         return []
     rows = max(ALIGNMENT, CHUNK_BYTES // (shape[1] * itemsize) // ALIGNMENT * ALIGNMENT)
     return [Part(matrix, (first, min(first + rows, shape[0]))) for first in range(0, shape[0], rows)]

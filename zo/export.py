@@ -267,6 +267,7 @@ def _write_weights(model: nn.Module, content: _Content, source: Source | None, f
         # In a folder of its own: save_pretrained removes the files of other parts.
         inner, name = folder / "part", f"model-{number + 1:05d}-of-{len(parts):05d}.safetensors"
         save(inner, state_dict=state, max_shard_size="1000TB")
+        del state  # While the next part is brought, this one takes no memory.
         with safe_open(inner / "model.safetensors", framework="pt") as file:
             weight_map |= dict.fromkeys(file.keys(), name)
         (inner / "model.safetensors").rename(folder / name)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from zo.disk import PAGE, Engine
 from zo.layout import Block
-from zo.store import DiskStore, HostStore, allocate, slot_bytes
+from zo.store import DiskStore, HostStore, allocate, lock_pages, slot_bytes
 from zo.timeline import Timeline
 
 
@@ -114,7 +114,12 @@ class GpuLanes(Lanes):
     """The lanes of a GPU: slots are its memory; copies are queued on streams and waited for by events alone."""
 
     def __init__(
-        self, store: HostStore | DiskStore, engine: Engine | None, timeline: Timeline, device: torch.device
+        self,
+        store: HostStore | DiskStore,
+        engine: Engine | None,
+        timeline: Timeline,
+        device: torch.device,
+        pin: bool,
     ) -> None:
         """Make the streams and, for a disk, a page-locked buffer in the host for each way."""
         super().__init__(store, engine, timeline)
@@ -126,6 +131,8 @@ class GpuLanes(Lanes):
         largest = max(b.size_bytes for b in store.layout.blocks)
         if engine is not None:
             self._staging = {way: Slot(engine.allocate(slot_bytes(largest))) for way in ("in", "out")}
+            for slot in self._staging.values() if pin else ():
+                lock_pages(slot.memory)
 
     def slot(self, block_bytes: int) -> Slot:
         """See :class:`Lanes`."""

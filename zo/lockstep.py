@@ -39,9 +39,14 @@ class Lender(Protocol):
 class Lockstep:
     """Hooks on a model's blocks; plain forwards outside :meth:`run` pass through them untouched."""
 
-    def __init__(self, binding: Binding) -> None:
-        """Attach the hooks."""
-        model, self._binding = binding.model, binding
+    def __init__(self, binding: Binding, park: bool = False) -> None:
+        """Attach the hooks.
+
+        Args:
+            binding: the model's parameters.
+            park: keep the hidden states of cells that wait in host memory.
+        """
+        model, self._binding, self._park = binding.model, binding, park
         self._waiting: dict[greenlet, int | None] = {}
         self._row_numbers: dict[greenlet, Tensor | None] = {}
         self._hooks = [
@@ -58,16 +63,23 @@ class Lockstep:
         def suspend(module: nn.Module, arguments: Any) -> None:
             # A subclass with a forward of its own may read more than the rows that it is given.
             plain_lookup = type(module).forward is nn.Embedding.forward and len(arguments) == 1
-            self._enter(block, arguments[0] if plain_lookup else None)
+            hidden = arguments[0] if arguments and isinstance(arguments[0], Tensor) else None
+            self._enter(block, hidden if plain_lookup else None, hidden)
 
         return suspend
 
-    def _enter(self, block: int, row_numbers: Tensor | None = None) -> None:
+    def _enter(self, block: int, row_numbers: Tensor | None = None, hidden: Tensor | None = None) -> None:
         """Wait, in a cell, until the block holds the cell's weights."""
         cell = getcurrent()
-        if cell in self._waiting:
-            self._waiting[cell], self._row_numbers[cell] = block, row_numbers
-            cell.parent.switch()
+        if cell not in self._waiting:
+            return
+        # What a cell has before its first block is its batch's, and other cells' too.
+        own = self._park and cell in self._row_numbers and hidden is not None and hidden.is_floating_point()
+        self._waiting[cell], self._row_numbers[cell] = block, row_numbers
+        bring_back = _park(hidden) if own and hidden is not None else None
+        cell.parent.switch()
+        if bring_back is not None:
+            bring_back()
 
     def _patch(self, model: nn.Module, chunks: list[Block]) -> None:
         """Let the modules that own a parameter in chunks compute with one chunk after another."""
@@ -144,3 +156,22 @@ class Lockstep:
             hook.remove()
         while self._patched:
             del self._patched.pop().forward
+
+
+def _park(tensor: Tensor) -> Callable[[], None]:
+    """Move a tensor's memory to the host and free it where it was; what is returned brings it back.
+
+    The storage is emptied in place, so that every reference that the forward holds stays valid. On a GPU copies are in
+    the order of its stream, as is the reuse of what is freed.
+    """
+    storage = tensor.untyped_storage()
+    size, there = storage.nbytes(), torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
+    here = torch.empty(size, dtype=torch.uint8, pin_memory=tensor.device.type == "cuda")
+    here.copy_(there, non_blocking=True)
+    storage.resize_(0)
+
+    def bring_back() -> None:
+        storage.resize_(size)
+        torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage).copy_(here, non_blocking=True)
+
+    return bring_back

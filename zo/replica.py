@@ -83,7 +83,7 @@ class Weights:
             self.store = DiskStore(layout, source, engine, folder, writable)
         own = engine if memory.store == "disk" else None
         args = (self.store, own, self.timeline)
-        self.lanes = GpuLanes(*args, device) if device.type == "cuda" else Lanes(*args)
+        self.lanes = GpuLanes(*args, device, memory.pin) if device.type == "cuda" else Lanes(*args)
 
 
 class Replica:
@@ -105,7 +105,7 @@ class Replica:
             assert weights.lanes is not None
             self._place = Ring(self.store, weights.lanes, weights.memory.slots, weights.memory.lag)
         self.streamer = Streamer(weights.binding, Replay(log), self._place, weights.device, weights.timeline)
-        self.lockstep = Lockstep(weights.binding)
+        self.lockstep = Lockstep(weights.binding, park=weights.memory.activations == "host")
 
     def table(self, probes: Sequence[Offset], rows: Sequence[int], cells: Sequence[Callable[[], T]]) -> list[T]:
         """Run cells of a loss table, one pass over the model for all of them.

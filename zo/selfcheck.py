@@ -112,6 +112,13 @@ def _check(
         unvisited = next((b for b in layout.blocks if b.index not in visited and b.trainable), None)
         if unvisited is None and same:
             return whole
+        owners = {
+            n.rpartition(".")[0] for b in layout.blocks for p in b.parts if p.rows for n in p.parameter.spec.names
+        }
+        if owners:
+            # Products with a part of a matrix need not have the bits of the product with the whole.
+            whole |= owners
+            continue
         tops = {pattern(module, lists) for group in layout.groups for module in group.modules}
         if unit == "module" and not tops <= whole:
             whole |= tops

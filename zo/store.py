@@ -184,7 +184,7 @@ class HostStore:
             )
         memory = allocate(needed, torch.device("cpu"))
         if pin and torch.cuda.is_available():
-            _lock(memory)
+            lock_pages(memory)
         self._images, start, fingerprint = [], 0, Fingerprint(layout)
         for block in layout.blocks:
             self._images.append(memory[start : start + block.size_bytes])
@@ -211,7 +211,7 @@ class HostStore:
         return _fill(self.layout, segments, self.versions, get, version)
 
 
-def _lock(memory: Tensor) -> None:
+def lock_pages(memory: Tensor) -> None:
     """Register a mapping of our own with the driver: PyTorch's allocator would round it up to a power of two.
 
     Raises:
