@@ -29,8 +29,8 @@ from zo.log import sync_folder
 SHARD_BYTES = 5_000_000_000
 """Weights converted and written at once, at most, unless one layer has more; the hub's usual size of a file."""
 COMMIT_MESSAGE = "Weights, card and configuration of a zo run"
-STREAMED_BYTES = 256_000_000
-"""The same for weights that are not in memory."""
+STREAMED_BYTES, STREAMED_FILES = 128_000_000, 100
+"""The same for weights that are not in memory: at most that much, or that part of the model, if that is more."""
 ROOM_BYTES = 32 * 2**20
 """Room asked for beside the weights: tokenizer (17 MB for the largest that we know, Gemma-3's), configuration, card."""
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(?<!\.json)(?<!\.jsonl)(?<!\.csv)(?<!\.parquet)")
@@ -143,7 +143,7 @@ def write_folder(
     """Write a folder that ``from_pretrained`` reads: weights, configuration, tokenizer if there is one, card.
 
     Memory over the model's: nothing where transformers keeps weights in memory as they are on disk; else what it
-    converts, and of weights that come from elsewhere ``STREAMED_BYTES`` or one layer at a time.
+    converts, and of weights that come from elsewhere a hundredth, ``STREAMED_BYTES`` or one layer at a time.
 
     Args:
         model: a transformers model; its parameters may be views of larger tensors, and tied.
@@ -258,7 +258,8 @@ def _write_weights(model: nn.Module, content: _Content, source: Source | None, f
     """Write weights and configuration; a file a part, and their index, where there is more than one part."""
     save: Any = model.save_pretrained
     streamed = source is not None and not source.resident
-    parts = content.parts(model, STREAMED_BYTES if streamed else SHARD_BYTES)
+    most_bytes = max(STREAMED_BYTES, content.size_bytes // STREAMED_FILES) if streamed else SHARD_BYTES
+    parts = content.parts(model, most_bytes)
     weight_map: dict[str, str] = {}
     for number, state in _states(content, source if streamed else None, parts):
         if len(parts) == 1:

@@ -59,7 +59,7 @@ class Streamer:
         here = self._blocks[block]
         self.visited.add(block)
         by_row = [(self._probes[row], list(group)) for row, group in groupby(cells, key=self._rows.__getitem__)]
-        masters, version = self._place.arrive(here)
+        masters, version = self._place.arrive(here, lookup=any(numbers is not None for numbers in row_numbers))
         self._binding.bind(here, masters)
         try:
             # What is not perturbed is computed with the master itself.
@@ -102,7 +102,7 @@ class Streamer:
 
     def masters(self) -> Iterator[tuple[Block, list[Tensor]]]:
         """Every block in turn, its flat tensors at the newest version; valid until the next one is asked for."""
-        self._place.begin()
+        self._place.begin(every=True)
         for block in self._blocks:
             masters, version = self._place.arrive(block)
             try:
