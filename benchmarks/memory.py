@@ -50,10 +50,10 @@ def main():
         before = resident("VmRSS")
         zo = Zo(model, "rademacher")
         training = resident("VmRSS") - before + peak_over_now(lambda: [zo.step(ids) for _ in range(4)])
-    layout = zo.streamer._store.layout
-    scratch = 2 * layout.largest_block_bytes
+    blocks = zo.layout.blocks
+    scratch = 2 * max(b.size_bytes for b in blocks)
     sizes = {
-        "weights": sum(b.size_bytes for b in layout.blocks),
+        "weights": sum(b.size_bytes for b in blocks),
         "kernel_constant": kernel,
         "step_over_weights": training,
         "two_blocks_and_activations": scratch + activations,

@@ -12,18 +12,18 @@ import os
 import platform
 import statistics
 import time
+from pathlib import Path
 
 import torch
 import transformers
 from transformers import OPTConfig, OPTForCausalLM
 
 from zo import estimator
+from zo.base import OwnBase
 from zo.blocks import find_layout
-from zo.lockstep import Lockstep
+from zo.config import MemoryConfig
 from zo.log import Entry, Log
-from zo.replay import Replay
-from zo.store import DeviceStore
-from zo.streamer import Streamer
+from zo.replica import Replica, Weights
 
 EPS, LR = 1e-3, 1e-6
 
@@ -63,16 +63,16 @@ class Zo:
     """This project's step, its parts wired as the trainer wires them."""
 
     def __init__(self, model, distribution):
-        layout, device = find_layout(model), torch.device("cpu")
         header = {"directions": 1, "seed": 1, "distribution": distribution, "rule": "sgd", "weight_decay": 0.0}
-        self.model, self.log = model, Log(header)
-        replay = Replay(DeviceStore(model, layout, device), self.log)
-        self.streamer, self.lockstep = Streamer(replay, device), Lockstep(model, layout)
+        self.model, self.log, self.layout = model, Log(header), find_layout(model)
+        base = OwnBase(model)
+        weights = Weights(model, self.layout, lambda engine: base, MemoryConfig(), torch.device("cpu"), Path())
+        self.replica = Replica(weights, self.log)
 
     def step(self, ids):
         number = self.log.version + 1
-        self.streamer.begin(estimator.probes("spsa", number, 1, EPS), [0, 1])
-        losses = self.lockstep.run([lambda: loss(self.model, ids)] * 2, self.streamer)
+        probes = estimator.probes("spsa", number, 1, EPS)
+        losses = self.replica.table(probes, [0, 1], [lambda: loss(self.model, ids)] * 2)
         scalars, _ = estimator.estimate("spsa", [value.item() for value in losses], EPS)
         self.log.append(Entry(number, number, LR, scalars))
 
