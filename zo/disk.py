@@ -58,7 +58,7 @@ class Engine(Protocol):
         ...
 
     def write(self, path: Path, data: Tensor) -> None:
-        """Make a file of uint8 ``data``, whole pages of it.
+        """Write uint8 ``data``, whole pages of it, to a file that is new or of this size.
 
         Raises:
             OSError: the disk refuses.
@@ -96,7 +96,7 @@ class Mapped:
 
     def write(self, path: Path, data: Tensor) -> None:
         """Into the page cache; the system writes it out in its own time."""
-        with open(path, "wb", buffering=0) as file:
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o644), "wb", buffering=0) as file:
             _reserve(file.fileno(), data.numel())
             rest = memoryview(data.numpy())  # type: ignore[arg-type]
             while rest:
@@ -173,7 +173,7 @@ class DeepNvme:
     def write(self, path: Path, data: Tensor) -> None:
         """Straight to the disk."""
         # The engine does not look at the results of its writes: room is made sure of here, bytes when they are read.
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
         try:
             _reserve(descriptor, data.numel())
         finally:

@@ -10,7 +10,9 @@ block comes to where it is computed with, and how it goes back; nothing else of 
 
 import ctypes
 import hashlib
+import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -240,6 +242,8 @@ class DiskStore:
         """Names of blocks whose file was found damaged, and made anew from base and log."""
         self._base, self._engine, self._folder = base, engine, folder
         self._headers: dict[int, Header] = {}
+        self._spare: dict[int, Path] = {}
+        """Files that a newer one took the place of, one of each size."""
         self._on_disk = {b.index for b in layout.blocks if self._header(b) is not None}
         if writable:
             self._check_room()
@@ -247,8 +251,8 @@ class DiskStore:
 
     def _check_room(self) -> None:
         blocks = self.layout.blocks
-        # A block is written beside its old file, which goes when the new one is whole.
-        needed = sum(file_bytes(b) for b in blocks) + max(file_bytes(b) for b in blocks)
+        # A block is written beside its old file, which is then kept to write the next of its size over.
+        needed = sum(file_bytes(b) for b in blocks) + sum({file_bytes(b) for b in blocks})
         held = sum(file_bytes(b) for b in blocks if b.index in self._on_disk)
         free = hardware.free_disk_bytes(self._folder)
         if needed - held > free:
@@ -326,14 +330,19 @@ class DiskStore:
         return 0
 
     def keep(self, block: Block, slot: Tensor, version: int) -> None:
-        """See :class:`Store`: written beside, then renamed."""
+        """See :class:`Store`: written beside, then renamed; over an old file, whose pages need not be found anew."""
         path, image = self._path(block), slot[PAGE : PAGE + block.size_bytes]
         header = Header(block.name, self.layout.digest, version, block.size_bytes, checksum(image))
         slot[:PAGE] = torch.frombuffer(bytearray(header.page()), dtype=torch.uint8)
-        beside = path.with_suffix(".new")
+        beside = self._spare.pop(file_bytes(block), path.with_suffix(".new"))
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._engine.write(beside, slot[: file_bytes(block)])
+            if block.index in self._headers:
+                retired = path.with_suffix(".old")
+                with suppress(OSError):  # Some file systems have no hard links, and so no spare files.
+                    os.link(path, retired)
+                    self._spare[file_bytes(block)] = retired
             beside.rename(path)
         except OSError as error:
             beside.unlink(missing_ok=True)
