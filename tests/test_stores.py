@@ -275,7 +275,7 @@ def test_a_folder_without_room_is_refused_with_the_bytes_needed(overrides, small
 
 
 def test_a_disk_that_fills_up_in_the_middle_of_a_step(overrides, expected, small_disk, monkeypatch):
-    """The room that was there at the start is gone when a block is to be written."""
+    """The room that was there at the start is gone when blocks are to be written for the first time."""
     folder, filled = small_disk(1_000_000), []
     settings = [*overrides, *BITS, *DISK, "memory.lag=1"]
     original = trainer.build_problem
@@ -284,7 +284,7 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_step(overrides, expected, small
         problem = original(config)
 
         def batches(step, column):
-            if step == 3 and not filled:
+            if step == 1 and not filled:
                 filled.append(fill(folder / "filler"))
             return problem.batches(step, column)
 
@@ -294,7 +294,7 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_step(overrides, expected, small
     with pytest.raises(UserError, match=r"make room and start the same command again") as caught:
         run(settings, folder / "run")
     assert "\n" not in str(caught.value)
-    assert len(read(folder / "run" / "steps.log")[1]) >= 3
+    assert len(read(folder / "run" / "steps.log")[1]) >= 1
     (folder / "filler").unlink()
     assert run(settings, folder / "run")["fingerprint"] == expected[1]["fingerprint"]
 
