@@ -176,7 +176,7 @@ class MemoryConfig:
     """What one visit brings: a ``layer``, or each ``module`` that owns parameters, for the least memory."""
     slots: int = 3
     """Blocks that have room where the model computes: one computes, one comes, one goes; at least 2."""
-    lag: int = 2
+    lag: int = 4
     """Entries that a block in a store may lag behind before it is written back; replayed in one pass at its visits."""
     disk_engine: str = "mmap"
     """``mmap``, or ``deepnvme``: DeepSpeed's direct I/O, which needs the extra nvme and libaio."""

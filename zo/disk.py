@@ -16,6 +16,7 @@ import os
 import struct
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -76,8 +77,11 @@ class Mapped:
     """The page cache of the system."""
 
     def allocate(self, size_bytes: int) -> Tensor:
-        """Anonymous pages, committed when they are touched."""
-        return torch.frombuffer(mmap.mmap(-1, padded(size_bytes)), dtype=torch.uint8)[:size_bytes]
+        """Anonymous pages, huge ones where they fit, committed when they are touched."""
+        pages = mmap.mmap(-1, padded(size_bytes))
+        with suppress(OSError, AttributeError):
+            pages.madvise(mmap.MADV_HUGEPAGE)
+        return torch.frombuffer(pages, dtype=torch.uint8)[:size_bytes]
 
     def read(self, path: Path, offset: int, into: Tensor) -> None:
         """Map, copy, unmap: a mapping that stayed would count as this process's memory."""
