@@ -3,8 +3,9 @@
     python benchmarks/stores.py --shape opt-1.3b --tokens 512 --settings "store=device" "store=disk unit=module lag=4"
 
 The model has the shape of the recipe's and random weights in bfloat16; a setting is a list of keys of ``memory``.
-Printed for each: peak resident memory of the whole process, medians over the steps after the first of step time,
-bytes read and written, and the share of time that the compute waited; of the last step, from its timeline, the
+Printed for each: peak resident memory of the whole process; over the second half of the steps, when blocks have been
+written before, medians of step time, bytes read and the share of time that the compute waited, and the mean of bytes
+written; of the last step, from its timeline, the
 seconds that reading, replaying and perturbing, and the forwards took. ``cold`` among a setting's words drops the page
 cache before every step.
 """
@@ -83,7 +84,7 @@ def run(shape, tokens, steps, setting, folder):
     done.set()
     if status:
         raise SystemExit(err)
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()][1:]
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()][steps // 2 :]
     median = lambda key: statistics.median(line[key] for line in lines)  # noqa: E731
     lanes = seconds_of_lanes(run_dir / "timeline.json")
     return {
