@@ -163,27 +163,30 @@ def _round_nearest(x, kind, stored):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _round_stochastic(x, kind, seed, address, step, words, random16, small):  # type: ignore[no-untyped-def]
-    """Round float32 ``x`` in place to numbers of the stored dtype; ``random16``, ``small`` are scratch."""
+def _round_stochastic(x, kind, seed, address, step, words, halves, small):  # type: ignore[no-untyped-def]
+    """Round float32 ``x`` in place to numbers of the stored dtype; ``halves``, ``small`` are scratch.
+
+    Words in the order of calls, seen as 16-bit numbers (low half first, as this machine keeps them), are in the order
+    of addresses.
+    """
     _words(seed, address // u64(8), step, ROUNDING, TILE // 8, words)
-    halves = random16.reshape(-1, 8)
+    by_call = halves.reshape(-1, 4)
     for i in range(TILE // 8):
-        for j in range(4):
-            halves[i, 2 * j], halves[i, 2 * j + 1] = words[j, i] & u32(0xFFFF), words[j, i] >> u32(16)
-    bits = x.view(np.uint32)
+        by_call[i, 0], by_call[i, 1], by_call[i, 2], by_call[i, 3] = words[0, i], words[1, i], words[2, i], words[3, i]
+    bits, random16 = x.view(np.uint32), halves.view(np.uint16)
     if kind == BFLOAT16:
         for i in range(len(x)):
             b = bits[i]
             finite = (b & u32(0x7FFFFFFF)) < u32(0x7F800000)
-            bits[i] = ((b + random16[i]) & u32(0xFFFF0000)) if finite else b
+            bits[i] = ((b + u32(random16[i])) & u32(0xFFFF0000)) if finite else b
         return
     for i in range(len(x)):
-        units = min(abs(x[i]), f32(1.0)) * f32(2.0**24) + f32(i32(random16[i])) * f32(2.0**-16)
+        units = min(abs(x[i]), f32(1.0)) * f32(2.0**24) + f32(i32(u32(random16[i]))) * f32(2.0**-16)
         small[i] = f32(i32(units)) * f32(2.0**-24)
     small_bits = small.view(np.uint32)
     for i in range(len(x)):
         sign, b = bits[i] & u32(0x80000000), bits[i] & u32(0x7FFFFFFF)
-        normal = (b + (random16[i] >> u32(3))) & u32(0xFFFFE000)
+        normal = (b + (u32(random16[i]) >> u32(3))) & u32(0xFFFFE000)
         normal = normal if normal < u32(0x47800000) else u32(0x7F800000)
         large = normal if b < u32(0x7F800000) else b
         bits[i] = sign | (small_bits[i] if b < u32(0x38800000) else large)
@@ -209,7 +212,7 @@ def _visit(  # type: ignore[no-untyped-def]
     """The visit of these tiles of ``stored``."""
     x, y = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
     z, u, v = np.empty(TILE, np.float32), np.empty(TILE // 4, np.float32), np.empty((4, TILE // 4), np.float32)
-    words, random16 = np.empty((4, TILE // 4), np.uint32), np.empty(TILE, np.uint32)
+    words, halves = np.empty((4, TILE // 4), np.uint32), np.empty(TILE // 2, np.uint32)
     for tile in tiles:
         lo = tile * TILE
         count, here, in_z = min(TILE, len(stored) - lo), address + u64(lo), -1
@@ -229,7 +232,7 @@ def _visit(  # type: ignore[no-untyped-def]
                         x[i] = x[i] + z[i] * c
                     in_z = -1
             if kind != 0:
-                _round_stochastic(x[:count], kind, seed, here, steps[e], words, random16, y)
+                _round_stochastic(x[:count], kind, seed, here, steps[e], words, halves, y)
         if len(steps) > 0:
             _round_nearest(x, kind, here_stored)
         for row in range(len(probes)):
