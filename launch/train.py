@@ -37,7 +37,7 @@ def train(node: DictConfig, command: str = "") -> None:
     from zo.trainer import Trainer
 
     summary = Trainer(config, command=command).train()
-    if int(os.environ.get("RANK", 0)) == 0:
+    if int(os.environ.get("RANK", 0)) == 0 and summary["fingerprint"]:
         print(json.dumps(summary), flush=True)
 
 

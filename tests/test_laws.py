@@ -11,15 +11,15 @@ SOURCES = {path.stem: path for path in sorted((ROOT / "zo").glob("*.py"))}
 
 LAYERS = [
     {"philox", "config", "hardware"},
-    {"perturbation", "assets", "metrics", "mesh", "recipe", "disk", "timeline"},
+    {"perturbation", "assets", "metrics", "mesh", "recipe", "disk", "timeline", "preemption"},
     {"kernels_cpu", "kernels_triton", "layout", "estimator", "tasks", "log", "launcher"},
     {"base", "blocks", "binding", "update", "data", "folder", "export"},
-    {"store", "shards", "lockstep", "replay"},
+    {"store", "shards", "lockstep", "replay", "roll_call"},
     {"lanes", "model"},
     {"ring", "problem"},
     {"streamer"},
     {"replica"},
-    {"evaluate", "selfcheck"},
+    {"evaluate", "selfcheck", "audit"},
     {"finished"},
     {"trainer"},
     {"__init__"},

@@ -11,14 +11,17 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from zo.layout import Block, Layout, Part, views
+from zo.layout import Block, Layout, Part, spans, views
 
 
 class Base(Protocol):
     """The weights at version 0."""
 
-    def read(self, block: Block, layout: Layout, image: Tensor) -> None:
-        """Fill a block's bytes, uint8 of shape ``[block.size_bytes]`` on CPU; padding becomes zero."""
+    lasting: bool
+    """Whether it takes no memory to keep it for another read."""
+
+    def read(self, block: Block, layout: Layout, image: Tensor, start: int = 0) -> None:
+        """Fill ``image``, uint8 on CPU, with a block's bytes from ``start`` (see :func:`zo.layout.runs`); padding is 0."""
         ...
 
     def costly(self, block: Block) -> bool:
@@ -37,16 +40,17 @@ class Base(Protocol):
 class OwnBase:
     """A user's model, whose weights are in memory: taken out of it once."""
 
+    lasting = False
+
     def __init__(self, model: nn.Module) -> None:
         """Remember the tensors, not the parameters, which will point elsewhere."""
         self._tensors = {name: p.data for name, p in model.named_parameters(remove_duplicate=False)}
 
-    def read(self, block: Block, layout: Layout, image: Tensor) -> None:
+    def read(self, block: Block, layout: Layout, image: Tensor, start: int = 0) -> None:
         """See :class:`Base`."""
         image.zero_()
-        for part, view in views(block, block.carve(image)):
-            source = self._tensors[part.parameter.name]
-            view.copy_(source if part.rows is None else source[part.rows[0] : part.rows[1]])
+        for part, first, flat in spans(block, image, start):
+            flat.copy_(elements_of(part, self._tensors[part.parameter.name], first, flat.numel()))
 
     def costly(self, block: Block) -> bool:
         """See :class:`Base`."""
@@ -65,12 +69,14 @@ class RandomBase:
     Each group has a seed of its own, so that its weights depend on neither the others nor the order of making them.
     """
 
+    lasting = True
+
     def __init__(self, model: nn.Module, seed: int) -> None:
         """``model``: of transformers; only its structure and configuration are used."""
         self._model, self._seed = model, seed
         self._kept: tuple[int, Tensor] | None = None
 
-    def read(self, block: Block, layout: Layout, image: Tensor) -> None:
+    def read(self, block: Block, layout: Layout, image: Tensor, start: int = 0) -> None:
         """See :class:`Base`."""
         group = layout.group_of[block.index]
         if self._kept is None or self._kept[0] != group.index:
@@ -78,8 +84,8 @@ class RandomBase:
             self._kept = group.index, self._made(group)
         made = {part.parameter.name: view for part, view in views(group, group.carve(self._kept[1]))}
         image.zero_()
-        for part, view in views(block, block.carve(image)):
-            view.copy_(rows_of(part, made[part.parameter.name]))
+        for part, first, flat in spans(block, image, start):
+            flat.copy_(elements_of(part, made[part.parameter.name], first, flat.numel()))
 
     def _made(self, group: Block) -> Tensor:
         image = torch.zeros(group.size_bytes, dtype=torch.uint8)
@@ -118,6 +124,11 @@ class RandomBase:
 def rows_of(part: Part, whole: Tensor) -> Tensor:
     """The part's rows of a parameter, or of all of it."""
     return whole if part.rows is None else whole[part.rows[0] : part.rows[1]]
+
+
+def elements_of(part: Part, whole: Tensor, first: int, count: int) -> Tensor:
+    """Some elements of a part, flat, of all of its parameter."""
+    return rows_of(part, whole).reshape(-1)[first : first + count]
 
 
 @contextmanager

@@ -7,12 +7,16 @@ are met. Every check raises :class:`UserError`, whose text is one line: field, v
 
 import math
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 
 class UserError(ValueError):
     """What a user can cause and mend; a launcher prints it as one line and ends with exit code 2."""
+
+
+class RankError(RuntimeError):
+    """Another rank is gone or silent, which no one rank can mend; told in one line too, with exit code 1."""
 
 
 def choice(key: str, value: str, choices: Any) -> None:
@@ -153,17 +157,24 @@ class UpdateConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """How ranks share the table; their product is the number of ranks. Empty: the first that fits, perturb first."""
+    """How ranks share a step: perturb x data is their number. Empty axes: the first that fits, perturb first."""
 
     perturb: int | None = None
     """Ranks that share the rows (probes)."""
     data: int | None = None
     """Ranks that share the columns (micro-batches)."""
+    slice: int = 1
+    """Ranks of a node that keep one copy of the weights together, with memory.store=host or disk."""
+    timeout_s: int = 1800
+    """Seconds that ranks wait for one another before the run ends, naming the one that is missing."""
+    check_every: int = 100
+    """Steps between checks that every rank's weights are what the log makes of the base; 0: never."""
 
     def __post_init__(self) -> None:
-        for f in fields(self):
-            if (size := getattr(self, f.name)) is not None:
-                at_least(f"mesh.{f.name}", size, 1)
+        for axis in ("perturb", "data", "slice", "timeout_s"):
+            if (size := getattr(self, axis)) is not None:
+                at_least(f"mesh.{axis}", size, 1)
+        at_least("mesh.check_every", self.check_every, 0)
 
 
 @dataclass(frozen=True)
@@ -229,6 +240,9 @@ class RunConfig:
     memory.store=disk the blocks on disk are that already, so none are made."""
     device: str = "auto"
     """``cpu``, ``cuda``, or ``auto`` for ``cuda`` where there is one."""
+    threads: int | None = None
+    """Threads that a rank computes with on CPU; by default the machine's cores, shared among its ranks. Products of a
+    few rows in float32 may depend on it."""
     max_skipped: int = 10
     """Steps in a row that may give no finite estimate before the run stops."""
 
@@ -236,6 +250,8 @@ class RunConfig:
         for key in ("steps", "seed", "snapshot_every"):
             at_least(f"run.{key}", getattr(self, key), 0)
         at_least("run.max_skipped", self.max_skipped, 1)
+        if self.threads is not None:
+            at_least("run.threads", self.threads, 1)
         if self.seed >= 2**63:
             raise UserError(f"run.seed={self.seed} is out of range; use a number below 2**63")
         choice("run.device", self.device, ("auto", "cpu", "cuda"))
@@ -277,3 +293,10 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
+
+    def __post_init__(self) -> None:
+        if self.mesh.slice > 1 and self.memory.store == "device":
+            raise UserError(
+                f"mesh.slice={self.mesh.slice} cuts weights that come to the device at every visit; use "
+                "memory.store=host or disk, or mesh.slice=1"
+            )

@@ -27,6 +27,8 @@ def evaluate(
     owners = [i % mesh.ranks for i in range(len(batches))]
     mine = [batch for batch, owner in zip(batches, owners, strict=True) if owner == mesh.rank]
     cells = [lambda batch=b: task.terms(model, {k: v.to(mesh.device) for k, v in batch.items()}) for b in mine]
-    table = mesh.gather(replica.plain(cells, at_once), owners, width=3)
+    # Ranks that share slices pass over the model together.
+    passes = -(-max(owners.count(rank) for rank in range(mesh.ranks)) // at_once)
+    table, _ = mesh.gather(replica.plain(cells, at_once, passes), owners, width=3)
     # Summed in the order of the batches, so that the scores have the same bits on any mesh.
     return task.summarize([sum(column) for column in table.T.tolist()])

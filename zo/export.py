@@ -264,7 +264,7 @@ def _write_weights(model: nn.Module, content: _Content, source: Source | None, f
     for number, state in _states(content, source if streamed else None, parts):
         if len(parts) == 1:
             save(folder, state_dict=state, max_shard_size=SHARD_BYTES)
-            return
+            continue  # To the end of the source: other ranks may pass over it too.
         # In a folder of its own: save_pretrained removes the files of other parts.
         inner, name = folder / "part", f"model-{number + 1:05d}-of-{len(parts):05d}.safetensors"
         save(inner, state_dict=state, max_shard_size="1000TB")
@@ -275,6 +275,8 @@ def _write_weights(model: nn.Module, content: _Content, source: Source | None, f
         for path in inner.iterdir():
             path.replace(folder / path.name)
         inner.rmdir()
+    if len(parts) == 1:
+        return
     index = {"metadata": {"total_size": content.size_bytes}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 

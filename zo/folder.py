@@ -5,14 +5,21 @@
     metrics.jsonl   one object a step and an evaluation
     snapshots/      weights at some versions, the last two
     blocks/         what a disk store wrote back, a folder a rank
+    lock            held while a run goes on here
     model/          the Hugging Face folder at the end
 
 Files appear whole or not at all: written beside, synced, renamed.
 """
 
+import fcntl
+import json
 import os
 import platform
+import socket
+import time
+import uuid
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -29,6 +36,10 @@ from zo.log import Log, sync_folder
 RESULT_KEYS = ("model", "data", "batch", "estimator", "update", "run.seed")
 """Groups and keys that decide a run's bits, so that a resumed run must have the same."""
 SNAPSHOTS_KEPT = 2
+UNFINISHED = {"lock", "blocks"}
+"""What a run that ended before its first step may leave."""
+LOCK_PATIENCE_S = 3.0
+"""A process that was just killed may hold its lock a moment longer."""
 
 
 def versions() -> dict[str, str]:
@@ -64,6 +75,74 @@ class Tensors(Protocol):
     def tensors(self) -> Iterable[tuple[str, Tensor]]:
         """Every parameter by its first name."""
         ...
+
+
+class Lock:
+    """Keeps a folder to one run at a time, by an exclusive lock on ``lock`` there, which says who holds it.
+
+    The system lets go of it when its process ends, in whatever way. On a file system without locks there is none.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Take it.
+
+        Raises:
+            UserError: a run that goes on has it, or the folder cannot be written.
+        """
+        self._path, self._made = folder / "lock", not folder.exists()
+        self.token = uuid.uuid4().hex
+        """Names this lock in its file."""
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._descriptor = self._take(time.monotonic() + LOCK_PATIENCE_S)
+            said = {"host": socket.gethostname(), "pid": os.getpid(), "token": self.token}
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, json.dumps(said).encode(), 0)
+        except OSError as error:
+            raise UserError(
+                f"run.dir={folder} cannot be written: {error.strerror}; choose another folder or make room"
+            ) from error
+
+    def _take(self, until: float) -> int:
+        while True:
+            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(descriptor)
+                if time.monotonic() > until:
+                    owner = lock_owner(self._path.parent)
+                    raise UserError(
+                        f"run.dir={self._path.parent} is in use by a run that goes on (host {owner.get('host')}, process "
+                        f"{owner.get('pid')}); wait for its end, or use another run.dir"
+                    ) from None
+                time.sleep(0.1)
+                continue
+            except OSError:
+                return descriptor  # No locks here.
+            # An owner that ended in between has taken the file away.
+            with suppress(OSError):
+                if os.stat(self._path).st_ino == os.fstat(descriptor).st_ino:
+                    return descriptor
+            os.close(descriptor)
+
+    def release(self) -> None:
+        """Let go of it, and of a folder that nothing came into."""
+        with suppress(OSError):
+            self._path.unlink()
+        os.close(self._descriptor)
+        if self._made:
+            with suppress(OSError):
+                self._path.parent.rmdir()
+
+
+def lock_owner(folder: Path) -> dict[str, Any]:
+    """Host, process and token of whoever has a folder's lock; empty if that cannot be read."""
+    try:
+        said = json.loads((folder / "lock").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return said if isinstance(said, dict) else {}
 
 
 class RunFolder:
@@ -103,7 +182,7 @@ class RunFolder:
             UserError: it holds another run (says which keys differ), or files that are no run.
         """
         if not self.holds_run:
-            if self.path.is_dir() and any(self.path.iterdir()):
+            if self.path.is_dir() and {path.name for path in self.path.iterdir()} - UNFINISHED:
                 raise UserError(f"run.dir={self.path} is not empty and holds no run; use a new or empty folder")
             return
         before, now = flatten(self.read_config()["config"]), flatten(asdict(config))

@@ -8,14 +8,17 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from zo.config import UserError
+from zo.config import RankError, UserError
 from zo.recipe import DEFAULT, FOLDER, keys, recipe_names, resolve
 
-USER_ERROR, DONE = 2, 0
+DONE, RANK_LOST, USER_ERROR = 0, 1, 2
 
 
 def run(command: Callable[[list[str]], None]) -> int:
-    """Run a command on the process's arguments; a user's mistake becomes one line on stderr and exit code 2."""
+    """Run a command on the process's arguments.
+
+    A user's mistake becomes one line on stderr and exit code 2, the loss of another rank one line and exit code 1.
+    """
     rank = int(os.environ.get("RANK", 0))
     try:
         share_cores()
@@ -26,6 +29,9 @@ def run(command: Callable[[list[str]], None]) -> int:
             time.sleep(3)
         print(f"error: {error}" if not rank else f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
         return USER_ERROR
+    except RankError as error:
+        print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
+        return RANK_LOST
     return DONE
 
 

@@ -7,7 +7,7 @@ How groups are cut into blocks, the units of a visit, changes no address. Pure a
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -16,6 +16,11 @@ import torch
 from torch import Tensor
 
 from zo.perturbation import ALIGNMENT
+
+LINE = 512
+"""Bytes; a block's segments begin on multiples of it, so that a cut there is on the alignment of every dtype."""
+GRAIN = 4096
+"""Bytes; slices of a block are cut on multiples of it: pages, which direct I/O and page locking want."""
 
 
 @dataclass(frozen=True)
@@ -126,8 +131,8 @@ class Segment:
 
     @property
     def size_bytes(self) -> int:
-        """Stored size in bytes, a multiple of 256."""
-        return self.numel * self.dtype.itemsize
+        """Stored size in bytes, whole lines."""
+        return -(-self.numel * self.dtype.itemsize // LINE) * LINE
 
 
 @dataclass(frozen=True)
@@ -178,9 +183,60 @@ class Block:
         """A block's bytes, uint8 of shape ``[size_bytes]``, as one flat tensor of its dtype for each segment."""
         carved, start = [], 0
         for segment in self.segments:
-            carved.append(image[start : start + segment.size_bytes].view(segment.dtype))
+            carved.append(image[start : start + segment.numel * segment.dtype.itemsize].view(segment.dtype))
             start += segment.size_bytes
         return carved
+
+
+@dataclass(frozen=True)
+class Slice:
+    """The part of every block that one rank keeps: number ``index`` of ``of``, of equal size but at a block's end."""
+
+    index: int = 0
+    of: int = 1
+
+    def stride(self, block: Block) -> int:
+        """Bytes from one slice's start to the next one's, whole grains."""
+        return -(-block.size_bytes // (self.of * GRAIN)) * GRAIN
+
+    def within(self, block: Block) -> range:
+        """The bytes of a block that are this slice; none where a block has fewer grains than slices."""
+        start = min(self.index * self.stride(block), block.size_bytes)
+        return range(start, min(start + self.stride(block), block.size_bytes))
+
+
+WHOLE = Slice()
+
+
+def runs(block: Block, image: Tensor, start: int = 0) -> Iterator[tuple[Segment, int, Tensor]]:
+    """What bytes of a block hold: segment, number of its first element there, and a flat view of those that are.
+
+    Args:
+        block: which one.
+        image: uint8, the block's bytes from ``start``.
+        start: a multiple of ``GRAIN``.
+    """
+    begin = 0
+    for segment in block.segments:
+        if (found := _overlap(image, start, begin, segment.numel, segment.dtype)) is not None:
+            yield segment, *found
+        begin += segment.size_bytes
+
+
+def spans(block: Block, image: Tensor, start: int = 0) -> Iterator[tuple[Part, int, Tensor]]:
+    """As :func:`runs`, part by part, which leaves padding out."""
+    begin = 0
+    for segment in block.segments:
+        for part in segment.parts:
+            offset = (part.start - segment.start) * segment.dtype.itemsize
+            if (found := _overlap(image, start, begin + offset, part.numel, segment.dtype)) is not None:
+                yield part, *found
+        begin += segment.size_bytes
+
+
+def _overlap(image: Tensor, start: int, begin: int, numel: int, dtype: torch.dtype) -> tuple[int, Tensor] | None:
+    first, stop = max(start, begin), min(start + image.numel(), begin + numel * dtype.itemsize)
+    return ((first - begin) // dtype.itemsize, image[first - start : stop - start].view(dtype)) if first < stop else None
 
 
 def _kind(part: Part) -> tuple[torch.dtype, bool, bool]:
@@ -250,5 +306,6 @@ def lay_out(groups: Sequence[tuple[Sequence[str], Sequence[Spec]]]) -> Layout:
 def cut(layout: Layout, pieces: Sequence[tuple[Sequence[str], Sequence[Part]]]) -> Layout:
     """The same addresses in other blocks: for each, the modules that enter it and what it holds."""
     blocks = tuple(Block(i, tuple(modules), tuple(parts)) for i, (modules, parts) in enumerate(pieces))
-    assert sum(b.size_bytes for b in blocks) == sum(g.size_bytes for g in layout.groups)
+    elements = [sum(s.numel for block in cut for s in block.segments) for cut in (blocks, layout.groups)]
+    assert elements[0] == elements[1]
     return Layout(layout.groups, blocks)

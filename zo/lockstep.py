@@ -28,6 +28,14 @@ T = TypeVar("T")
 class Lender(Protocol):
     """Puts a block's weights in place for each cell in turn."""
 
+    def next(self, block: int | None, lookup: bool) -> int | None:
+        """Which block is lent next; ``None`` ends the run.
+
+        ``block`` is the earliest that a cell waits for, and ``lookup`` whether rows of it are looked up; ``None`` where
+        none waits. Another one is lent where other ranks need it first.
+        """
+        ...
+
     def lend(self, block: int, cells: Sequence[int], row_numbers: Sequence[Tensor | None]) -> Iterable[int]:
         """Yield every given cell once, each when the block holds that cell's weights.
 
@@ -136,8 +144,13 @@ class Lockstep:
         try:
             for cell in range(len(cells)):
                 resume(cell)
-            # The earliest block first: cells that skipped one wait for those that did not.
-            while (block := min((b for b in self._waiting.values() if b is not None), default=None)) is not None:
+            while True:
+                # The earliest block first: cells that skipped one wait for those that did not.
+                earliest = min((b for b in self._waiting.values() if b is not None), default=None)
+                lookup = any(self._row_numbers[g] is not None for g, b in self._waiting.items() if b == earliest)
+                block = lender.next(earliest, earliest is not None and lookup)
+                if block is None:
+                    break
                 here = [cell for cell, g in enumerate(greenlets) if self._waiting[g] == block]
                 rows = [self._row_numbers[greenlets[cell]] for cell in here]
                 with closing(lender.lend(block, here, rows)) as lent:  # type: ignore[type-var]

@@ -14,6 +14,7 @@ import os
 import struct
 import sys
 import zlib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -156,24 +157,40 @@ class Log:
         Raises:
             UserError: the disk refuses; the file is left as it was.
         """
-        assert entry.step == self.version + 1 and len(entry.scalars) == self.header["directions"]
-        if self._descriptor is not None:
+        self.extend([entry])
+
+    def extend(self, entries: Sequence[Entry]) -> None:
+        """Add entries that follow one another; when this returns, they are on the disk.
+
+        Raises:
+            UserError: the disk refuses; the file is left as it was.
+        """
+        numbers = [entry.step for entry in entries]
+        assert numbers == list(range(self.version + 1, self.version + 1 + len(entries)))
+        assert all(len(entry.scalars) == self.header["directions"] for entry in entries)
+        if self._descriptor is not None and entries:
+            self._write(entries)
+        self.entries.extend(entries)
+
+    def _write(self, entries: Sequence[Entry]) -> None:
+        assert self._descriptor is not None
+        data, checksum = b"", self._checksum
+        for entry in entries:
             body = self._packer.pack(entry.step, entry.position, entry.lr, *entry.scalars)
-            checksum = zlib.crc32(body, self._checksum)
-            data = body + _U32.pack(checksum)
-            try:
-                written = os.pwrite(self._descriptor, data, self._length)
-                if written < len(data):
-                    os.pwrite(self._descriptor, data[written:], self._length + written)
-                os.fsync(self._descriptor)
-            except OSError as error:
-                self._truncate()
-                raise UserError(
-                    f"cannot write step {entry.step} to the log: {error.strerror}; "
-                    f"the {self.version} steps before it are safe: make room and start the same command again"
-                ) from error
-            self._length, self._checksum = self._length + len(data), checksum
-        self.entries.append(entry)
+            checksum = zlib.crc32(body, checksum)
+            data += body + _U32.pack(checksum)
+        try:
+            written = 0
+            while written < len(data):
+                written += os.pwrite(self._descriptor, data[written:], self._length + written)
+            os.fsync(self._descriptor)
+        except OSError as error:
+            self._truncate()
+            raise UserError(
+                f"cannot write step {entries[0].step} to the log: {error.strerror}; "
+                f"the {self.version} steps before it are safe: make room and start the same command again"
+            ) from error
+        self._length, self._checksum = self._length + len(data), checksum
 
     def close(self) -> None:
         """Close the file; the entries stay."""

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from zo.layout import Block
-from zo.log import Entry, Log
+from zo.layout import Block, Segment, runs
+from zo.log import Log
 from zo.perturbation import Change, Offset, Rows, visit
 from zo.update import RULES
 
@@ -62,16 +62,40 @@ class Replay:
         Returns:
             The newest version, at which the weights stand now.
         """
-        pending = self.log.entries[version:]
-        changes = [self._change(entry) for entry in pending]
+        seed, distribution, newest = self.recipe.seed, self.recipe.distribution, self.log.version
+        changes = self._changes(version, newest)
         for i, segment in enumerate(block.trainable):
-            here = changes if segment.decays else [replace(c, decay=1.0) for c in changes]
-            if here or offsets:
-                seed, distribution = self.recipe.seed, self.recipe.distribution
+            if changes or offsets:
                 rows = None if row_numbers is None else Rows(row_numbers, segment.parts[0].shape[1])
                 written = out[i] if offsets else None
+                here = _as_seen_by(segment, changes)
                 visit(masters[i], segment.start, seed, distribution, here, offsets, written, rows)
-        return version + len(pending)
+        return newest
 
-    def _change(self, entry: Entry) -> Change:
-        return RULES[self.recipe.rule](entry, self.recipe.weight_decay)
+    def catch_up(self, block: Block, image: Tensor, start: int, version: int, newest: int) -> int:
+        """Bring some bytes of a block, a slice of it, to a version.
+
+        Args:
+            block: which block.
+            image: its bytes from ``start``, uint8 (see :func:`zo.layout.runs`); *modified in place*.
+            start: a multiple of ``GRAIN``.
+            version: what they stand at.
+            newest: what they are to stand at.
+
+        Returns:
+            ``newest``.
+        """
+        if changes := self._changes(version, newest):
+            for segment, first, flat in runs(block, image, start):
+                if not segment.frozen:
+                    here = _as_seen_by(segment, changes)
+                    visit(flat, segment.start + first, self.recipe.seed, self.recipe.distribution, here)
+        return newest
+
+    def _changes(self, version: int, newest: int) -> list[Change]:
+        rule, weight_decay = RULES[self.recipe.rule], self.recipe.weight_decay
+        return [rule(entry, weight_decay) for entry in self.log.entries[version:newest]]
+
+
+def _as_seen_by(segment: Segment, changes: list[Change]) -> list[Change]:
+    return changes if segment.decays else [replace(change, decay=1.0) for change in changes]

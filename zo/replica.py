@@ -13,9 +13,10 @@ from zo.binding import Binding
 from zo.config import MemoryConfig
 from zo.disk import ENGINES, Engine
 from zo.lanes import GpuLanes, Lanes
-from zo.layout import Block, Layout, views
+from zo.layout import WHOLE, Block, Layout, Slice, views
 from zo.lockstep import Lockstep
 from zo.log import Log
+from zo.mesh import Slices
 from zo.perturbation import Offset
 from zo.replay import Replay
 from zo.ring import Resident, Ring
@@ -36,6 +37,8 @@ class Traffic:
     """To slots."""
     written_bytes: int = 0
     """Back to the store."""
+    gathered_bytes: int = 0
+    """From ranks that keep other slices."""
     wait_s: float = 0.0
     """Time that the compute waited for a block."""
 
@@ -52,6 +55,7 @@ class Weights:
         device: torch.device,
         folder: Path,
         writable: bool = True,
+        slices: Slices | None = None,
     ) -> None:
         """Fill the store.
 
@@ -63,6 +67,7 @@ class Weights:
             device: of the compute.
             folder: of a disk store's blocks.
             writable: whether a disk store may write there.
+            slices: the ranks that keep the rest of the weights, if this one is to keep a slice.
 
         Raises:
             UserError: too little memory or disk, or weights that cannot be read.
@@ -70,6 +75,10 @@ class Weights:
         engine = ENGINES[memory.disk_engine]() if memory.store == "disk" else ENGINES["mmap"]()
         source = base(engine)
         source.adopt(model)
+        self.base: Base | None = source if source.lasting else None
+        """What the weights of version 0 can be read from once more."""
+        self.slices = slices
+        own_slice = Slice(slices.index, slices.of) if slices else WHOLE
         self.model, self.memory, self.device, self.timeline = model, memory, device, Timeline(device)
         self.binding = Binding(model, layout, device)
         self.store: DeviceStore | HostStore | DiskStore
@@ -78,12 +87,14 @@ class Weights:
             self.lanes = None
             return
         if memory.store == "host":
-            self.store = HostStore(layout, source, memory.pin)
+            self.store = HostStore(layout, source, memory.pin, own_slice)
         else:
-            self.store = DiskStore(layout, source, engine, folder, writable)
+            self.store = DiskStore(layout, source, engine, folder, writable, own_slice)
         own = engine if memory.store == "disk" else None
-        args = (self.store, own, self.timeline)
-        self.lanes = GpuLanes(*args, device, memory.pin) if device.type == "cuda" else Lanes(*args)
+        if device.type == "cuda":
+            self.lanes = GpuLanes(self.store, own, self.timeline, device, memory.pin, slices)
+        else:
+            self.lanes = Lanes(self.store, own, self.timeline, slices)
 
 
 class Replica:
@@ -93,7 +104,7 @@ class Replica:
         """Take up the weights where they stand; blocks catch up when they are visited."""
         self.layout, self.store, self.log = weights.store.layout, weights.store, log
         self.timeline, self.lanes = weights.timeline, weights.lanes
-        self._binding = weights.binding
+        self._binding, self.sliced, replay = weights.binding, weights.slices is not None, Replay(log)
         self.resident = isinstance(self.store, DeviceStore)
         """Whether all weights are in memory where the model computes."""
         if isinstance(self.store, DiskStore):
@@ -103,27 +114,29 @@ class Replica:
             self._bind_masters(self.store)
         else:
             assert weights.lanes is not None
-            self._place = Ring(self.store, weights.lanes, weights.memory.slots, weights.memory.lag)
-        self.streamer = Streamer(weights.binding, Replay(log), self._place, weights.device, weights.timeline)
+            self._place = Ring(self.store, weights.lanes, replay, weights.memory.slots, weights.memory.lag)
+        self.streamer = Streamer(
+            weights.binding, replay, self._place, weights.device, weights.timeline, weights.slices
+        )
         self.lockstep = Lockstep(weights.binding, park=weights.memory.activations == "host")
 
     def table(self, probes: Sequence[Offset], rows: Sequence[int], cells: Sequence[Callable[[], T]]) -> list[T]:
-        """Run cells of a loss table, one pass over the model for all of them.
+        """Run cells of a loss table, one pass over the model for all of them, and of the ranks that share slices.
 
         Args:
             probes: the table's rows.
             rows: for each cell its row, non-decreasing.
             cells: forwards of the model.
         """
-        if not cells:
+        if not cells and not self.sliced:
             return []
         self.streamer.begin(probes, rows)
         return self.lockstep.run(cells, self.streamer)
 
-    def plain(self, cells: Sequence[Callable[[], T]], at_once: int) -> list[T]:
-        """Run forwards on the parameters themselves, at the newest version, some at a time."""
+    def plain(self, cells: Sequence[Callable[[], T]], at_once: int, passes: int) -> list[T]:
+        """Run forwards on the parameters themselves, at the newest version, ``at_once`` in each of ``passes``."""
         results: list[T] = []
-        for first in range(0, len(cells), at_once):
+        for first in range(0, passes * at_once, at_once):
             together = cells[first : first + at_once]
             results += self.table([MASTER], [0] * len(together), together)
         return results
@@ -154,8 +167,8 @@ class Replica:
                 if part.rows[1] == placed.spec.shape[0]:
                     yield placed.name, unfinished.pop(placed.name)
 
-    def catch_up(self) -> None:
-        """Bring every block to the newest version."""
+    def pass_over(self) -> None:
+        """Visit every block once, as ranks that share slices do where one of them asks for all weights."""
         for _ in self.masters():
             pass
 
@@ -169,7 +182,8 @@ class Replica:
         if self.lanes is None:
             return Traffic()
         self.lanes.settle()
-        return Traffic(self.lanes.read_bytes, self.lanes.written_bytes, self.lanes.wait_s)
+        lanes = self.lanes
+        return Traffic(lanes.read_bytes, lanes.written_bytes, lanes.gathered_bytes, lanes.wait_s)
 
     def damaged(self) -> list[str]:
         """Names of blocks that were found damaged since this was asked last."""

@@ -7,6 +7,7 @@ the model's forward; a slot keeps its block until it is needed for another, so t
 """
 
 from collections.abc import Iterator
+from functools import partial
 from math import inf
 from typing import Protocol
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from zo.lanes import Lanes, Slot
 from zo.layout import Block
+from zo.replay import Replay
 from zo.store import DeviceStore, DiskStore, HostStore
 
 SMALL = 16
@@ -66,20 +68,26 @@ class Resident:
 
 
 class Ring:
-    """A ring of slots over a store whose blocks come and go."""
+    """A ring of slots over a store whose blocks come and go.
+
+    Ranks that share slices bring the same blocks in the same order: what a ring does then depends on the visits alone,
+    never on how long something took.
+    """
 
     resident = False
 
-    def __init__(self, store: HostStore | DiskStore, lanes: Lanes, slots: int, lag: float) -> None:
+    def __init__(self, store: HostStore | DiskStore, lanes: Lanes, replay: Replay, slots: int, lag: float) -> None:
         """Make the slots.
 
         Args:
             store: where blocks come from.
             lanes: what brings them.
+            replay: brings slices up to date before they are exchanged.
             slots: how many, at least two, and as many for small blocks.
             lag: entries that a stored block may lag behind; infinite never writes.
         """
-        self._store, self._lanes = store, lanes
+        self._store, self._lanes, self._replay = store, lanes, replay
+        self._sliced = store.slice.of > 1
         self._lag = lag if store.writable else inf
         self._blocks, self._count = store.layout.blocks, slots
         sizes = sorted((b.size_bytes for b in self._blocks), reverse=True)
@@ -110,7 +118,7 @@ class Ring:
         slot = self._holding(block)
         if slot is None:
             slot = self._empty(block)
-            self._lanes.bring(block, slot)
+            self._bring(block, slot)
         used = self._slots[self._is_small(block)]
         used.append(used.pop(used.index(slot)))
         self._current = slot
@@ -160,7 +168,7 @@ class Ring:
     def _free(self, block: Block) -> Slot | None:
         """The smallest slot that holds nothing that is soon needed, or on its way."""
         soon = {block.index for block in self._coming()}
-        ready = (s for s in self._fitting(block) if s.block not in soon and not _under_way(s))
+        ready = (s for s in self._fitting(block) if s.block not in soon and (self._sliced or not _under_way(s)))
         return min(ready, key=lambda s: s.size_bytes, default=None)
 
     def _empty(self, block: Block) -> Slot:
@@ -169,11 +177,11 @@ class Ring:
         if slot is None:
             # What leaves will be free, else what was called too early is in the way.
             fitting = self._fitting(block)
-            slot = next((s for s in fitting if s.leaving is not None), fitting[0])
-            for job in (slot.arriving, slot.leaving):
-                if job is not None:
-                    self._lanes.wait_for(job.exception)
-        return _emptied(slot)
+            slot = next((s for s in fitting if s.leaving is not None and not self._sliced), fitting[0])
+        return slot
+
+    def _bring(self, block: Block, slot: Slot) -> None:
+        self._lanes.bring(block, slot, partial(self._replay.catch_up, block, newest=self._replay.log.version))
 
     def _prefetch(self) -> None:
         """Call the next blocks into the slots that are free."""
@@ -187,7 +195,7 @@ class Ring:
             if slot is None:
                 full.add(small)
             else:
-                self._lanes.bring(block, _emptied(slot))
+                self._bring(block, slot)
 
     def finish(self) -> None:
         """Wait for what is under way, and raise what went wrong with it."""
@@ -202,14 +210,3 @@ class Ring:
 
 def _under_way(slot: Slot) -> bool:
     return any(job is not None and not job.done() for job in (slot.arriving, slot.leaving))
-
-
-def _emptied(slot: Slot) -> Slot:
-    """A slot that nothing is on its way to or from, without its block; raises what went wrong with a write."""
-    # What went wrong with a read that nobody waited for shows when the block is read again.
-    slot.arriving = None
-    if slot.leaving is not None:
-        slot.leaving.result()
-        slot.leaving = None
-    slot.block = None
-    return slot

@@ -23,9 +23,9 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
-from zo.base import RandomBase, rows_of
+from zo.base import RandomBase, elements_of
 from zo.disk import Engine
-from zo.layout import Block, Layout, Part, views
+from zo.layout import Block, Layout, Part, spans
 
 DTYPES = {
     "F64": torch.float64,
@@ -107,6 +107,8 @@ def tensors_of(path: Path) -> dict[str, Stored]:
 class ShardBase:
     """The weights of a checkpoint."""
 
+    lasting = True
+
     def __init__(self, model: nn.Module, files: list[Path], engine: Engine, fresh: RandomBase) -> None:
         """Match the names of a checkpoint with those of a model on meta.
 
@@ -170,30 +172,29 @@ class ShardBase:
         lacking = [names[0] for names in tied.values() if not found & set(names)]
         return {name for name in lacking if not any(p.search(name) for p in ignored)}
 
-    def read(self, block: Block, layout: Layout, image: Tensor) -> None:
+    def read(self, block: Block, layout: Layout, image: Tensor, start: int = 0) -> None:
         """See :class:`zo.base.Base`."""
         lacking = [p for p in block.parts if not any(self._has(name) for name in p.parameter.spec.names)]
         if lacking:
-            self._fresh.read(block, layout, image)
+            self._fresh.read(block, layout, image, start)
         else:
             image.zero_()
-        for part, view in views(block, block.carve(image)):
+        for part, first, flat in spans(block, image, start):
             if name := next((n for n in part.parameter.spec.names if self._has(n)), None):
-                self._fill(part, name, view)
+                self._fill(part, name, first, flat)
 
     def _has(self, name: str) -> bool:
         return name in self._in_place or name in self._converted
 
-    def _fill(self, part: Part, name: str, view: Tensor) -> None:
+    def _fill(self, part: Part, name: str, first: int, flat: Tensor) -> None:
         if name in self._converted:
-            view.copy_(rows_of(part, self._convert(name)))
+            flat.copy_(elements_of(part, self._convert(name), first, flat.numel()))
             return
-        stored, first = self._in_place[name], part.start - part.parameter.start
-        if stored.dtype == view.dtype:
-            start = stored.start + first * view.dtype.itemsize
-            self._engine.read(stored.path, start, view.view(-1).view(torch.uint8))
+        stored, first = self._in_place[name], part.start - part.parameter.start + first
+        if stored.dtype == flat.dtype:
+            self._engine.read(stored.path, stored.start + first * flat.dtype.itemsize, flat.view(torch.uint8))
         else:
-            view.view(-1).copy_(stored.read(self._engine, first, view.numel()))
+            flat.copy_(stored.read(self._engine, first, flat.numel()))
 
     def _convert(self, name: str) -> Tensor:
         """One parameter that transformers makes of several tensors, or of one in another form."""

@@ -6,6 +6,8 @@ block comes to where it is computed with, and how it goes back; nothing else of 
     device   every block in its place            visits read and write it there
     host     every block's bytes in host memory  copied to a slot, and back
     disk     the base, read-only, and over it a file for each block that was written back
+
+With ``mesh.slice`` a host or disk store holds one slice of every block, and the ranks of a node hold one copy together.
 """
 
 import ctypes
@@ -24,7 +26,7 @@ from zo import hardware
 from zo.base import Base, rows_of
 from zo.config import UserError
 from zo.disk import PAGE, Engine, Header, checksum, padded
-from zo.layout import Block, Layout, views
+from zo.layout import WHOLE, Block, Layout, Slice, runs, spans, views
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Of malloc.h: how much the heap may keep at its end; from which size on an allocation has pages of its own."""
@@ -89,6 +91,8 @@ class Store(Protocol):
     """What visits need of a store whose blocks come and go."""
 
     layout: Layout
+    slice: Slice
+    """What of every block is stored here."""
     base: str
     """Fingerprint of the weights at version 0."""
     versions: list[int]
@@ -96,11 +100,11 @@ class Store(Protocol):
     writable: bool
 
     def fetch(self, block: Block, slot: Tensor) -> int:
-        """Copy a block's bytes to a slot, behind its first page; return their version."""
+        """Copy the slice of a block to its place in a slot, whose first page is not the block's; return its version."""
         ...
 
     def keep(self, block: Block, slot: Tensor, version: int) -> None:
-        """Take over a block's bytes from a slot, at a version.
+        """Take over the slice of a block from a slot, at a version.
 
         Raises:
             UserError: the disk refuses; what was stored before stays.
@@ -145,24 +149,21 @@ class DeviceStore:
 
     def fill(self, get: Callable[[str], Tensor], version: int) -> str:
         """Take over weights, by name, that stand at one version: a snapshot's; return their fingerprint."""
-        return _fill(self.layout, self.segments, self.versions, get, version)
+        fingerprint = Fingerprint(self.layout)
+        for block, flat in zip(self.layout.blocks, self.segments, strict=True):
+            for part, view in views(block, flat):
+                if not part.parameter.spec.frozen:
+                    view.copy_(rows_of(part, get(part.parameter.name)))
+            fingerprint.add(block, flat)
+            self.versions[block.index] = version
+        return fingerprint.hexdigest()
 
-
-def _fill(
-    layout: Layout,
-    segments: Sequence[Sequence[Tensor]],
-    versions: list[int],
-    get: Callable[[str], Tensor],
-    version: int,
-) -> str:
-    fingerprint = Fingerprint(layout)
-    for block, flat in zip(layout.blocks, segments, strict=True):
-        for part, view in views(block, flat):
-            if not part.parameter.spec.frozen:
-                view.copy_(rows_of(part, get(part.parameter.name)))
-        fingerprint.add(block, flat)
-        versions[block.index] = version
-    return fingerprint.hexdigest()
+    def peek(self, block: Block, start: int, image: Tensor) -> int:
+        """Copy some of a block's stored bytes, from ``start``, to host memory; return their version."""
+        masters = dict(zip(block.segments, self.segments[block.index], strict=True))
+        for segment, first, flat in runs(block, image, start):
+            flat.copy_(masters[segment][first : first + flat.numel()])
+        return self.versions[block.index]
 
 
 class HostStore:
@@ -170,15 +171,15 @@ class HostStore:
 
     writable = True
 
-    def __init__(self, layout: Layout, base: Base, pin: bool) -> None:
+    def __init__(self, layout: Layout, base: Base, pin: bool, slice: Slice = WHOLE) -> None:
         """Check that there is room, take it, fill it.
 
         Raises:
             UserError: too little host memory, or it cannot be locked.
         """
-        self.layout = layout
+        self.layout, self.slice = layout, slice
         self.versions = [0] * len(layout.blocks)
-        needed, free = sum(b.size_bytes for b in layout.blocks), hardware.available_host_bytes()
+        needed, free = sum(len(slice.within(b)) for b in layout.blocks), hardware.available_host_bytes()
         if needed > free:
             raise UserError(
                 f"memory.store=host needs {needed} bytes ({needed / 2**30:.2f} GiB) of host memory and {free} "
@@ -189,28 +190,53 @@ class HostStore:
             lock_pages(memory)
         self._images, start, fingerprint = [], 0, Fingerprint(layout)
         for block in layout.blocks:
-            self._images.append(memory[start : start + block.size_bytes])
-            start += block.size_bytes
-            base.read(block, layout, self._images[-1])
-            fingerprint.add(block, block.carve(self._images[-1]))
+            own = slice.within(block)
+            self._images.append(memory[start : start + len(own)])
+            start += len(own)
+            # A slice alone has no fingerprint: the block passes by whole.
+            image = self._images[-1] if slice.of == 1 else torch.empty(block.size_bytes, dtype=torch.uint8)
+            base.read(block, layout, image)
+            fingerprint.add(block, block.carve(image))
+            if slice.of > 1:
+                self._images[-1].copy_(image[own.start : own.stop])
         base.forget()
         self.base = fingerprint.hexdigest()
         return_freed_memory()
 
     def fetch(self, block: Block, slot: Tensor) -> int:
         """See :class:`Store`; on a GPU the copy is queued on the current stream."""
-        slot[PAGE : PAGE + block.size_bytes].copy_(self._images[block.index], non_blocking=True)
+        self._place(block, slot).copy_(self._images[block.index], non_blocking=True)
         return self.versions[block.index]
 
     def keep(self, block: Block, slot: Tensor, version: int) -> None:
         """See :class:`Store`; on a GPU the copy is queued on the current stream."""
-        self._images[block.index].copy_(slot[PAGE : PAGE + block.size_bytes], non_blocking=True)
+        self._images[block.index].copy_(self._place(block, slot), non_blocking=True)
         self.versions[block.index] = version
+
+    def _place(self, block: Block, slot: Tensor) -> Tensor:
+        own = self.slice.within(block)
+        return slot[PAGE + own.start : PAGE + own.stop]
 
     def fill(self, get: Callable[[str], Tensor], version: int) -> str:
         """See :class:`DeviceStore`."""
-        segments = [b.carve(image) for b, image in zip(self.layout.blocks, self._images, strict=True)]
-        return _fill(self.layout, segments, self.versions, get, version)
+        fingerprint = Fingerprint(self.layout)
+        for block, kept in zip(self.layout.blocks, self._images, strict=True):
+            own = self.slice.within(block)
+            image = torch.zeros(block.size_bytes, dtype=torch.uint8)
+            image[own.start : own.stop] = kept
+            for part, view in views(block, block.carve(image)):
+                if not part.parameter.spec.frozen:
+                    view.copy_(rows_of(part, get(part.parameter.name)))
+            fingerprint.add(block, block.carve(image))
+            kept.copy_(image[own.start : own.stop])
+            self.versions[block.index] = version
+        return fingerprint.hexdigest()
+
+    def peek(self, block: Block, start: int, image: Tensor) -> int:
+        """See :class:`DeviceStore`."""
+        first = start - self.slice.within(block).start
+        image.copy_(self._images[block.index][first : first + image.numel()])
+        return self.versions[block.index]
 
 
 def lock_pages(memory: Tensor) -> None:
@@ -228,16 +254,25 @@ def lock_pages(memory: Tensor) -> None:
 
 
 class DiskStore:
-    """The base, read-only, and a file for each block that was written back since."""
+    """The base, read-only, and a file for each block, or slice of one, that was written back since."""
 
-    def __init__(self, layout: Layout, base: Base, engine: Engine, folder: Path, writable: bool = True) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        base: Base,
+        engine: Engine,
+        folder: Path,
+        writable: bool = True,
+        slice: Slice = WHOLE,
+    ) -> None:
         """Read the base once: its fingerprint, and a checksum of each block that later reads are held against.
 
         Raises:
             UserError: the disk has too little room, or refuses.
         """
-        self.layout, self.writable = layout, writable
+        self.layout, self.writable, self.slice = layout, writable, slice
         self.versions = [0] * len(layout.blocks)
+        self._digest = f"{layout.digest} slice {slice.index} of {slice.of}"
         self.damaged: list[str] = []
         """Names of blocks whose file was found damaged, and made anew from base and log."""
         self._base, self._engine, self._folder = base, engine, folder
@@ -252,8 +287,8 @@ class DiskStore:
     def _check_room(self) -> None:
         blocks = self.layout.blocks
         # A block is written beside its old file, which is then kept to write the next of its size over.
-        needed = sum(file_bytes(b) for b in blocks) + sum({file_bytes(b) for b in blocks})
-        held = sum(file_bytes(b) for b in blocks if b.index in self._on_disk)
+        needed = sum(self._file_bytes(b) for b in blocks) + sum({self._file_bytes(b) for b in blocks})
+        held = sum(self._file_bytes(b) for b in blocks if b.index in self._on_disk)
         free = hardware.free_disk_bytes(self._folder)
         if needed - held > free:
             raise UserError(
@@ -264,11 +299,11 @@ class DiskStore:
     def _read_base(self) -> list[str]:
         """One pass over the base; blocks that are slow to make are kept on disk at version 0."""
         checksums, fingerprint = [], Fingerprint(self.layout)
-        slot = self._engine.allocate(slot_bytes(max(b.size_bytes for b in self.layout.blocks)))
+        slot = self._engine.allocate(slot_bytes(max(b.size_bytes for b in self.layout.blocks), self.slice.of))
         for block in self.layout.blocks:
-            image = slot[PAGE : PAGE + block.size_bytes]
+            image, own = slot[PAGE : PAGE + block.size_bytes], self.slice.within(block)
             self._base.read(block, self.layout, image)
-            checksums.append(checksum(image))
+            checksums.append(checksum(image[own.start : own.stop]))
             fingerprint.add(block, block.carve(image))
             if self.writable and self._base.costly(block) and block.index not in self._on_disk:
                 self.keep(block, slot, 0)
@@ -300,15 +335,24 @@ class DiskStore:
                 header = Header.parse(file.read(PAGE))
         except OSError:
             return None
-        ours = header is not None and (header.layout, header.size_bytes) == (self.layout.digest, block.size_bytes)
+        ours = header is not None and (header.layout, header.size_bytes) == (self._digest, len(self.slice.within(block)))
         return header if ours else None
+
+    def _file_bytes(self, block: Block) -> int:
+        return PAGE + self.slice.stride(block)
+
+    def _framed(self, block: Block, slot: Tensor) -> Tensor:
+        """The slice of a block in a slot with the page before it, as a file has them."""
+        start = self.slice.index * self.slice.stride(block)
+        return slot[start : start + self._file_bytes(block)]
 
     def fetch(self, block: Block, slot: Tensor) -> int:
         """See :class:`Store`; a file that is damaged gives way to the base, so to a replay of the whole log."""
-        image, header = slot[PAGE : PAGE + block.size_bytes], self._headers.get(block.index)
+        own, header = self.slice.within(block), self._headers.get(block.index)
+        image = slot[PAGE + own.start : PAGE + own.stop]
         if header is not None:
             try:
-                self._engine.read(self._path(block), 0, slot[: file_bytes(block)])
+                self._engine.read(self._path(block), 0, self._framed(block, slot))
                 if checksum(image) == header.checksum:
                     return header.version
             except OSError:
@@ -316,8 +360,12 @@ class DiskStore:
             self.damaged.append(block.name)
             del self._headers[block.index]
             self.versions[block.index] = 0
+        self._read_anew(block, image)
+        return 0
+
+    def _read_anew(self, block: Block, image: Tensor) -> None:
         try:
-            self._base.read(block, self.layout, image)
+            self._base.read(block, self.layout, image, self.slice.within(block).start)
             # A block that is made, or converted, brings what it was made of.
             self._base.forget()
         except OSError as error:
@@ -327,22 +375,27 @@ class DiskStore:
                 f"the base model changed while the run went on: block {block.name} differs; restore it and start the "
                 "same command again"
             )
-        return 0
 
     def keep(self, block: Block, slot: Tensor, version: int) -> None:
         """See :class:`Store`: written beside, then renamed; over an old file, whose pages need not be found anew."""
-        path, image = self._path(block), slot[PAGE : PAGE + block.size_bytes]
-        header = Header(block.name, self.layout.digest, version, block.size_bytes, checksum(image))
-        slot[:PAGE] = torch.frombuffer(bytearray(header.page()), dtype=torch.uint8)
-        beside = self._spare.pop(file_bytes(block), path.with_suffix(".new"))
+        path, own, framed = self._path(block), self.slice.within(block), self._framed(block, slot)
+        if not own:
+            self.versions[block.index] = version
+            return
+        image = slot[PAGE + own.start : PAGE + own.stop]
+        header = Header(block.name, self._digest, version, len(own), checksum(image))
+        under = framed[:PAGE].clone()  # The end of the slice before, or nothing.
+        framed[:PAGE] = torch.frombuffer(bytearray(header.page()), dtype=torch.uint8)
+        beside = self._spare.pop(self._file_bytes(block), path.with_suffix(".new"))
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._engine.write(beside, slot[: file_bytes(block)])
+            self._engine.write(beside, framed)
+            framed[:PAGE] = under
             if block.index in self._headers:
                 retired = path.with_suffix(".old")
                 with suppress(OSError):  # Some file systems have no hard links, and so no spare files.
                     os.link(path, retired)
-                    self._spare[file_bytes(block)] = retired
+                    self._spare[self._file_bytes(block)] = retired
             beside.rename(path)
         except OSError as error:
             beside.unlink(missing_ok=True)
@@ -352,12 +405,15 @@ class DiskStore:
             ) from error
         self._headers[block.index], self.versions[block.index] = header, version
 
+    def peek(self, block: Block, start: int, image: Tensor) -> int:
+        """See :class:`DeviceStore`."""
+        if block.index not in self._headers:
+            self._base.read(block, self.layout, image, start)
+            return 0
+        self._engine.read(self._path(block), PAGE + start - self.slice.within(block).start, image)
+        return self._headers[block.index].version
 
-def file_bytes(block: Block) -> int:
-    """Size of a block's file."""
-    return PAGE + padded(block.size_bytes)
 
-
-def slot_bytes(block_bytes: int) -> int:
-    """Memory of a slot for a block of this size: a page for the header of its file, and whole pages of bytes."""
-    return PAGE + padded(block_bytes)
+def slot_bytes(block_bytes: int, slices: int = 1) -> int:
+    """Memory of a slot for a block of this size: a page for the header of a file, and slices of whole pages."""
+    return PAGE + slices * padded(-(-block_bytes // slices))

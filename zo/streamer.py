@@ -14,6 +14,7 @@ from torch import Tensor
 
 from zo.binding import Binding
 from zo.layout import Block
+from zo.mesh import Slices
 from zo.perturbation import Offset
 from zo.replay import Replay
 from zo.ring import Place
@@ -28,13 +29,20 @@ class Streamer:
     """The lender of a model's blocks (see :class:`zo.lockstep.Lender`)."""
 
     def __init__(
-        self, binding: Binding, replay: Replay, place: Place, device: torch.device, timeline: Timeline
+        self,
+        binding: Binding,
+        replay: Replay,
+        place: Place,
+        device: torch.device,
+        timeline: Timeline,
+        slices: Slices | None = None,
     ) -> None:
         """Allocate scratch: two copies of every block but the largest, which may have one at a time."""
         self._binding, self._replay, self._place, self._timeline = binding, replay, place, timeline
         self._blocks = binding.layout.blocks
         sizes = sorted({b.trainable_bytes for b in self._blocks}, reverse=True)
         self._memory = allocate(max(sizes[0], SLOTS * (sizes[1] if len(sizes) > 1 else sizes[0])), device)
+        self._slices, self._lookup = slices, False
         self._probes: list[Offset] = []
         self._rows: list[int] = []
         self.visited: set[int] = set()
@@ -44,7 +52,7 @@ class Streamer:
         """The scratch memory as one tensor of shape ``[copies, numel]`` for each trainable segment of a block."""
         carved, start = [], 0
         for segment in block.trainable:
-            stop = start + copies * segment.size_bytes
+            stop = start + copies * segment.numel * segment.dtype.itemsize
             carved.append(self._memory[start:stop].view(segment.dtype).view(copies, segment.numel))
             start = stop
         return carved
@@ -54,12 +62,21 @@ class Streamer:
         self._probes, self._rows = list(probes), list(rows)
         self._place.begin()
 
+    def next(self, block: int | None, lookup: bool) -> int | None:
+        """See :class:`zo.lockstep.Lender`: ranks that share slices visit every block together."""
+        self._lookup = lookup
+        if self._slices is None:
+            return block
+        agreed = self._slices.earliest(None if block is None else 2 * block + (not lookup))
+        self._lookup = agreed is not None and agreed % 2 == 0
+        return None if agreed is None else agreed // 2
+
     def lend(self, block: int, cells: Sequence[int], row_numbers: Sequence[Tensor | None]) -> Iterator[int]:
         """Yield the cells in order, each when the block's weights are its probe's."""
         here = self._blocks[block]
         self.visited.add(block)
         by_row = [(self._probes[row], list(group)) for row, group in groupby(cells, key=self._rows.__getitem__)]
-        masters, version = self._place.arrive(here, lookup=any(numbers is not None for numbers in row_numbers))
+        masters, version = self._place.arrive(here, lookup=self._lookup)
         self._binding.bind(here, masters)
         try:
             # What is not perturbed is computed with the master itself.
@@ -68,6 +85,8 @@ class Streamer:
             if at_master:
                 version = self._visit(here, masters, version)
                 yield from self._forwards(here, [cell for group in at_master for cell in group])
+            if not cells:
+                version = self._visit(here, masters, version)
             copies = min(SLOTS, self._memory.numel() // max(1, here.trainable_bytes)) if here.trainable else SLOTS
             scratch, read = self._scratch(here, copies), self._rows_read(here, row_numbers)
             for first in range(0, len(perturbed), copies):
@@ -117,6 +136,8 @@ class Streamer:
         A large, tied embedding is visited twice a step, for the lookup and for the head: this saves most of the first.
         """
         known = [numbers.flatten() for numbers in row_numbers if numbers is not None]
+        if not known:
+            return None
         # On a GPU the unique numbers would have to be waited for.
         if len(block.parts) > 1 or len(known) < len(row_numbers) or known[0].device.type != "cpu":
             return None

@@ -1,6 +1,7 @@
 """What the lanes of a step did and when: a trace for Chrome or Perfetto, and a picture of it.
 
-Lanes: read, upload, replay+perturb, forward of each cell, write-back, and the waiting of the compute for a block.
+Lanes: read, upload, a slice's catch-up and gather, replay+perturb, forward of each cell, write-back, and the waiting of
+the compute for a block.
 On a GPU a span on a stream is timed by the stream's own events.
 """
 
@@ -15,9 +16,17 @@ import torch
 
 from zo.config import UserError
 
-ORDER = ("read", "upload", "wait", "replay+perturb", "forward", "write-back")
+COLOURS = {
+    "read": "#4878a8",
+    "upload": "#6aa5c9",
+    "catch-up": "#e5ae38",
+    "gather": "#937860",
+    "wait": "#c44e52",
+    "replay+perturb": "#dd8452",
+    "forward": "#55a868",
+    "write-back": "#8172b3",
+}
 """Lanes from top to bottom; those of cells follow one another."""
-COLOURS = ("#4878a8", "#6aa5c9", "#c44e52", "#dd8452", "#55a868", "#8172b3")
 
 
 class Timeline:
@@ -86,7 +95,7 @@ class Timeline:
 
 def _place(lane: str) -> tuple[int, int]:
     kind, _, number = lane.partition(" ")
-    return ORDER.index(kind), int(number or 0)
+    return list(COLOURS).index(kind), int(number or 0)
 
 
 def check_drawable() -> None:
@@ -112,7 +121,7 @@ def _draw(spans: list[tuple[str, str, float, float]], lanes: list[str], picture:
     for i, lane in enumerate(lanes):
         bars = [(a, max(b - a, 1e-6)) for found, _, a, b in spans if found == lane]
         busy = sum(width for _, width in bars)
-        axes.broken_barh(bars, (i - 0.38, 0.76), facecolors=COLOURS[_place(lane)[0]])
+        axes.broken_barh(bars, (i - 0.38, 0.76), facecolors=COLOURS[lane.partition(" ")[0]])
         axes.text(1.005, i, f"{busy:.2f} s", transform=axes.get_yaxis_transform(), va="center")
     axes.set_yticks(range(len(lanes)), lanes)
     axes.set_ylim(len(lanes) - 0.5, -0.5)

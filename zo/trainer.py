@@ -6,8 +6,11 @@ scalars = the estimator's reading of it
 log.append(Entry(step, lr, scalars))        # durable; blocks catch up when next visited
 """
 
+import os
+import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -16,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zo import estimator
+from zo import audit, estimator
 from zo.blocks import find_layout
 from zo.config import Config, UserError
 from zo.evaluate import evaluate
@@ -24,10 +27,12 @@ from zo.export import write_folder
 from zo.finished import card_of, restore
 from zo.folder import RunFolder, versions
 from zo.log import Entry, Log
-from zo.mesh import Mesh, fit
+from zo.mesh import Mesh, fit, owners
 from zo.metrics import MetricsFile, Progress, finite_or_none, memory
+from zo.preemption import termination
 from zo.problem import Problem, build_problem, own_problem
 from zo.replica import Replica, Traffic, Weights
+from zo.roll_call import check_alike, keep, open_log
 from zo.selfcheck import move_resident, self_check
 from zo.store import return_freed_memory, return_memory_at_once
 from zo.tasks import Batch
@@ -47,6 +52,8 @@ class Outcome:
     skipped: int
     """Directions that were not finite and count as zero."""
     tokens: int
+    stops: bool
+    """Whether a rank was asked to end."""
 
 
 class Trainer:
@@ -86,32 +93,60 @@ class Trainer:
     def train(self) -> dict[str, Any]:
         """Run to ``run.steps``, from the start or from where the run's folder stands.
 
+        SIGTERM ends it after the step that is going on.
+
         Returns:
-            ``run_dir``, ``steps``, ``loss``, ``eval``, ``train_s``, ``fingerprint``.
+            ``run_dir``, ``steps``, ``loss``, ``eval``, ``train_s``, ``fingerprint``; the last is ``None`` where SIGTERM
+            ended the run before ``run.steps``.
 
         Raises:
             UserError: what the user can mend; the run's log stays whole.
+            RankError: another rank is gone, or its weights are not what they should be; the log stays whole too.
         """
         device = self.config.run.device
-        mesh = Mesh(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-        try:
-            with torch.no_grad():
-                return Run(self.config, mesh, self._own, self._command).to_end()
-        finally:
-            mesh.close()
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        with ExitStack() as held, torch.no_grad():
+            asked = held.enter_context(termination())
+            mesh = Mesh(device, self.config.mesh.timeout_s)
+            held.callback(mesh.close)
+            return Run(self.config, mesh, self._own, self._command, asked, held).to_end()
 
 
 class Run:
     """A run in progress."""
 
-    def __init__(self, config: Config, mesh: Mesh, own: Problem | None, command: str) -> None:
-        """Check everything that can be checked, load the model, and open or begin the run's folder."""
-        self.config, self.mesh, self.command = config, mesh, command
+    def __init__(
+        self,
+        config: Config,
+        mesh: Mesh,
+        own: Problem | None,
+        command: str,
+        asked: threading.Event,
+        held: ExitStack,
+    ) -> None:
+        """Check everything that can be checked, load the model, and open or begin the run's folder.
+
+        Args:
+            config: of the run.
+            mesh: of all ranks.
+            own: a user's own problem.
+            command: for the model card.
+            asked: set when the run is to end after a step.
+            held: takes in the lock of the folder, which the caller lets go of.
+        """
+        self.config, self.mesh, self.command, self._asked = config, mesh, command, asked
         scales = estimator.ESTIMATORS[config.estimator.name].scales(config.estimator.directions)
         self.rows, self.columns = len(scales), config.batch.columns
-        mesh.arrange(fit(config.mesh, mesh.ranks, self.rows, self.columns))
+        mesh.arrange(fit(config.mesh, mesh.ranks, self.rows, self.columns, mesh.local_ranks))
         self.folder = RunFolder(Path(mesh.broadcast(config.run.dir or _default_dir(config.recipe))))
-        self.folder.check(config)
+        if config.run.dir is None and (mesh.nodes > 1 or int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))):
+            raise UserError("run.dir is empty, and a restart would begin another run; give the folder to go on in")
+        with mesh.agreed():
+            self.folder.check(config)
+        self.keeps = keep(mesh, self.folder, held)
+        if config.run.threads is not None:
+            torch.set_num_threads(config.run.threads)
 
         if config.profile.range:
             check_drawable()
@@ -121,7 +156,10 @@ class Run:
         layout = find_layout(self.problem.skeleton, config.memory.unit, self._self_check())
         self.model = self.problem.build()
         blocks = self.folder.blocks(mesh.rank)
-        self.weights = Weights(self.model, layout, self.problem.base, config.memory, mesh.device, blocks)
+        with mesh.agreed():
+            self.weights = Weights(
+                self.model, layout, self.problem.base, config.memory, mesh.device, blocks, slices=mesh.slices
+            )
         move_resident(self.model, mesh.device)
         self.log = self._open_log()
         self.replica = Replica(self.weights, self.log)
@@ -149,28 +187,14 @@ class Run:
         }
 
     def _open_log(self) -> Log:
-        """Rank 0's log, new or old; the other ranks hold its entries in memory."""
-        header, mesh = self._header(), self.mesh
-        if mesh.rank == 0:
-            if self.folder.log_file.exists():
-                log = Log.open(self.folder.log_file)
-                for key, what in (("base", "base model"), ("data", "training data")):
-                    if log.header[key] != header[key]:
-                        raise UserError(
-                            f"run.dir={self.folder.path} began from another {what}: its log names "
-                            f"{log.header[key][:12]}, this one is {header[key][:12]}; restore it, or use a new run.dir"
-                        )
-            else:
-                facts = {
-                    "versions": versions(),
-                    "base": {"name": self.config.model.name, "fingerprint": self.weights.store.base},
-                    "command": self.command,
-                }
-                log = self.folder.create(self.config, facts, header)
-        entries = mesh.broadcast([asdict(e) for e in log.entries] if mesh.rank == 0 else None)
-        if mesh.rank == 0:
-            return log
-        return Log(header, [Entry(**{**e, "scalars": tuple(e["scalars"])}) for e in entries])
+        header, store = self._header(), self.weights.store
+        check_alike(self.mesh, header["base"], header["data"])
+        facts = {
+            "versions": versions(),
+            "base": {"name": self.config.model.name, "fingerprint": store.base},
+            "command": self.command,
+        }
+        return open_log(self.mesh, self.folder, self.keeps, self.config, facts, header)
 
     def _resume(self, progress: Progress) -> None:
         """Start from the newest snapshot, if there is one, and say where the run goes on."""
@@ -192,21 +216,26 @@ class Run:
             )
         self._resume(progress)
         metrics = MetricsFile(self.folder.metrics_file, self.log.version) if self.mesh.rank == 0 else None
-        loss = None
+        loss, stops = None, False
         try:
             self._evaluate(self.log.version, metrics, progress)
-            while self.log.version < config.run.steps:
+            while self.log.version < config.run.steps and not stops:
                 self.replica.timeline.active = self.log.version + 1 in config.profile.range
-                started, before = time.monotonic(), self.replica.traffic()
+                started, before, sent = time.monotonic(), self.replica.traffic(), self.mesh.scalar_bytes
                 outcome = self.step()
-                values = self._record(outcome, time.monotonic() - started, before)
+                values = self._record(outcome, time.monotonic() - started, before, sent)
                 if metrics:
                     metrics.write(values)
                 progress.step(values, self.scores)
                 self._watch(outcome, progress)
                 self._after_step(metrics, progress)
-                loss = outcome.loss
+                loss, stops = outcome.loss, outcome.stops
             self.replica.settle()
+            if self.log.version < config.run.steps:
+                progress.say(
+                    f"SIGTERM ended {self.folder.path} after step {self.log.version} of {config.run.steps}; the same "
+                    "command goes on from there"
+                )
         finally:
             progress.close()
             if metrics:
@@ -219,18 +248,19 @@ class Run:
         config, number = self.config, self.log.version + 1
         settings = config.estimator
         probes = estimator.probes(settings.name, number, settings.directions, settings.eps)
-        owners = self.mesh.owners(self.rows, self.columns)
-        mine = [divmod(i, self.columns) for i, owner in enumerate(owners) if owner == self.mesh.rank]
+        of_cells = owners(self.mesh.shape, self.rows, self.columns)
+        mine = [divmod(i, self.columns) for i, owner in enumerate(of_cells) if owner == self.mesh.rank]
         batches = {c: _to(self.problem.batches(number - 1, c), self.mesh.device) for c in sorted({c for _, c in mine})}
         cells = [lambda batch=batches[c]: self._cell(batch) for _, c in mine]
-        table = self.mesh.gather(self.replica.table(probes, [row for row, _ in mine], cells), owners, width=3)
+        results = self.replica.table(probes, [row for row, _ in mine], cells)
+        table, stops = self.mesh.gather(results, of_cells, width=3, flag=self._asked.is_set())
         table = table.view(self.rows, self.columns, 3)
         losses = estimator.row_losses(table)
         scalars, skipped = estimator.estimate(settings.name, losses, settings.eps)
         u = config.update
         lr = learning_rate(number, config.run.steps, u.lr, u.schedule, u.warmup_steps)
         self.log.append(Entry(number, number * config.batch.sequences, lr, scalars))
-        return Outcome(sum(losses) / len(losses), scalars, skipped, int(table[0, :, 2].sum()))
+        return Outcome(sum(losses) / len(losses), scalars, skipped, int(table[0, :, 2].sum()), stops)
 
     def _cell(self, batch: Batch) -> Tensor:
         """One forward: sum of losses, number of terms, number of tokens."""
@@ -239,7 +269,7 @@ class Run:
         tokens = 0 if mask is None else (mask.sum() if mask is batch.get("attention_mask") else mask.numel())
         return torch.cat((result.view(2), torch.as_tensor(tokens, device=result.device).to(torch.float64).view(1)))
 
-    def _record(self, outcome: Outcome, step_s: float, before: Traffic) -> dict[str, Any]:
+    def _record(self, outcome: Outcome, step_s: float, before: Traffic, sent: int) -> dict[str, Any]:
         entry, now = self.log.entries[-1], self.replica.traffic()
         values = {
             "step": entry.step,
@@ -251,6 +281,8 @@ class Run:
             "tokens_per_s": round(outcome.tokens / step_s, 3),
             "read_bytes": now.read_bytes - before.read_bytes,
             "written_bytes": now.written_bytes - before.written_bytes,
+            "gathered_bytes": now.gathered_bytes - before.gathered_bytes,
+            "scalar_bytes": self.mesh.scalar_bytes - sent,
             "wait_share": round((now.wait_s - before.wait_s) / step_s, 4),
             **memory(self.mesh.device),
         }
@@ -281,9 +313,15 @@ class Run:
         if store != "device":
             return_freed_memory()
         # The blocks that a disk store holds are snapshots already.
-        if every and step % every == 0 and self.mesh.rank == 0 and store != "disk":
+        if every and step % every == 0 and store != "disk" and (self.keeps or self.replica.sliced):
             fingerprint = self.replica.fingerprint()
-            self.folder.save_snapshot(step, self.replica, self.weights.store.base, fingerprint)
+            if self.keeps:
+                self.folder.save_snapshot(step, self.replica, self.weights.store.base, fingerprint)
+            else:
+                self.replica.pass_over()
+        often = self.config.mesh.check_every
+        if often and step % often == 0:
+            audit.check(self.weights, self.replica, self.mesh, step // often)
         for name in self.replica.damaged():
             progress.say(f"block {name} was damaged on disk; it was made anew from the base and the log")
         if step in self.config.profile.range[-1:]:
@@ -309,7 +347,8 @@ class Run:
         progress.say(f"step {step}/{steps}  dev {shown}")
 
     def _finish(self, loss: float | None, train_s: float) -> dict[str, Any]:
-        fingerprint = self.replica.fingerprint()
+        finished = self.log.version >= self.config.run.steps
+        fingerprint = self.replica.fingerprint() if finished else None
         summary = {
             "run_dir": str(self.folder.path),
             "steps": self.log.version,
@@ -318,11 +357,14 @@ class Run:
             "train_s": round(train_s, 3),
             "fingerprint": fingerprint,
         }
-        if self.mesh.rank == 0 and self.config.export.at_end and self.problem.exportable:
+        exports = finished and self.config.export.at_end and self.problem.exportable
+        if exports and self.replica.sliced and self.mesh.rank:
+            self.replica.pass_over()
+        elif exports and self.mesh.rank == 0:
             content = self.folder.read_config()
             card = card_of(content, self.log.header, self.log.version, self.scores, fingerprint)
             write_folder(self.model, self.problem.tokenizer, self.folder.model, card, source=self.replica, replace=True)
-        self.replica.close(give_back=self.problem.own)
+        self.replica.close(give_back=self.problem.own and finished)
         self.mesh.barrier()
         return summary
 
@@ -331,7 +373,7 @@ class Run:
         return (
             f"{self.config.recipe or 'run'} in {self.folder.path}: {layout.numel / 1e6:.1f} M parameters in "
             f"{len(layout.blocks)} blocks, {self.config.model.dtype} on {self.mesh.device}, store {memory.store}, "
-            f"table {self.rows} x {self.columns} on mesh {shape.perturb} x {shape.data}"
+            f"table {self.rows} x {self.columns} on mesh {shape.perturb} x {shape.data} x {shape.slice}"
         )
 
     def _draw_timeline(self) -> None:

@@ -1,0 +1,116 @@
+"""What the ranks of a run tell one another before the first step: that they are alike, and which log is the longest.
+
+Rank 0 keeps the run's folder, and so does the first rank of every other node whose ``run.dir`` is not the same place:
+a node's disk may be lost. When ranks meet, the longest log is every rank's, and the other copies are completed from it.
+"""
+
+import platform
+import socket
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import asdict
+from typing import Any
+
+from zo.config import Config, UserError
+from zo.folder import Lock, RunFolder, lock_owner, versions
+from zo.log import Entry, Log
+from zo.mesh import Mesh
+
+CLOCKS_APART_S = 10.0
+"""torchrun takes a node for dead whose clock is 15 s from another's."""
+
+
+def keep(mesh: Mesh, folder: RunFolder, held: ExitStack) -> bool:
+    """Whether this rank writes the run's folder; if so, its lock is taken.
+
+    Rank 0 does, and the first rank of a node that does not find rank 0's lock there.
+
+    Raises:
+        UserError: a run goes on there, or it cannot be written.
+    """
+    lock = None
+    with mesh.agreed():
+        if mesh.rank == 0:
+            lock = Lock(folder.path)
+            held.callback(lock.release)
+    token = mesh.broadcast(lock.token if lock else None)
+    with mesh.agreed():
+        if mesh.rank and mesh.first_of_node and lock_owner(folder.path).get("token") != token:
+            lock = Lock(folder.path)
+            held.callback(lock.release)
+    return lock is not None
+
+
+def check_alike(mesh: Mesh, base: str, data: str) -> None:
+    """See that all ranks have the same versions, base weights, training data and time.
+
+    Raises:
+        UserError: a rank has others; it is named.
+    """
+    machine = {"machine": platform.machine(), **versions()}
+    said = mesh.collect({"host": socket.gethostname(), "time": time.time(), "is": machine, "base": base, "data": data})
+    first = said[0]
+    for rank, other in enumerate(said):
+        names = f"rank {rank} (host {other['host']})", f"rank 0 (host {first['host']})"
+        different = [f"{k} {other['is'][k]}, not {v}" for k, v in first["is"].items() if other["is"][k] != v]
+        if different:
+            raise UserError(f"{names[0]} has {', '.join(different)} as {names[1]}; install the same on every node")
+        for what, key in (("base weights", "base"), ("training data", "data")):
+            if other[key] != first[key]:
+                raise UserError(
+                    f"{names[0]} has other {what} than {names[1]}: {other[key][:12]} and {first[key][:12]}; copy the "
+                    "same files to every node"
+                )
+        apart = abs(other["time"] - first["time"])
+        if apart > CLOCKS_APART_S:
+            raise UserError(f"the clocks of {names[0]} and {names[1]} are {apart:.0f} s apart; set them (NTP)")
+
+
+def open_log(
+    mesh: Mesh, folder: RunFolder, keeps: bool, config: Config, facts: Mapping[str, Any], header: dict[str, Any]
+) -> Log:
+    """The run's log, old or new, the same on every rank.
+
+    Args:
+        mesh: of the run.
+        folder: of this rank's node.
+        keeps: whether this rank writes there; the others hold the entries in memory.
+        config: of the run.
+        facts: for ``config.yaml``.
+        header: of a new log.
+
+    Raises:
+        UserError: a log began from other weights or data, or two copies of it differ.
+    """
+    log = None
+    with mesh.agreed():
+        if keeps and folder.log_file.exists():
+            log = _matching(folder, header)
+    lengths = mesh.collect(-1 if log is None else log.version)
+    source = lengths.index(max(lengths))
+    longest = mesh.broadcast([asdict(e) for e in log.entries] if log and mesh.rank == source else [], source)
+    entries = [Entry(**{**e, "scalars": tuple(e["scalars"])}) for e in longest]
+    with mesh.agreed():
+        if not keeps:
+            log = Log(header, entries)
+        else:
+            log = log or folder.create(config, facts, header)
+            if log.entries != entries[: log.version]:
+                raise UserError(
+                    f"{folder.log_file} on host {socket.gethostname()} and the longest copy, of rank {source}, differ: "
+                    "they are of two runs; move one of them away"
+                )
+            log.extend(entries[log.version :])
+    return log
+
+
+def _matching(folder: RunFolder, header: Mapping[str, Any]) -> Log:
+    log = Log.open(folder.log_file)
+    for key, what in (("base", "base model"), ("data", "training data")):
+        if log.header[key] != header[key]:
+            raise UserError(
+                f"run.dir={folder.path} began from another {what}: its log names {log.header[key][:12]}, this one is "
+                f"{header[key][:12]}; restore it, or use a new run.dir"
+            )
+    return log
