@@ -40,9 +40,11 @@ def kill_at(module, function, call, before):
     setattr(owner, function, killed)
 
 
-def run_rank(overrides, environment, prelude, output):
+def run_rank(overrides, environment, prelude, output, folder):
     """One rank's whole life: summary or traceback into a file."""
     os.environ |= environment
+    if folder:
+        os.chdir(folder)
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     import torch
 
@@ -58,30 +60,58 @@ def run_rank(overrides, environment, prelude, output):
     Path(output).write_text(json.dumps(result))
 
 
-def train(overrides, ranks=1, prelude=()):
+def train(overrides, ranks=1, prelude=(), nodes=1):
     """Train in new processes: the summary, the same on every rank, or ``KILLED``."""
+    results = lives(overrides, ranks, prelude, nodes)
+    if KILLED in results:
+        return KILLED
+    for result in results:
+        assert isinstance(result, dict), result
+    assert len({result["fingerprint"] for result in results}) == 1
+    return results[0]
+
+
+def lives(overrides, ranks=1, prelude=(), nodes=1, folders=(), patience_s=120):
+    """What became of each rank: a summary, the text of what it raised, or ``KILLED``.
+
+    Args:
+        overrides: of the quickstart; a list for each rank, or one for all.
+        ranks: processes.
+        prelude: a function and its arguments, called first in each process.
+        nodes: that the ranks believe to be on.
+        folders: for each rank, the folder that it runs in.
+        patience_s: how long each process is waited for before it is killed.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks)}
-    overrides = [str(o) for o in overrides]
+    local = ranks // nodes
+    shared |= {"LOCAL_WORLD_SIZE": str(local), "GROUP_WORLD_SIZE": str(nodes)}
+    each = overrides if isinstance(overrides[0], list) else [overrides] * ranks
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder) / str(rank) for rank in range(ranks)]
         processes = [
-            context.Process(target=run_rank, args=(overrides, shared | {"RANK": str(rank)}, prelude, output))
+            context.Process(
+                target=run_rank,
+                args=(
+                    [str(o) for o in each[rank]],
+                    shared | {"RANK": str(rank), "LOCAL_RANK": str(rank % local)},
+                    prelude,
+                    output,
+                    folders[rank] if folders else None,
+                ),
+            )
             for rank, output in enumerate(outputs)
         ]
         for process in processes:
             process.start()
         for process in processes:
-            process.join(120)
+            process.join(patience_s)
             if process.is_alive():
                 process.kill()
                 process.join()
-        if any(process.exitcode == KILLED for process in processes):
-            return KILLED
-        results = [json.loads(output.read_text()) for output in outputs]
-    for result in results:
-        assert isinstance(result, dict), result
-    assert len({result["fingerprint"] for result in results}) == 1
-    return results[0]
+        return [
+            KILLED if process.exitcode == KILLED else json.loads(output.read_text())
+            for process, output in zip(processes, outputs, strict=True)
+        ]

@@ -1,10 +1,17 @@
 """Law 1: same bits on any mesh."""
 
+import json
+import os
+
 import pytest
-from ranks import train
+import torch
+from ranks import context, lives, train
 
 from zo.config import MeshConfig, UserError
-from zo.mesh import Shape, fit, share
+from zo.mesh import Shape, fit, owners, share
+
+Q2 = ["estimator.directions=2", "model.dtype=bfloat16", "update.weight_decay=0.1"]
+MESHES = [(2, 1, 1), (1, 2, 1), (2, 2, 1), (2, 1, 2), (1, 2, 2), (2, 2, 4), (4, 1, 2)]
 
 
 @pytest.mark.parametrize("extra", [["estimator.directions=1"], ["estimator.directions=3", "model.dtype=bfloat16"]])
@@ -19,6 +26,55 @@ def test_same_bits_on_any_mesh(overrides, tmp_path, extra):
         assert found["eval"] == alone["eval"]
         assert found["loss"] == alone["loss"]
         assert (folder / "steps.log").read_bytes() == (tmp_path / "alone" / "steps.log").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Folder and summary of one process with two directions, once for all."""
+    return tmp_path_factory.mktemp("alone") / "run", {}
+
+
+@pytest.mark.parametrize("store", ["host", "disk"])
+@pytest.mark.parametrize("mesh", MESHES, ids=lambda mesh: "x".join(map(str, mesh)))
+def test_same_bits_whoever_keeps_a_slice(overrides, alone, tmp_path, mesh, store):
+    """The folder of weights too: rank 0 writes it while the others serve their slices."""
+    whole, expected = alone
+    if not expected:
+        expected |= train([*overrides, *Q2, f"run.dir={whole}", "export.at_end=true"])
+    perturb, data, slices = mesh
+    unit = "module" if slices == 2 else "layer"
+    where = [f"memory.store={store}", f"memory.unit={unit}", f"run.dir={tmp_path}/run", "run.snapshot_every=3"]
+    shape = [f"mesh.perturb={perturb}", f"mesh.data={data}", f"mesh.slice={slices}", "export.at_end=true"]
+    found = train([*overrides, *Q2, *where, *shape], ranks=perturb * data)
+    assert found["fingerprint"] == expected["fingerprint"]
+    assert found["eval"] == expected["eval"]
+    assert (tmp_path / "run" / "steps.log").read_bytes() == (whole / "steps.log").read_bytes()
+    folders = [path / "model" / "model.safetensors" for path in (tmp_path / "run", whole)]
+    assert folders[0].read_bytes() == folders[1].read_bytes()
+
+
+def test_a_rank_without_a_cell_serves_its_slice(overrides, alone, tmp_path):
+    """Four ranks for a table of two cells, in slices of four."""
+    settings = [*overrides, "batch.micro=4"]
+    expected = train([*settings, f"run.dir={tmp_path}/alone"])
+    sliced = ["memory.store=host", "mesh.slice=4", f"run.dir={tmp_path}/run"]
+    assert train([*settings, *sliced], ranks=4)["fingerprint"] == expected["fingerprint"]
+
+
+def test_a_slice_is_what_a_rank_reads_and_the_scalars_are_few(overrides, tmp_path):
+    settings = [*overrides, "memory.store=host", "eval.every=0", "run.steps=6"]
+    moved = {}
+    for slices in (1, 2):
+        folder = tmp_path / str(slices)
+        train([*settings, f"mesh.slice={slices}", f"run.dir={folder}"], ranks=2)
+        steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        moved[slices] = [sum(step[key] for step in steps[1:]) for key in ("read_bytes", "gathered_bytes")]
+        assert all(0 < step["scalar_bytes"] < 1000 for step in steps)
+    whole, gathered = moved[1][0], moved[2][1]
+    assert moved[1][1] == 0
+    # Slices are whole pages, so of a tiny block one rank has more than half.
+    assert 0.4 * whole < moved[2][0] < 0.7 * whole
+    assert 0.4 * whole < gathered < 0.7 * whole
 
 
 def test_an_uneven_table_is_shared_whole(overrides, tmp_path):
@@ -38,6 +94,17 @@ def test_shares_cover_every_line_once():
             assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
+@pytest.mark.parametrize("rows", range(1, 9))
+@pytest.mark.parametrize("columns", [1, 2, 3, 5])
+def test_cells_are_balanced_on_any_mesh(rows, columns):
+    for perturb in range(1, 5):
+        for data in range(1, 4):
+            of_cells = owners(Shape(perturb, data), rows, columns)
+            counts = [of_cells.count(rank) for rank in range(perturb * data)]
+            assert sum(counts) == rows * columns == len(of_cells)
+            assert max(counts) - min(counts) <= 1
+
+
 @pytest.mark.parametrize(
     ("config", "ranks", "rows", "columns", "expected"),
     [
@@ -47,6 +114,7 @@ def test_shares_cover_every_line_once():
         (MeshConfig(), 4, 8, 1, Shape(4, 1)),
         (MeshConfig(), 3, 2, 3, Shape(1, 3)),
         (MeshConfig(data=2), 2, 2, 2, Shape(1, 2)),
+        (MeshConfig(slice=4), 4, 2, 1, Shape(2, 2, 4)),
     ],
 )
 def test_an_empty_mesh_is_filled_in(config, ranks, rows, columns, expected):
@@ -59,3 +127,55 @@ def test_an_empty_mesh_is_filled_in(config, ranks, rows, columns, expected):
 def test_a_mesh_that_does_not_fit_is_refused_with_what_would(config, ranks):
     with pytest.raises(UserError, match=r"use mesh.perturb=\d mesh.data=\d|start at most 4 ranks"):
         fit(config, ranks, 2, 2)
+
+
+def test_slices_do_not_reach_over_nodes():
+    with pytest.raises(UserError, match=r"mesh.slice=4 does not divide the 2 ranks of a node.*use 1, 2$"):
+        fit(MeshConfig(slice=4), 4, 4, 1, local_ranks=2)
+
+
+def test_slices_of_a_device_store_are_refused(overrides, tmp_path):
+    said = lives([*overrides, "mesh.slice=2", f"run.dir={tmp_path}/run"], ranks=2)
+    assert all("mesh.slice=2 cuts weights" in text and "memory.store=host or disk" in text for text in said)
+    assert not (tmp_path / "run").exists()
+
+
+def keep_slice(index, of, found):
+    """One rank's slice of a host store, and the memory that making it took."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    from zo.base import RandomBase
+    from zo.blocks import find_layout
+    from zo.layout import Slice
+    from zo.store import HostStore, return_freed_memory, return_memory_at_once
+
+    return_memory_at_once()
+    sizes = {"hidden_size": 512, "ffn_dim": 2048, "word_embed_proj_dim": 512, "num_attention_heads": 8}
+    with torch.device("meta"):
+        model = OPTForCausalLM(OPTConfig(**sizes, num_hidden_layers=24, vocab_size=8192))
+    layout = find_layout(model, "layer")
+    total = sum(block.size_bytes for block in layout.blocks)
+    return_freed_memory()
+    before = held_bytes()
+    store = HostStore(layout, RandomBase(model, 0), pin=False, slice=Slice(index, of))
+    found.put((store.base, held_bytes() - before, total))
+
+
+def held_bytes():
+    with open(f"/proc/{os.getpid()}/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
+
+
+def test_four_ranks_hold_one_copy_together():
+    """Each process's own memory, as the system counts it."""
+    found = context.Queue()
+    processes = [context.Process(target=keep_slice, args=(i, 4, found)) for i in range(4)]
+    for process in processes:
+        process.start()
+    results = [found.get(timeout=120) for _ in processes]
+    for process in processes:
+        process.join()
+    assert len({base for base, _, _ in results}) == 1
+    total = results[0][2]
+    assert total > 250e6
+    assert 0.9 * total < sum(held for _, held, _ in results) < 1.1 * total

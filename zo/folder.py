@@ -113,8 +113,8 @@ class Lock:
                 if time.monotonic() > until:
                     owner = lock_owner(self._path.parent)
                     raise UserError(
-                        f"run.dir={self._path.parent} is in use by a run that goes on (host {owner.get('host')}, process "
-                        f"{owner.get('pid')}); wait for its end, or use another run.dir"
+                        f"run.dir={self._path.parent} is in use by a run that goes on (host {owner.get('host')}, "
+                        f"process {owner.get('pid')}); wait for its end, or use another run.dir"
                     ) from None
                 time.sleep(0.1)
                 continue

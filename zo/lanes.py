@@ -21,7 +21,6 @@ from zo.mesh import Slices
 from zo.store import DiskStore, HostStore, allocate, lock_pages, slot_bytes
 from zo.timeline import Timeline
 
-
 CatchUp = Callable[[Tensor, int, int], int]
 """Replays a block's bytes, from a start, at a version: the version at which they stand then."""
 

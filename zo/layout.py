@@ -236,7 +236,9 @@ def spans(block: Block, image: Tensor, start: int = 0) -> Iterator[tuple[Part, i
 
 def _overlap(image: Tensor, start: int, begin: int, numel: int, dtype: torch.dtype) -> tuple[int, Tensor] | None:
     first, stop = max(start, begin), min(start + image.numel(), begin + numel * dtype.itemsize)
-    return ((first - begin) // dtype.itemsize, image[first - start : stop - start].view(dtype)) if first < stop else None
+    if first >= stop:
+        return None
+    return (first - begin) // dtype.itemsize, image[first - start : stop - start].view(dtype)
 
 
 def _kind(part: Part) -> tuple[torch.dtype, bool, bool]:

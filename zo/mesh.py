@@ -61,15 +61,15 @@ def fit(config: MeshConfig, ranks: int, rows: int, columns: int, local_ranks: in
     if local_ranks % slices:
         use = ", ".join(str(s) for s in range(1, local_ranks + 1) if local_ranks % s == 0)
         raise UserError(
-            f"mesh.slice={slices} does not divide the {local_ranks} rank{'s' * (local_ranks > 1)} of a node, and slices "
-            f"do not reach over nodes; use {use}"
+            f"mesh.slice={slices} does not divide the {local_ranks} rank{'s' * (local_ranks > 1)} of a node, and "
+            f"slices do not reach over nodes; use {use}"
         )
     pairs = [Shape(p, ranks // p, slices) for p in range(ranks, 0, -1) if ranks % p == 0]
     # A rank without a cell is of use only where it keeps a slice.
     fits = [s for s in pairs if slices > 1 or (s.perturb <= rows and s.data <= columns)]
     wanted = [s for s in fits if config.perturb in (None, s.perturb) and config.data in (None, s.data)]
-    # Even splits first, and axes that are no longer than their lines.
-    wanted.sort(key=lambda s: (rows % s.perturb != 0) + (columns % s.data != 0) + (s.perturb > rows) + (s.data > columns))
+    # Even splits first: an axis that does not divide its lines leaves ranks waiting.
+    wanted.sort(key=lambda s: (rows % s.perturb != 0) + (columns % s.data != 0))
     if not wanted:
         given = [(axis, getattr(config, axis)) for axis in ("perturb", "data")]
         asked = " ".join(f"mesh.{axis}={size}" for axis, size in given if size is not None) or "an empty mesh"
@@ -135,7 +135,7 @@ class Slices:
         return None if agreed.item() == none else int(agreed)
 
     def gather(self, image: Tensor) -> None:
-        """Fill ``image``, uint8 of shape ``[of * n]`` on the device, from the ``n`` bytes that each rank holds of it."""
+        """Fill ``image``, uint8 of shape ``[of * n]`` on the device, from the ``n`` bytes that each rank has of it."""
         n = image.numel() // self.of
         with self._mesh.together():
             dist.all_gather_single(image, image[self.index * n : (self.index + 1) * n].clone(), self._bytes)
@@ -156,8 +156,8 @@ class Mesh:
             UserError: they cannot be met.
         """
         self.rank, self.ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
         self.local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", self.ranks))
+        self.local_rank = int(os.environ.get("LOCAL_RANK", self.rank % self.local_ranks))
         self.nodes = int(os.environ.get("GROUP_WORLD_SIZE", max(1, self.ranks // self.local_ranks)))
         self.device = torch.device(device, self.local_rank) if device == "cuda" else torch.device(device)
         self.shape, self.slices = Shape(1, 1), None
@@ -257,7 +257,9 @@ class Mesh:
 
     # What ranks say to one another.
 
-    def gather(self, mine: Sequence[Tensor], owners: Sequence[int], width: int, flag: bool = False) -> tuple[Tensor, bool]:
+    def gather(
+        self, mine: Sequence[Tensor], owners: Sequence[int], width: int, flag: bool = False
+    ) -> tuple[Tensor, bool]:
         """Bring together values that ranks own: the one collective of a step.
 
         Args:
@@ -267,7 +269,7 @@ class Mesh:
             flag: something that all ranks are to know if it is so on one.
 
         Returns:
-            float64 of shape ``[len(owners), width]`` on CPU, the same on every rank; and whether any rank gave the flag.
+            float64 of shape ``[len(owners), width]`` on CPU, the same on every rank, and whether a rank gave the flag.
         """
         local = torch.stack(list(mine)).to("cpu", torch.float64) if mine else torch.zeros(0, width, dtype=torch.float64)
         if self.ranks == 1:

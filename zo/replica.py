@@ -115,9 +115,7 @@ class Replica:
         else:
             assert weights.lanes is not None
             self._place = Ring(self.store, weights.lanes, replay, weights.memory.slots, weights.memory.lag)
-        self.streamer = Streamer(
-            weights.binding, replay, self._place, weights.device, weights.timeline, weights.slices
-        )
+        self.streamer = Streamer(weights.binding, replay, self._place, weights.device, weights.timeline, weights.slices)
         self.lockstep = Lockstep(weights.binding, park=weights.memory.activations == "host")
 
     def table(self, probes: Sequence[Offset], rows: Sequence[int], cells: Sequence[Callable[[], T]]) -> list[T]:

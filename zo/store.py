@@ -26,7 +26,7 @@ from zo import hardware
 from zo.base import Base, rows_of
 from zo.config import UserError
 from zo.disk import PAGE, Engine, Header, checksum, padded
-from zo.layout import WHOLE, Block, Layout, Slice, runs, spans, views
+from zo.layout import WHOLE, Block, Layout, Slice, runs, views
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Of malloc.h: how much the heap may keep at its end; from which size on an allocation has pages of its own."""
@@ -335,7 +335,8 @@ class DiskStore:
                 header = Header.parse(file.read(PAGE))
         except OSError:
             return None
-        ours = header is not None and (header.layout, header.size_bytes) == (self._digest, len(self.slice.within(block)))
+        size = len(self.slice.within(block))
+        ours = header is not None and (header.layout, header.size_bytes) == (self._digest, size)
         return header if ours else None
 
     def _file_bytes(self, block: Block) -> int:

@@ -1,0 +1,296 @@
+"""Ranks that die, diverge, disagree, or are told to stop: no step is lost, and one line says what happened."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from ranks import KILLED, kill_at, lives, train
+
+from zo.log import read
+
+ROOT = Path(__file__).resolve().parent.parent
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+SLICED = ["memory.store=host", "mesh.slice=2"]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Folder and summary of an uninterrupted process, once for all."""
+    return tmp_path_factory.mktemp("alone") / "run", {}
+
+
+@pytest.fixture
+def expected(overrides, alone):
+    folder, summary = alone
+    if not summary:
+        summary |= train([*overrides, "run.steps=6", f"run.dir={folder}"])
+    return summary
+
+
+def on_rank(rank, function, *arguments):
+    """A prelude of one rank alone."""
+    if int(os.environ["RANK"]) == rank:
+        function(*arguments)
+
+
+MOMENTS = {
+    "in a gather of slices": ("zo.mesh", "Slices.gather", 40, True),
+    "between ranks' visits": ("zo.mesh", "Slices.earliest", 30, False),
+    "in the scalars": ("zo.mesh", "Mesh.gather", 3, True),
+    "in a write-back": ("zo.store", "HostStore.keep", 7, True),
+}
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_rank_killed_is_named_and_no_step_is_lost(overrides, expected, tmp_path, moment, rank):
+    settings = [*overrides, *SLICED, "run.steps=6", "memory.lag=1", f"run.dir={tmp_path}/run"]
+    results = lives(settings, ranks=2, prelude=(on_rank, rank, kill_at, *MOMENTS[moment]))
+    assert results[rank] == KILLED
+    assert f"RankError: rank {rank} (host {socket.gethostname()}) died" in results[1 - rank]
+    # More ranks, or fewer: the mesh is not part of the result.
+    assert train([*settings, f"mesh.slice={rank + 1}"], ranks=rank + 1)["fingerprint"] == expected["fingerprint"]
+
+
+def freeze():
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def freeze_at_step(step):
+    from zo import trainer
+
+    original = trainer.Run.step
+
+    def frozen(run):
+        if run.log.version + 1 == step:
+            freeze()
+        return original(run)
+
+    trainer.Run.step = frozen
+
+
+def test_a_rank_that_hangs_is_named_when_time_is_up(overrides, tmp_path):
+    settings = [*overrides, f"run.dir={tmp_path}/run", "mesh.timeout_s=3"]
+    results = lives(settings, ranks=3, prelude=(on_rank, 2, freeze_at_step, 2), patience_s=40)
+    for result in results[:2]:
+        assert f"rank 2 (host {socket.gethostname()}) died, or was not there within mesh.timeout_s=3" in result
+    assert len(read(tmp_path / "run" / "steps.log")[1]) == 1
+
+
+def flip_bits(step):
+    """After a step, one bit of every block that this rank stores is another."""
+    from zo import trainer
+
+    original = trainer.Run.step
+
+    def step_and_flip(run):
+        result = original(run)
+        if run.log.version == step:
+            run.replica.settle()
+            for image in getattr(run.weights.store, "_images", ()):
+                image[:1] ^= 1
+            for segments in getattr(run.weights.store, "segments", ()):
+                segments[0][:1] += 1
+        return result
+
+    trainer.Run.step = step_and_flip
+
+
+@pytest.mark.parametrize("store", [["memory.store=device"], SLICED], ids=["device", "slices"])
+def test_a_rank_that_diverges_is_caught_and_named(overrides, tmp_path, store):
+    settings = [*overrides, *store, f"run.dir={tmp_path}/run", "mesh.check_every=1", "run.steps=4"]
+    results = lives(settings, ranks=2, prelude=(on_rank, 1, flip_bits, 2))
+    assert all("RankError: after step 2 the weights of rank 1 (block " in result for result in results), results
+    assert "0" not in results[0].split("weights of")[1].split("are not")[0].replace("rank 1", "").split("(")[0]
+    whole = train([*settings, "run.steps=4"], ranks=2)
+    assert whole["fingerprint"] == train([*overrides, "run.steps=4", f"run.dir={tmp_path}/alone"])["fingerprint"]
+
+
+@pytest.mark.parametrize("store", ["device", "disk"])
+def test_ranks_that_agree_pass_every_check(overrides, expected, tmp_path, store):
+    settings = [*overrides, f"memory.store={store}", "mesh.check_every=1", "run.steps=6", "memory.unit=module"]
+    settings += ["mesh.slice=2"] if store == "disk" else []
+    assert train([*settings, f"run.dir={tmp_path}/run"], ranks=2)["fingerprint"] == expected["fingerprint"]
+
+
+def two_disks(tmp_path):
+    folders = [tmp_path / "node0", tmp_path / "node1"]
+    for folder in folders:
+        folder.mkdir()
+    return folders
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_node_that_loses_its_disk_loses_nothing(overrides, expected, tmp_path, lost):
+    folders = two_disks(tmp_path)
+    settings = [*overrides, "run.dir=run"]
+    before = lives([*settings, "run.steps=4"], ranks=2, nodes=2, folders=folders)
+    assert all(isinstance(result, dict) for result in before), before
+    logs = [folder / "run" / "steps.log" for folder in folders]
+    assert logs[0].read_bytes() == logs[1].read_bytes()
+    shutil.rmtree(folders[lost] / "run")
+    after = lives([*settings, "run.steps=6"], ranks=2, nodes=2, folders=folders)
+    assert [result["fingerprint"] for result in after] == [expected["fingerprint"]] * 2
+    assert logs[0].read_bytes() == logs[1].read_bytes()
+    assert len(read(logs[lost])[1]) == 6
+
+
+def test_the_longest_log_wins(overrides, expected, tmp_path):
+    """Rank 0 died before it wrote an entry that the other node has."""
+    folders = two_disks(tmp_path)
+    settings = [*overrides, "run.dir=run"]
+    lives([*settings, "run.steps=4"], ranks=2, nodes=2, folders=folders)
+    log = folders[0] / "run" / "steps.log"
+    os.truncate(log, log.stat().st_size - 40)
+    assert len(read(log)[1]) < 4
+    after = lives([*settings, "run.steps=6"], ranks=2, nodes=2, folders=folders)
+    assert [result["fingerprint"] for result in after] == [expected["fingerprint"]] * 2
+
+
+def test_logs_of_two_runs_are_never_mixed(overrides, tmp_path):
+    folders = two_disks(tmp_path)
+    for folder, lr in zip(folders, ("1e-3", "2e-3"), strict=True):
+        lives([*overrides, "run.dir=run", f"update.lr={lr}"], folders=[folder])
+    results = lives([*overrides, "run.dir=run"], ranks=2, nodes=2, folders=folders)
+    assert all("holds another run: update.lr" in result for result in results)
+    (folders[1] / "run" / "config.yaml").write_bytes((folders[0] / "run" / "config.yaml").read_bytes())
+    results = lives([*overrides, "run.dir=run"], ranks=2, nodes=2, folders=folders)
+    assert all("differ: they are of two runs" in result for result in results)
+
+
+def test_nodes_of_other_versions_or_weights_are_named(overrides, tiny_model, tmp_path):
+    results = lives([*overrides, f"run.dir={tmp_path}/a"], ranks=2, prelude=(on_rank, 1, pretend_older))
+    assert all("rank 1 (host" in r and "has torch 2.0.0, not 2." in r for r in results), results
+    other = tmp_path / "model"
+    shutil.copytree(tiny_model, other)
+    data = bytearray((other / "model.safetensors").read_bytes())
+    data[-3] ^= 1
+    (other / "model.safetensors").write_bytes(data)
+    each = [[*overrides, f"run.dir={tmp_path}/b"], [*overrides, f"run.dir={tmp_path}/b", f"model.name={other}"]]
+    results = lives(each, ranks=2)
+    assert all("has other base weights than rank 0" in result for result in results), results
+    assert not (tmp_path / "a").exists()
+    assert not (tmp_path / "b").exists()
+
+
+def pretend_older():
+    from zo import roll_call
+
+    true = roll_call.versions()
+    roll_call.versions = lambda: true | {"torch": "2.0.0"}
+
+
+def command(overrides, *launcher):
+    return [*launcher, str(ROOT / "launch" / "train.py"), *map(str, overrides)]
+
+
+def start(arguments, **options):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(arguments, env=environment, **pipes, **options)
+
+
+def wait_for_steps(folder, steps, within_s=120):
+    until = time.monotonic() + within_s
+    while time.monotonic() < until:
+        with_log = (folder / "steps.log").exists()
+        if with_log and len(read(folder / "steps.log")[1]) >= steps:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"{folder} has not come to step {steps}")
+
+
+def test_a_second_run_in_the_same_folder_is_refused_by_name(overrides, tmp_path):
+    settings = [*overrides, f"run.dir={tmp_path}/run", "run.steps=100000"]
+    first = start(command(settings, sys.executable))
+    try:
+        wait_for_steps(tmp_path / "run", 1)
+        second = start(command(settings, sys.executable))
+        _, said = second.communicate(timeout=120)
+        assert second.returncode == 2
+        line = said.strip().splitlines()[-1]
+        assert f"is in use by a run that goes on (host {socket.gethostname()}, process {first.pid})" in line
+    finally:
+        first.kill()
+        first.communicate()
+
+
+def test_sigterm_finishes_the_step_and_says_how_to_go_on(overrides, tmp_path):
+    settings = [*overrides, f"run.dir={tmp_path}/run", "update.schedule=constant"]
+    process = start(command([*settings, "run.steps=100000"], sys.executable))
+    wait_for_steps(tmp_path / "run", 3)
+    process.terminate()
+    out, said = process.communicate(timeout=60)
+    assert process.returncode == 0
+    steps = len(read(tmp_path / "run" / "steps.log")[1])
+    assert f"after step {steps} of 100000; the same command goes on from there" in said
+    assert not out
+    assert not (tmp_path / "run" / "lock").exists()
+    expected = train([*settings, f"run.dir={tmp_path}/alone", f"run.steps={steps + 2}"])
+    assert train([*settings, f"run.steps={steps + 2}"])["fingerprint"] == expected["fingerprint"]
+
+
+def test_torchrun_restarts_a_killed_rank_by_itself(overrides, tmp_path):
+    """One command: rank 1 is killed in the middle, the group starts anew, and the end is that of one process."""
+    settings = [*overrides, f"run.dir={tmp_path}/run", "run.steps=60", "eval.every=0", *SLICED]
+    launcher = [*TORCHRUN, "--nproc-per-node", "2", "--max-restarts", "2", "--monitor-interval", "0.2"]
+    process = start(command(settings, *launcher, "--master-port", str(free_port())))
+    wait_for_steps(tmp_path / "run", 10)
+    os.kill(worker(process.pid, rank=1), signal.SIGKILL)
+    out, said = process.communicate(timeout=180)
+    assert process.returncode == 0, said
+    assert "resuming" in said
+    found = json.loads(out.strip().splitlines()[-1])
+    expected = train([*overrides, f"run.dir={tmp_path}/alone", "run.steps=60", "eval.every=0"])
+    assert found["fingerprint"] == expected["fingerprint"]
+
+
+def test_a_run_that_may_restart_needs_a_folder(overrides):
+    launcher = [*TORCHRUN, "--nproc-per-node", "1", "--max-restarts", "1", "--master-port", str(free_port())]
+    process = start(command(overrides, *launcher))
+    _, said = process.communicate(timeout=120)
+    assert process.returncode
+    assert "error: run.dir is empty, and a restart would begin another run" in said
+
+
+def test_ranks_that_cannot_meet_say_so(overrides, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        environment = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        environment |= {"MASTER_PORT": str(taken.getsockname()[1]), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+        done = subprocess.run(
+            command([*overrides, f"run.dir={tmp_path}/run", "mesh.timeout_s=3"], sys.executable),
+            env=os.environ | environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+    assert done.returncode == 2
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: rank 0 cannot meet the other 1 at 127.0.0.1:"), done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def worker(parent, rank):
+    """Process id of a rank under a torchrun."""
+    import psutil
+
+    for child in psutil.Process(parent).children(recursive=True):
+        if child.environ().get("RANK") == str(rank):
+            return child.pid
+    raise AssertionError(f"no rank {rank} under {parent}")
