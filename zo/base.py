@@ -21,7 +21,7 @@ class Base(Protocol):
     """Whether it takes no memory to keep it for another read."""
 
     def read(self, block: Block, layout: Layout, image: Tensor, start: int = 0) -> None:
-        """Fill ``image``, uint8 on CPU, with a block's bytes from ``start`` (see :func:`zo.layout.runs`), zeros between."""
+        """Fill ``image``, uint8 on CPU, with a block's bytes from ``start`` (see :func:`zo.layout.runs`), else 0."""
         ...
 
     def costly(self, block: Block) -> bool:

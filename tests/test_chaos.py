@@ -1,0 +1,16 @@
+"""Law 2, under torchrun: whoever dies whenever, the run ends with the bits of one that nothing happened to."""
+
+import fates
+import pytest
+from ranks import train
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_run_ends_with_the_same_bits_whoever_dies(overrides, tmp_path, seed):
+    """``benchmarks/chaos.py`` does this 30 times."""
+    settings = [*overrides, "model.dtype=bfloat16", "eval.every=0"]
+    expected = train([*settings, f"run.steps={fates.STEPS}", f"run.dir={tmp_path}/alone"])
+    drawn, summary, restarted = fates.run(settings, tmp_path / "run", seed)
+    assert summary["fingerprint"] == expected["fingerprint"], drawn
+    assert (tmp_path / "run" / "steps.log").read_bytes() == (tmp_path / "alone" / "steps.log").read_bytes()
+    assert restarted, drawn
