@@ -71,7 +71,7 @@ def train(overrides, ranks=1, prelude=(), nodes=1):
     return results[0]
 
 
-def lives(overrides, ranks=1, prelude=(), nodes=1, folders=(), patience_s=120):
+def lives(overrides, ranks=1, prelude=(), nodes=1, folders=()):
     """What became of each rank: a summary, the text of what it raised, or ``KILLED``.
 
     Args:
@@ -80,7 +80,6 @@ def lives(overrides, ranks=1, prelude=(), nodes=1, folders=(), patience_s=120):
         prelude: a function and its arguments, called first in each process.
         nodes: that the ranks believe to be on.
         folders: for each rank, the folder that it runs in.
-        patience_s: how long each process is waited for before it is killed.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -107,7 +106,7 @@ def lives(overrides, ranks=1, prelude=(), nodes=1, folders=(), patience_s=120):
         for process in processes:
             process.start()
         for process in processes:
-            process.join(patience_s)
+            process.join(120)
             if process.is_alive():
                 process.kill()
                 process.join()

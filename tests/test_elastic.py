@@ -59,26 +59,22 @@ def test_a_rank_killed_is_named_and_no_step_is_lost(overrides, expected, tmp_pat
     assert train([*settings, f"mesh.slice={rank + 1}"], ranks=rank + 1)["fingerprint"] == expected["fingerprint"]
 
 
-def freeze():
-    os.kill(os.getpid(), signal.SIGSTOP)
-
-
-def freeze_at_step(step):
+def sleep_at_step(step):
     from zo import trainer
 
     original = trainer.Run.step
 
-    def frozen(run):
+    def sleepy(run):
         if run.log.version + 1 == step:
-            freeze()
+            time.sleep(25)
         return original(run)
 
-    trainer.Run.step = frozen
+    trainer.Run.step = sleepy
 
 
 def test_a_rank_that_hangs_is_named_when_time_is_up(overrides, tmp_path):
     settings = [*overrides, f"run.dir={tmp_path}/run", "mesh.timeout_s=3"]
-    results = lives(settings, ranks=3, prelude=(on_rank, 2, freeze_at_step, 2), patience_s=40)
+    results = lives(settings, ranks=3, prelude=(on_rank, 2, sleep_at_step, 2))
     for result in results[:2]:
         assert f"rank 2 (host {socket.gethostname()}) died, or was not there within mesh.timeout_s=3" in result
     assert len(read(tmp_path / "run" / "steps.log")[1]) == 1
@@ -108,7 +104,7 @@ def test_a_rank_that_diverges_is_caught_and_named(overrides, tmp_path, store):
     settings = [*overrides, *store, f"run.dir={tmp_path}/run", "mesh.check_every=1", "run.steps=4"]
     results = lives(settings, ranks=2, prelude=(on_rank, 1, flip_bits, 2))
     assert all("RankError: after step 2 the weights of rank 1 (block " in result for result in results), results
-    assert "0" not in results[0].split("weights of")[1].split("are not")[0].replace("rank 1", "").split("(")[0]
+    assert not any("of rank 0" in result for result in results)
     whole = train([*settings, "run.steps=4"], ranks=2)
     assert whole["fingerprint"] == train([*overrides, "run.steps=4", f"run.dir={tmp_path}/alone"])["fingerprint"]
 

@@ -31,7 +31,8 @@ def run(command: Callable[[list[str]], None]) -> int:
         return USER_ERROR
     except RankError as error:
         print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
-        return RANK_LOST
+        # A lane may wait for the lost rank still; what it writes is whole under its name or not there.
+        os._exit(RANK_LOST)
     return DONE
 
 

@@ -188,6 +188,7 @@ class Mesh:
                 "torchrun, with an address and a free port that every node reaches"
             ) from error
         self._store.set(f"host/{self.rank}", socket.gethostname())
+        self._hosts = [self._store.get(f"host/{rank}").decode() for rank in range(self.ranks)]
         self._watcher = threading.Thread(target=self._watch, args=(self._store.clone(),), daemon=True)
         self._watcher.start()
 
@@ -230,14 +231,9 @@ class Mesh:
             until = time.monotonic() + GRACE_S
             while time.monotonic() < until and dead:
                 dead = [rank for rank in dead if not self._store.check([f"lives/{rank}"])]
-                time.sleep(0.1)
+                time.sleep(0.5)
             late = [rank for rank in others if not self._store.check([f"waits/{rank}"])]
-        names = []
-        for rank in dead or late:
-            host = "not known"
-            with suppress(RuntimeError):
-                host = self._store.get(f"host/{rank}").decode()
-            names.append(f"rank {rank} (host {host})")
+        names = [f"rank {rank} (host {self._hosts[rank]})" for rank in dead or late]
         missing = names if len(names) < len(others) or self.ranks == 2 else ["another rank"]
         return (
             f"{', '.join(missing)} died, or was not there within mesh.timeout_s={self.timeout // timedelta(seconds=1)} "
