@@ -114,7 +114,7 @@ def test_cells_are_balanced_on_any_mesh(rows, columns):
         (MeshConfig(), 4, 8, 1, Shape(4, 1)),
         (MeshConfig(), 3, 2, 3, Shape(1, 3)),
         (MeshConfig(data=2), 2, 2, 2, Shape(1, 2)),
-        (MeshConfig(slice=4), 4, 2, 1, Shape(2, 2, 4)),
+        (MeshConfig(slice=4), 4, 2, 1, Shape(4, 1, 4)),
     ],
 )
 def test_an_empty_mesh_is_filled_in(config, ranks, rows, columns, expected):

@@ -23,6 +23,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
 
 from zo.config import MeshConfig, RankError, UserError
 
@@ -176,7 +178,7 @@ class Mesh:
     def _join(self) -> None:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         try:
-            store, _, _ = next(dist.rendezvous("env://", timeout=self.timeout))
+            store, _, _ = next(rendezvous("env://", timeout=self.timeout))
             self._store = _apart(store, self.rank, self.ranks, self.timeout)
             dist.init_process_group(
                 "gloo", store=self._store, rank=self.rank, world_size=self.ranks, timeout=self.timeout
@@ -336,12 +338,17 @@ class Mesh:
             return
         self._barriers += 1
         with self.together():
-            self._store.set(f"at/{self._barriers}/{self.rank}", "")
-            keys = [f"at/{self._barriers}/{rank}" for rank in range(self.ranks)]
-            while not self._store.check(keys):
-                if self._store.check(["lost"]):
-                    raise RuntimeError("a rank was lost")
-                time.sleep(0.05)
+            self._meet("came")
+            # Rank 0 may keep the store: it stays until no other rank asks it anything.
+            self._meet("went", waits=self.rank == 0)
+
+    def _meet(self, where: str, waits: bool = True) -> None:
+        keys = [f"{where}/{self._barriers}/{rank}" for rank in range(self.ranks)]
+        self._store.set(keys[self.rank], "")
+        while waits and not self._store.check(keys):
+            if self._store.check(["lost"]):
+                raise RuntimeError("a rank was lost")
+            time.sleep(0.02)
 
     def close(self) -> None:
         """Leave the group."""
@@ -368,12 +375,12 @@ def _apart(store: Any, rank: int, ranks: int, timeout: timedelta) -> Any:
             confirmed = [f"zo/{words[r]}/with/{word}" for r in range(1, ranks)]
             if not confirmed or store.check(confirmed):
                 store.set(f"zo/{word}/agreed", "")
-                return dist.PrefixStore(f"zo/{word}", store)
+                return PrefixStore(f"zo/{word}", store)
         elif store.check(["zo/group"]):
             words = json.loads(store.get("zo/group"))
             if len(words) == ranks and words[rank] == word:
                 store.set(f"zo/{word}/with/{words[0]}", "")
                 if store.check([f"zo/{words[0]}/agreed"]):
-                    return dist.PrefixStore(f"zo/{words[0]}", store)
+                    return PrefixStore(f"zo/{words[0]}", store)
         time.sleep(0.02)
     raise RuntimeError(f"not all of {ranks} ranks came in time")

@@ -84,7 +84,7 @@ class Weights:
         self.store: DeviceStore | HostStore | DiskStore
         if memory.store == "device":
             self.store = DeviceStore(layout, source, device)
-            self.lanes = None
+            self.lanes: Lanes | None = None
             return
         if memory.store == "host":
             self.store = HostStore(layout, source, memory.pin, own_slice)

@@ -357,10 +357,10 @@ class Run:
             "train_s": round(train_s, 3),
             "fingerprint": fingerprint,
         }
-        exports = finished and self.config.export.at_end and self.problem.exportable
+        exports = fingerprint is not None and self.config.export.at_end and self.problem.exportable
         if exports and self.replica.sliced and self.mesh.rank:
             self.replica.pass_over()
-        elif exports and self.mesh.rank == 0:
+        elif fingerprint and exports and self.mesh.rank == 0:
             content = self.folder.read_config()
             card = card_of(content, self.log.header, self.log.version, self.scores, fingerprint)
             write_folder(self.model, self.problem.tokenizer, self.folder.model, card, source=self.replica, replace=True)
