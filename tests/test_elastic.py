@@ -1,9 +1,7 @@
 """Ranks that die, diverge, disagree, or are told to stop: no step is lost, and one line says what happened."""
 
-import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -48,8 +46,7 @@ MOMENTS = {
 }
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize(("moment", "rank"), zip(MOMENTS, (0, 1, 0, 1), strict=True))
 def test_a_rank_killed_is_named_and_no_step_is_lost(overrides, expected, tmp_path, moment, rank):
     settings = [*overrides, *SLICED, "run.steps=6", "memory.lag=1", f"run.dir={tmp_path}/run"]
     results = lives(settings, ranks=2, prelude=(on_rank, rank, kill_at, *MOMENTS[moment]))
@@ -66,14 +63,14 @@ def sleep_at_step(step):
 
     def sleepy(run):
         if run.log.version + 1 == step:
-            time.sleep(25)
+            time.sleep(14)
         return original(run)
 
     trainer.Run.step = sleepy
 
 
 def test_a_rank_that_hangs_is_named_when_time_is_up(overrides, tmp_path):
-    settings = [*overrides, f"run.dir={tmp_path}/run", "mesh.timeout_s=3"]
+    settings = [*overrides, "batch.micro=1", f"run.dir={tmp_path}/run", "mesh.timeout_s=3"]
     results = lives(settings, ranks=3, prelude=(on_rank, 2, sleep_at_step, 2))
     for result in results[:2]:
         assert f"rank 2 (host {socket.gethostname()}) died, or was not there within mesh.timeout_s=3" in result
@@ -233,21 +230,6 @@ def test_sigterm_finishes_the_step_and_says_how_to_go_on(overrides, tmp_path):
     assert train([*settings, f"run.steps={steps + 2}"])["fingerprint"] == expected["fingerprint"]
 
 
-def test_torchrun_restarts_a_killed_rank_by_itself(overrides, tmp_path):
-    """One command: rank 1 is killed in the middle, the group starts anew, and the end is that of one process."""
-    settings = [*overrides, f"run.dir={tmp_path}/run", "run.steps=60", "eval.every=0", *SLICED]
-    launcher = [*TORCHRUN, "--nproc-per-node", "2", "--max-restarts", "2", "--monitor-interval", "0.2"]
-    process = start(command(settings, *launcher, "--master-port", str(free_port())))
-    wait_for_steps(tmp_path / "run", 10)
-    os.kill(worker(process.pid, rank=1), signal.SIGKILL)
-    out, said = process.communicate(timeout=180)
-    assert process.returncode == 0, said
-    assert "resuming" in said
-    found = json.loads(out.strip().splitlines()[-1])
-    expected = train([*overrides, f"run.dir={tmp_path}/alone", "run.steps=60", "eval.every=0"])
-    assert found["fingerprint"] == expected["fingerprint"]
-
-
 def test_a_run_that_may_restart_needs_a_folder(overrides):
     launcher = [*TORCHRUN, "--nproc-per-node", "1", "--max-restarts", "1", "--master-port", str(free_port())]
     process = start(command(overrides, *launcher))
@@ -280,13 +262,3 @@ def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
-
-
-def worker(parent, rank):
-    """Process id of a rank under a torchrun."""
-    import psutil
-
-    for child in psutil.Process(parent).children(recursive=True):
-        if child.environ().get("RANK") == str(rank):
-            return child.pid
-    raise AssertionError(f"no rank {rank} under {parent}")
