@@ -117,7 +117,7 @@ def test_a_run_from_start_to_hub_folder(command, overrides, tmp_path):
     assert {path.name for path in run_dir.iterdir()} == {"config.yaml", "steps.log", "metrics.jsonl", "model"}
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     keys = {"step", "loss", "scalars", "lr", "step_s", "tokens", "tokens_per_s", "device_peak_bytes", "host_rss_bytes"}
-    keys |= {"read_bytes", "written_bytes", "wait_share"}
+    keys |= {"read_bytes", "written_bytes", "gathered_bytes", "scalar_bytes", "wait_share"}
     assert [line["step"] for line in lines if "eval" not in line] == [1, 2, 3, 4]
     assert [line["step"] for line in lines if "eval" in line] == [0, 2, 4]
     assert all(set(line) in (keys, {"step", "eval"}) for line in lines)
