@@ -1,4 +1,4 @@
-"""What starts zo on a cluster: linted, held against schemas, and the batch script run where Slurm's commands are not."""
+"""What starts zo on a cluster: linted, held against schemas, and the batch script run with a stand-in of Slurm."""
 
 import json
 import os
