@@ -28,7 +28,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from zo.config import MeshConfig, RankError, UserError
 
-GRACE_S = 5.0
+GRACE_S = 2.0
 """How long a rank that lost another one waits for the others to answer, before it says who did not."""
 
 
