@@ -173,6 +173,20 @@ def test_nodes_of_other_versions_or_weights_are_named(overrides, tiny_model, tmp
     assert not (tmp_path / "b").exists()
 
 
+def test_clocks_that_are_apart_are_named(overrides, tmp_path):
+    """torchrun's rendezvous would take one of the nodes for dead."""
+    results = lives([*overrides, f"run.dir={tmp_path}/run"], ranks=2, prelude=(on_rank, 1, be_ahead, 60))
+    assert all("the clocks of rank 1 (host" in r and "are 60 s apart; set them (NTP)" in r for r in results), results
+
+
+def be_ahead(seconds):
+    from types import SimpleNamespace
+
+    from zo import roll_call
+
+    roll_call.time = SimpleNamespace(time=lambda: time.time() + seconds)
+
+
 def pretend_older():
     from zo import roll_call
 

@@ -183,14 +183,14 @@ class Mesh:
             dist.init_process_group(
                 "gloo", store=self._store, rank=self.rank, world_size=self.ranks, timeout=self.timeout
             )
+            self._store.set(f"host/{self.rank}", socket.gethostname())
+            self._hosts = [self._store.get(f"host/{rank}").decode() for rank in range(self.ranks)]
         except (RuntimeError, ValueError, OSError) as error:
             said = " ".join(str(error).split())[:200]
             raise UserError(
                 f"rank {self.rank} cannot meet the other {self.ranks - 1} at {where} ({said}); start all ranks with "
                 "torchrun, with an address and a free port that every node reaches"
             ) from error
-        self._store.set(f"host/{self.rank}", socket.gethostname())
-        self._hosts = [self._store.get(f"host/{rank}").decode() for rank in range(self.ranks)]
         self._watcher = threading.Thread(target=self._watch, args=(self._store.clone(),), daemon=True)
         self._watcher.start()
 
