@@ -73,8 +73,8 @@ def check(weights: Weights, replica: Replica, mesh: Mesh, number: int) -> None:
         named = ", ".join(f"rank {rank} (block {said[rank][3]})" for rank in sorted(wrong))
         raise RankError(
             f"after step {replica.log.version} the weights of {named} are not what the log makes of the base: its "
-            "memory or disk errs; look at that machine, then start the same command again, which rebuilds them from "
-            "base and log"
+            "memory or disk errs; look at that machine, remove blocks/ and snapshots/ of the run's folder if they are "
+            "there, and start the same command again: base and log make the weights anew"
         )
 
 
