@@ -5,7 +5,7 @@ import pytest
 from ranks import train
 
 
-@pytest.mark.parametrize("seed", [1, 2, 4])
+@pytest.mark.parametrize("seed", [1, 4])
 def test_a_run_ends_with_the_same_bits_whoever_dies(overrides, tmp_path, seed):
     """``benchmarks/chaos.py`` does this 30 times."""
     settings = [*overrides, "model.dtype=bfloat16", "eval.every=0"]
