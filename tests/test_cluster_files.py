@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 MANIFEST = ROOT / "launch" / "kubernetes.yaml"
 BATCH = ROOT / "launch" / "slurm.sbatch"
+NODE = ROOT / "launch" / "node.sh"
 DOCKERFILE = ROOT / "docker" / "Dockerfile"
 COMPOSE = ROOT / "docker" / "compose.yaml"
 
@@ -29,7 +31,7 @@ def ran(*words, **options):
     return subprocess.run([*map(str, words)], capture_output=True, text=True, check=False, **options)
 
 
-@pytest.mark.parametrize("command", [("shellcheck", BATCH), ("hadolint", DOCKERFILE)], ids=["shellcheck", "hadolint"])
+@pytest.mark.parametrize("command", [("shellcheck", BATCH), ("shellcheck", NODE), ("hadolint", DOCKERFILE)])
 def test_linters_have_nothing_to_say(command):
     done = ran(BIN / command[0], command[1])
     assert (done.returncode, done.stdout) == (0, "")
@@ -102,9 +104,11 @@ def test_the_health_check_trains(tmp_path):
 def slurm(tmp_path):
     """A PATH whose srun runs its command here, and whose scontrol notes what it is asked."""
     commands = {
-        "srun": 'shift\nexec "$@"\n',
+        "srun": f'shift\necho $$ > {tmp_path}/step\nexec "$@"\n',
+        "scancel": f'[[ "$*" == "--signal=TERM 7" ]] && kill -TERM "$(cat {tmp_path}/step)"\n',
         "scontrol": f'if [[ $1 == show ]]; then echo localhost; else echo "$@" >> {tmp_path}/asked; fi\n',
         "torchrun": f'exec {shlex.quote(sys.executable)} -m torch.distributed.run "$@"\n',
+        "python": f'exec {shlex.quote(sys.executable)} "$@"\n',
     }
     folder = tmp_path / "bin"
     folder.mkdir()
@@ -116,14 +120,19 @@ def slurm(tmp_path):
     return os.environ | environment, tmp_path / "asked"
 
 
+def wait_for_steps(log, within_s=120):
+    until = time.monotonic() + within_s
+    while time.monotonic() < until and (not log.exists() or len(read(log)[1]) < 3):
+        time.sleep(0.1)
+
+
 def test_the_batch_script_queues_a_preempted_run_again(overrides, slurm, tmp_path):
     environment, asked = slurm
     settings = [*overrides, f"run.dir={tmp_path}/run", "run.steps=100000", "eval.every=0"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     job = subprocess.Popen(["bash", BATCH, *settings], env=environment, cwd=ROOT, **pipes)
-    log, until = tmp_path / "run" / "steps.log", time.monotonic() + 120
-    while time.monotonic() < until and (not log.exists() or len(read(log)[1]) < 3):
-        time.sleep(0.1)
+    log = tmp_path / "run" / "steps.log"
+    wait_for_steps(log)
     job.send_signal(signal.SIGTERM)
     out, said = job.communicate(timeout=120)
     assert job.returncode == 0, said
@@ -134,3 +143,31 @@ def test_the_batch_script_queues_a_preempted_run_again(overrides, slurm, tmp_pat
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.strip().splitlines()[-1])["steps"] == steps + 2
     assert asked.read_text() == "requeue 7\n"
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_all_pods_end_when_one_is_evicted_and_none_is_complete_before_the_run(overrides, slurm, tmp_path):
+    """A pod that exits with 0 is not started again, and one that waits for a lost torchrun does so for 5 minutes."""
+    environment, _ = slurm
+    settings = [*overrides, f"run.dir={tmp_path}/run", "eval.every=0"]
+
+    def pods(steps):
+        words = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "zo"]
+        words += ["--rdzv-endpoint", f"localhost:{free_port()}", "--max-restarts", "3"]
+        hosts = [["--rdzv-conf", f"is_host={is_host}"] for is_host in (1, 0)]
+        run = ["launch/train.py", *settings, f"run.steps={steps}"]
+        return [
+            subprocess.Popen([NODE, *words, *host, *run], env=environment, cwd=ROOT, stderr=subprocess.DEVNULL)
+            for host in hosts
+        ]
+
+    log, running = tmp_path / "run" / "steps.log", pods(100000)
+    wait_for_steps(log)
+    running[1].terminate()
+    assert [pod.wait(60) for pod in running] == [75, 75]
+    assert [pod.wait(120) for pod in pods(len(read(log)[1]) + 2)] == [0, 0]

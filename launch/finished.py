@@ -1,0 +1,36 @@
+"""Ask whether a run is finished: launch/finished.py, with the arguments that its launch/train.py has.
+
+Exit code 0: it is; 75: not yet, the same command goes on. What schedulers need to know, for a run that SIGTERM ended
+exits with 0 too.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from zo.config import UserError
+from zo.launcher import run, split
+from zo.log import read
+from zo.recipe import DEFAULT, load_config
+
+NOT_YET = 75
+
+
+def main(arguments: list[str]) -> None:
+    """Hold log and model folder against the configuration."""
+    own, overrides = split(arguments, ("recipe",))
+    config = load_config(own.get("recipe", DEFAULT), overrides)
+    if config.run.dir is None:
+        raise UserError("run.dir is empty; give the folder of the run")
+    folder = Path(config.run.dir)
+    log = folder / "steps.log"
+    steps = len(read(log)[1]) if log.exists() else 0
+    waits = config.export.at_end and not (folder / "model").is_dir()
+    print(f"{folder}: step {steps} of {config.run.steps}{', model/ is not written' * waits}", file=sys.stderr)
+    if steps < config.run.steps or waits:
+        raise SystemExit(NOT_YET)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
