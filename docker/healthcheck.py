@@ -2,8 +2,8 @@
 """Train a tiny model for two steps, without network: docker/healthcheck.py [key=value ...]; exit code 0 if it did.
 
 On CPU, beside whatever else runs. ``run.device=cuda`` tries the GPU, and ``memory.store=disk
-memory.disk_engine=deepnvme`` DeepSpeed's engine (which never comes back where the container's seccomp profile refuses
-the system call io_pgetevents; hence the time limit).
+memory.disk_engine=deepnvme`` DeepSpeed's engine (which aborts or never comes back where the container's seccomp profile
+refuses the system call io_pgetevents: ``--security-opt seccomp=unconfined``).
 """
 
 import json

@@ -5,7 +5,6 @@ import resource
 from pathlib import Path
 
 import psutil
-import torch
 
 CGROUP = Path("/sys/fs/cgroup")
 CAP_IPC_LOCK = 14
@@ -39,8 +38,11 @@ def lockable_bytes() -> float:
 
 
 def name_accelerator() -> None:
-    """Tell DeepSpeed, which transformers loads where it is installed; it would guess, and say so on stdout."""
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    """Tell DeepSpeed, which transformers loads where it is installed; it would guess, and say so on stdout.
+
+    Its disk engine reads into host memory, and as a CPU's it needs no CUDA toolkit to be built.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def free_disk_bytes(path: Path) -> int:
