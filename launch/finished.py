@@ -10,6 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from zo.config import UserError
+from zo.folder import RunFolder
 from zo.launcher import run, split
 from zo.log import read
 from zo.recipe import DEFAULT, load_config
@@ -23,11 +24,10 @@ def main(arguments: list[str]) -> None:
     config = load_config(own.get("recipe", DEFAULT), overrides)
     if config.run.dir is None:
         raise UserError("run.dir is empty; give the folder of the run")
-    folder = Path(config.run.dir)
-    log = folder / "steps.log"
-    steps = len(read(log)[1]) if log.exists() else 0
-    waits = config.export.at_end and not (folder / "model").is_dir()
-    print(f"{folder}: step {steps} of {config.run.steps}{', model/ is not written' * waits}", file=sys.stderr)
+    folder = RunFolder(Path(config.run.dir))
+    steps = len(read(folder.log_file)[1]) if folder.log_file.exists() else 0
+    waits = config.export.at_end and not folder.model.is_dir()
+    print(f"{folder.path}: step {steps} of {config.run.steps}{', model/ is not written' * waits}", file=sys.stderr)
     if steps < config.run.steps or waits:
         raise SystemExit(NOT_YET)
 

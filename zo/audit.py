@@ -13,7 +13,7 @@ import xxhash
 from torch import Tensor
 
 from zo.config import RankError
-from zo.layout import GRAIN, WHOLE, Block, Slice, spans
+from zo.layout import GRAIN, Block, spans
 from zo.mesh import Mesh
 from zo.replay import Replay
 from zo.replica import Replica, Weights
@@ -33,9 +33,8 @@ class Sample:
 
 def sample(weights: Weights, number: int) -> Sample | None:
     """The ``number``-th sample of a rank's weights: all blocks in turn, then further on in each of them."""
-    store, slices = weights.store, weights.slices
-    own = Slice(slices.index, slices.of) if slices else WHOLE
-    blocks = [block for block in store.layout.blocks if block.trainable and own.within(block)]
+    own = weights.store.slice
+    blocks = [block for block in weights.store.layout.blocks if block.trainable and own.within(block)]
     if not blocks:
         return None
     turn, which = divmod(number, len(blocks))
@@ -61,9 +60,7 @@ def check(weights: Weights, replica: Replica, mesh: Mesh, number: int) -> None:
             base.read(taken.block, weights.store.layout, image, taken.start)
             base.forget()
             made = _brought_up(taken, image, 0, replay)
-    slice_index = weights.slices.index if weights.slices else 0
-    where = taken.block.name if taken else ""
-    said = mesh.collect([slice_index, found, made, where])
+    said = mesh.collect([weights.store.slice.index, found, made, taken.block.name if taken else ""])
     wrong = [rank for rank, (_, ours, truth, _) in enumerate(said) if truth and ours != truth]
     for index in {row[0] for row in said} if not wrong else ():
         of_slice = {rank: ours for rank, (at, ours, _, _) in enumerate(said) if at == index}

@@ -18,7 +18,7 @@ from torch import Tensor
 from zo.disk import PAGE, Engine
 from zo.layout import Block
 from zo.mesh import Slices
-from zo.store import DiskStore, HostStore, allocate, lock_pages, slot_bytes
+from zo.store import DiskStore, HostStore, allocate, lock_pages, slot_bytes, within_slot
 from zo.timeline import Timeline
 
 CatchUp = Callable[[Tensor, int, int], int]
@@ -108,7 +108,7 @@ class Lanes:
         assert self._slices is not None
         own, stride = self._store.slice.within(block), self._store.slice.stride(block)
         with self._timeline.span("catch-up", block.name):
-            version = catch_up(slot.memory[PAGE + own.start : PAGE + own.stop], own.start, version)
+            version = catch_up(within_slot(slot.memory, own), own.start, version)
         with self._timeline.span("gather", block.name):
             self._slices.gather(slot.memory[PAGE : PAGE + self._store.slice.of * stride])
         return version
@@ -198,7 +198,7 @@ class GpuLanes(Lanes):
                 if staged is None:
                     version = self._store.fetch(block, slot.memory)
                 else:
-                    _bytes(slot, own).copy_(_bytes(staged, own), non_blocking=True)
+                    within_slot(slot.memory, own).copy_(within_slot(staged.memory, own), non_blocking=True)
             filled = torch.cuda.Event()
             filled.record(self._upload)
             if staged is not None:
@@ -251,7 +251,7 @@ class GpuLanes(Lanes):
                 if staged is None:
                     self._store.keep(block, slot.memory, version)
                 else:
-                    _bytes(staged, own).copy_(_bytes(slot, own), non_blocking=True)
+                    within_slot(staged.memory, own).copy_(within_slot(slot.memory, own), non_blocking=True)
             copied = torch.cuda.Event()
             copied.record(self._download)
             slot.free = self._stored[block.index] = copied
@@ -260,7 +260,3 @@ class GpuLanes(Lanes):
             self._store.keep(block, staged.memory, version)
         self.written_bytes += len(own)
         return copied
-
-
-def _bytes(slot: Slot, own: range) -> Tensor:
-    return slot.memory[PAGE + own.start : PAGE + own.stop]

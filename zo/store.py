@@ -115,6 +115,8 @@ class Store(Protocol):
 class DeviceStore:
     """All blocks on one device, where the model computes with them."""
 
+    slice = WHOLE
+
     def __init__(self, layout: Layout, base: Base, device: torch.device) -> None:
         """Fill the memory, a group at a time."""
         self.layout = layout
@@ -205,17 +207,13 @@ class HostStore:
 
     def fetch(self, block: Block, slot: Tensor) -> int:
         """See :class:`Store`; on a GPU the copy is queued on the current stream."""
-        self._place(block, slot).copy_(self._images[block.index], non_blocking=True)
+        within_slot(slot, self.slice.within(block)).copy_(self._images[block.index], non_blocking=True)
         return self.versions[block.index]
 
     def keep(self, block: Block, slot: Tensor, version: int) -> None:
         """See :class:`Store`; on a GPU the copy is queued on the current stream."""
-        self._images[block.index].copy_(self._place(block, slot), non_blocking=True)
+        self._images[block.index].copy_(within_slot(slot, self.slice.within(block)), non_blocking=True)
         self.versions[block.index] = version
-
-    def _place(self, block: Block, slot: Tensor) -> Tensor:
-        own = self.slice.within(block)
-        return slot[PAGE + own.start : PAGE + own.stop]
 
     def fill(self, get: Callable[[str], Tensor], version: int) -> str:
         """See :class:`DeviceStore`."""
@@ -349,8 +347,7 @@ class DiskStore:
 
     def fetch(self, block: Block, slot: Tensor) -> int:
         """See :class:`Store`; a file that is damaged gives way to the base, so to a replay of the whole log."""
-        own, header = self.slice.within(block), self._headers.get(block.index)
-        image = slot[PAGE + own.start : PAGE + own.stop]
+        image, header = within_slot(slot, self.slice.within(block)), self._headers.get(block.index)
         if header is not None:
             try:
                 self._engine.read(self._path(block), 0, self._framed(block, slot))
@@ -383,7 +380,7 @@ class DiskStore:
         if not own:
             self.versions[block.index] = version
             return
-        image = slot[PAGE + own.start : PAGE + own.stop]
+        image = within_slot(slot, own)
         header = Header(block.name, self._digest, version, len(own), checksum(image))
         under = framed[:PAGE].clone()  # The end of the slice before, or nothing.
         framed[:PAGE] = torch.frombuffer(bytearray(header.page()), dtype=torch.uint8)
@@ -418,3 +415,8 @@ class DiskStore:
 def slot_bytes(block_bytes: int, slices: int = 1) -> int:
     """Memory of a slot for a block of this size: a page for the header of a file, and slices of whole pages."""
     return PAGE + slices * padded(-(-block_bytes // slices))
+
+
+def within_slot(slot: Tensor, own: range) -> Tensor:
+    """Some of a block's bytes in a slot's memory."""
+    return slot[PAGE + own.start : PAGE + own.stop]
