@@ -23,7 +23,8 @@ from zo.base import OwnBase
 from zo.blocks import find_layout
 from zo.config import MemoryConfig
 from zo.log import Entry, Log
-from zo.replica import Replica, Weights
+from zo.replica import Replica
+from zo.table import LossTable
 
 EPS, LR = 1e-3, 1e-6
 
@@ -66,14 +67,16 @@ class Zo:
         header = {"directions": 1, "seed": 1, "distribution": distribution, "rule": "sgd", "weight_decay": 0.0}
         self.model, self.log, self.layout = model, Log(header), find_layout(model)
         base = OwnBase(model)
-        weights = Weights(model, self.layout, lambda engine: base, MemoryConfig(), torch.device("cpu"), Path())
-        self.replica = Replica(weights, self.log)
+        cpu = torch.device("cpu")
+        self.replica = Replica(model, self.layout, lambda engine: base, MemoryConfig(), cpu, Path())
+        self.replica.open(self.log)
 
     def step(self, ids):
         number = self.log.version + 1
-        probes = estimator.probes("spsa", number, 1, EPS)
-        losses = self.replica.table(probes, [0, 1], [lambda: loss(self.model, ids)] * 2)
-        scalars, _ = estimator.estimate("spsa", [value.item() for value in losses], EPS)
+        table = LossTable(estimator.probes("spsa", number, 1, EPS), columns=1)
+        losses = self.replica.table(table.probes, [0, 1], [lambda: loss(self.model, ids)] * 2)
+        values = torch.tensor([[value.item(), 1, ids.numel()] for value in losses], dtype=torch.float64)
+        scalars, _ = estimator.estimate("spsa", table.fill(values), EPS)
         self.log.append(Entry(number, number, LR, scalars))
 
 

@@ -44,8 +44,8 @@ def main(arguments: list[str]) -> None:
         raise UserError(
             "there is nothing to score on: data.dev_examples is 0, or the data is synthetic; give data=FILE"
         )
-    mesh, replica = Mesh(finished.device.type), finished.replica
-    scores = evaluate(finished.model, replica, problem.task, problem.dev_batches, mesh, at_once=BATCHES_AT_ONCE)
+    mesh, replica = Mesh(finished.replica.device.type), finished.replica
+    scores = evaluate(replica, problem.task, problem.dev_batches, mesh, at_once=BATCHES_AT_ONCE)
     fingerprint = replica.fingerprint()
     replica.close()
     print(json.dumps({"run": own.get("run"), "steps": finished.steps, "eval": scores, "fingerprint": fingerprint}))

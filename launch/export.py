@@ -32,7 +32,7 @@ def main(arguments: list[str]) -> None:
     finished = load_run(path)
     scores = last_scores(path / "metrics.jsonl", finished.steps)
     card = card_of(finished.content, finished.header, finished.steps, scores, finished.replica.fingerprint())
-    write_folder(finished.model, finished.problem.tokenizer, to, card, source=finished.replica)
+    write_folder(finished.replica.model, finished.problem.tokenizer, to, card, source=finished.replica)
     finished.replica.close()
     print(to)
     if "push" in own:

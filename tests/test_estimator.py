@@ -6,19 +6,25 @@ from itertools import pairwise
 import pytest
 import torch
 
-from zo.estimator import ESTIMATORS, directions_of, estimate, float32, probes, row_losses
+from zo.estimator import ESTIMATORS, directions_of, estimate, float32, probes
 from zo.log import Entry
 from zo.perturbation import Offset, rademacher, visit
+from zo.table import LossTable
 from zo.update import SCHEDULES, learning_rate, sgd
 
 EPS = 1e-3
 
 
 def table_of(loss, rows, theta, address=0):
-    """Losses of the probes of a function of parameters."""
+    """The table of a function of parameters."""
     out = torch.empty(len(rows), theta.numel(), dtype=theta.dtype)
     visit(theta, address, 3, "rademacher", [], rows, out)
-    return [float(loss(row)) for row in out]
+    return filled(rows, [float(loss(row)) for row in out])
+
+
+def filled(rows, losses):
+    """A table of one column with these losses."""
+    return LossTable(rows, 1).fill(torch.tensor([[value, 1, 1] for value in losses], dtype=torch.float64))
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
@@ -66,13 +72,13 @@ def test_the_pair_of_a_direction_stands_side_by_side():
 
 def test_rows_are_means_over_terms_not_over_micro_batches():
     table = torch.tensor([[[10.0, 1, 5], [2.0, 5, 9]], [[0.0, 0, 0], [0.0, 0, 0]]], dtype=torch.float64)
-    first, empty = row_losses(table)
+    first, empty = LossTable([None, None], 2, table).row_losses()
     assert first == 2.0
     assert math.isnan(empty)
 
 
 def test_only_directions_that_are_not_finite_count_as_zero():
-    scalars, skipped = estimate("spsa", [1.0, 0.5, math.nan, 1.0, math.inf, 2.0, 1e300, -1e300], 1e-3)
+    scalars, skipped = estimate("spsa", filled(range(8), [1.0, 0.5, math.nan, 1.0, math.inf, 2.0, 1e300, -1e300]), 1e-3)
     assert skipped == 3
     assert scalars[0] == 250.0
     assert scalars[1:] == (0.0, 0.0, 0.0)

@@ -14,7 +14,7 @@ from zo.config import MemoryConfig, UserError
 from zo.estimator import float32
 from zo.log import Log
 from zo.perturbation import Offset, rademacher
-from zo.replica import Replica, Weights
+from zo.replica import Replica
 from zo.selfcheck import miniature, self_check
 
 SIZES = {
@@ -74,8 +74,9 @@ CPU = torch.device("cpu")
 
 def replica_of(model, layout=None, **memory):
     layout = layout or find_layout(model)
-    weights = Weights(model, layout, lambda engine: OwnBase(model), MemoryConfig(**memory), CPU, Path())
-    return Replica(weights, Log(HEADER))
+    replica = Replica(model, layout, lambda engine: OwnBase(model), MemoryConfig(**memory), CPU, Path())
+    replica.open(Log(HEADER))
+    return replica
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

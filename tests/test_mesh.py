@@ -8,7 +8,8 @@ import torch
 from ranks import context, lives, train
 
 from zo.config import MeshConfig, UserError
-from zo.mesh import Shape, fit, owners, share
+from zo.mesh import Shape, fit
+from zo.table import owners, share
 
 Q2 = ["estimator.directions=2", "model.dtype=bfloat16", "update.weight_decay=0.1"]
 MESHES = [(2, 1, 1), (1, 2, 1), (2, 2, 1), (2, 1, 2), (1, 2, 2), (2, 2, 4), (4, 1, 2)]
@@ -99,7 +100,7 @@ def test_shares_cover_every_line_once():
 def test_cells_are_balanced_on_any_mesh(rows, columns):
     for perturb in range(1, 5):
         for data in range(1, 4):
-            of_cells = owners(Shape(perturb, data), rows, columns)
+            of_cells = owners(rows, columns, perturb, data)
             counts = [of_cells.count(rank) for rank in range(perturb * data)]
             assert sum(counts) == rows * columns == len(of_cells)
             assert max(counts) - min(counts) <= 1

@@ -19,7 +19,7 @@ from zo.config import MemoryConfig, ModelConfig, UserError
 from zo.disk import ENGINES, Header, checksum
 from zo.layout import views
 from zo.model import Source
-from zo.replica import Weights
+from zo.replica import Replica
 from zo.store import DeviceStore
 
 CPU = torch.device("cpu")
@@ -33,12 +33,12 @@ def loaded(folder, unit="layer", dtype="float32", **memory):
     skeleton = source.skeleton()
     model = source.skeleton()
     layout = find_layout(skeleton, unit)
-    weights = Weights(
+    replica = Replica(
         model, layout, lambda e: source.base(skeleton, 0, e), MemoryConfig(**memory), CPU, folder / "none"
     )
-    assert isinstance(weights.store, DeviceStore)
-    for group, segments in zip(layout.groups, weights.store.groups, strict=True):
-        weights.binding.bind(group, segments)
+    assert isinstance(replica.store, DeviceStore)
+    for group, segments in zip(layout.groups, replica.store.groups, strict=True):
+        replica.binding.bind(group, segments)
     return model
 
 

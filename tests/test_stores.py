@@ -186,7 +186,7 @@ def test_a_flipped_byte_in_a_block_is_found_and_the_block_made_anew(overrides, e
         path.write_bytes(data)
     found = run(settings, tmp_path / "run")
     assert found["fingerprint"] == expected[1]["fingerprint"]
-    assert (where == 100) or "was damaged on disk; it was made anew" in capsys.readouterr().err
+    assert (where == 100) or "was corrupt on disk and was rebuilt" in capsys.readouterr().err
 
 
 def test_a_block_cut_short_is_made_anew(overrides, expected, tmp_path):

@@ -16,7 +16,7 @@ from zo.config import RankError
 from zo.layout import GRAIN, Block, spans
 from zo.mesh import Mesh
 from zo.replay import Replay
-from zo.replica import Replica, Weights
+from zo.replica import Replica
 
 SAMPLE_BYTES = 64 * GRAIN
 """Bytes of each rank that are looked at, at most."""
@@ -31,10 +31,10 @@ class Sample:
     size_bytes: int
 
 
-def sample(weights: Weights, number: int) -> Sample | None:
+def sample(replica: Replica, number: int) -> Sample | None:
     """The ``number``-th sample of a rank's weights: all blocks in turn, then further on in each of them."""
-    own = weights.store.slice
-    blocks = [block for block in weights.store.layout.blocks if block.trainable and own.within(block)]
+    own = replica.store.slice
+    blocks = [block for block in replica.store.layout.blocks if block.trainable and own.within(block)]
     if not blocks:
         return None
     turn, which = divmod(number, len(blocks))
@@ -43,24 +43,24 @@ def sample(weights: Weights, number: int) -> Sample | None:
     return Sample(blocks[which], start, min(SAMPLE_BYTES, within.stop - start))
 
 
-def check(weights: Weights, replica: Replica, mesh: Mesh, number: int) -> None:
+def check(replica: Replica, mesh: Mesh, number: int) -> None:
     """Compare the ranks' ``number``-th samples; every rank calls this after the same step.
 
     Raises:
         RankError: the weights of some ranks are not what they should be; on every rank, naming them.
     """
-    replica.settle()
-    taken, replay = sample(weights, number), Replay(replica.log)
+    replica.drain()
+    taken, replay = sample(replica, number), Replay(replica.log)
     found = made = ""
     if taken is not None:
         image = torch.zeros(taken.size_bytes, dtype=torch.uint8)
-        found = _brought_up(taken, image, weights.store.peek(taken.block, taken.start, image), replay)
-        base = weights.base
+        found = _brought_up(taken, image, replica.store.peek(taken.block, taken.start, image), replay)
+        base = replica.base
         if base is not None and not base.costly(taken.block):
-            base.read(taken.block, weights.store.layout, image, taken.start)
+            base.read(taken.block, replica.store.layout, image, taken.start)
             base.forget()
             made = _brought_up(taken, image, 0, replay)
-    said = mesh.collect([weights.store.slice.index, found, made, taken.block.name if taken else ""])
+    said = mesh.collect([replica.store.slice.index, found, made, taken.block.name if taken else ""])
     wrong = [rank for rank, (_, ours, truth, _) in enumerate(said) if truth and ours != truth]
     for index in {row[0] for row in said} if not wrong else ():
         of_slice = {rank: ours for rank, (at, ours, _, _) in enumerate(said) if at == index}

@@ -8,13 +8,12 @@ Sources: Spall 1992 (SPSA); Malladi et al. 2023 (MeZO).
 """
 
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from math import inf, isfinite, nan
-
-from torch import Tensor
+from math import inf, isfinite
 
 from zo.perturbation import Offset
+from zo.table import LossTable
 
 
 def float32(value: float) -> float:
@@ -31,21 +30,23 @@ class Estimator:
 
     scales: Callable[[int], list[tuple[int, float]]]
     """Number of directions q -> the table's rows as (which of the q directions, c) of the probe theta + c eps z."""
-    scalars: Callable[[Sequence[float], float], list[float]]
-    """Row losses and eps -> projected gradients, one a direction."""
+    scalars: Callable[[LossTable, float], list[float]]
+    """A filled table and eps -> projected gradients, one a direction."""
+
+
+def _two_sided(table: LossTable, eps: float) -> list[float]:
+    losses = table.row_losses()
+    return [(plus - minus) / (2 * eps) for plus, minus in zip(losses[::2], losses[1::2], strict=True)]
+
+
+def _one_sided(table: LossTable, eps: float) -> list[float]:
+    clean, *losses = table.row_losses()
+    return [(plus - clean) / eps for plus in losses]
 
 
 ESTIMATORS = {
-    "spsa": Estimator(
-        scales=lambda q: [(k, c) for k in range(q) for c in (1.0, -1.0)],
-        scalars=lambda losses, eps: [
-            (plus - minus) / (2 * eps) for plus, minus in zip(losses[::2], losses[1::2], strict=True)
-        ],
-    ),
-    "one-sided": Estimator(
-        scales=lambda q: [(0, 0.0), *((k, 1.0) for k in range(q))],
-        scalars=lambda losses, eps: [(plus - losses[0]) / eps for plus in losses[1:]],
-    ),
+    "spsa": Estimator(lambda q: [(k, c) for k in range(q) for c in (1.0, -1.0)], _two_sided),
+    "one-sided": Estimator(lambda q: [(0, 0.0), *((k, 1.0) for k in range(q))], _one_sided),
 }
 """The estimators, by the name that ``estimator.name`` takes."""
 
@@ -61,26 +62,8 @@ def probes(name: str, step: int, directions: int, eps: float) -> list[Offset]:
     return [Offset(numbers[k], float32(c * eps)) for k, c in ESTIMATORS[name].scales(directions)]
 
 
-def row_losses(table: Tensor) -> list[float]:
-    """Mean loss of each row, summed in the order of the columns so that any mesh gives the same bits.
-
-    Args:
-        table: float64 of shape ``[rows, columns, >= 2]``; the last dim begins with (sum of losses, number of terms).
-
-    Returns:
-        One float64 a row; not-a-number where a row has no terms.
-    """
-    means = []
-    for row in table.tolist():
-        total = terms = 0.0
-        for cell in row:
-            total, terms = total + cell[0], terms + cell[1]
-        means.append(total / terms if terms else nan)
-    return means
-
-
-def estimate(name: str, losses: Sequence[float], eps: float) -> tuple[tuple[float, ...], int]:
-    """Projected gradients of one step, float32, and how many directions were not finite and count as zero."""
-    raw = [float32(g) for g in ESTIMATORS[name].scalars(losses, eps)]
+def estimate(name: str, table: LossTable, eps: float) -> tuple[tuple[float, ...], int]:
+    """Return the projected gradients of one filled table, float32, and how many were not finite and count as zero."""
+    raw = [float32(g) for g in ESTIMATORS[name].scalars(table, eps)]
     kept = tuple(g if isfinite(g) else 0.0 for g in raw)
     return kept, sum(not isfinite(g) for g in raw)

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import torch
-from torch import nn
 
 from zo.mesh import Mesh
 from zo.replica import Replica
@@ -11,14 +10,11 @@ from zo.tasks import Batch, Task
 
 
 @torch.no_grad()
-def evaluate(
-    model: nn.Module, replica: Replica, task: Task, batches: Sequence[Batch], mesh: Mesh, at_once: int
-) -> dict[str, float]:
+def evaluate(replica: Replica, task: Task, batches: Sequence[Batch], mesh: Mesh, at_once: int) -> dict[str, float]:
     """Scores of a model, the same on every rank and any mesh.
 
     Args:
-        model: of the replica.
-        replica: brings its weights.
+        replica: the model.
         task: how a batch is scored.
         batches: on CPU; rank r of R computes every R-th.
         mesh: of the run.
@@ -26,7 +22,7 @@ def evaluate(
     """
     owners = [i % mesh.ranks for i in range(len(batches))]
     mine = [batch for batch, owner in zip(batches, owners, strict=True) if owner == mesh.rank]
-    cells = [lambda batch=b: task.terms(model, {k: v.to(mesh.device) for k, v in batch.items()}) for b in mine]
+    cells = [lambda batch=b: task.terms(replica.model, {k: v.to(mesh.device) for k, v in batch.items()}) for b in mine]
     # Ranks that share slices pass over the model together.
     passes = -(-max(owners.count(rank) for rank in range(mesh.ranks)) // at_once)
     table, _ = mesh.gather(replica.plain(cells, at_once, passes), owners, width=3)

@@ -129,7 +129,7 @@ def _one_line(what: object) -> str:
 class Source(Protocol):
     """Where the weights are while they are written."""
 
-    resident: bool
+    is_resident: bool
     """Whether they stay in memory, so that nothing need be copied."""
 
     def tensors(self) -> Iterable[tuple[str, Tensor]]:
@@ -257,7 +257,7 @@ def _whole_or_nothing(to: Path, bytes_needed: int, replace: bool) -> Iterator[Pa
 def _write_weights(model: nn.Module, content: _Content, source: Source | None, folder: Path) -> None:
     """Write weights and configuration; a file a part, and their index, where there is more than one part."""
     save: Any = model.save_pretrained
-    streamed = source is not None and not source.resident
+    streamed = source is not None and not source.is_resident
     most_bytes = max(STREAMED_BYTES, content.size_bytes // STREAMED_FILES) if streamed else SHARD_BYTES
     parts = content.parts(model, most_bytes)
     weight_map: dict[str, str] = {}

@@ -6,32 +6,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from zo import log as logs
-from zo.blocks import find_layout
+from zo.assemble import assemble
 from zo.config import Config, UserError
 from zo.export import Card
 from zo.folder import RunFolder
 from zo.log import Log
+from zo.mesh import Mesh
 from zo.problem import Problem, build_problem
 from zo.recipe import config_of
-from zo.replica import Replica, Weights
-from zo.selfcheck import move_resident, self_check
+from zo.replica import Replica
 from zo.store import DiskStore
 
 
-def restore(folder: RunFolder, weights: Weights, log: Log) -> None:
-    """Take over the newest snapshot that a log covers, if there is one; a disk store has its blocks instead.
+def restore_snapshot(folder: RunFolder, replica: Replica, log: Log) -> None:
+    """Load the newest snapshot that a log covers, if there is one; a durable store has its blocks instead.
 
     Raises:
         UserError: its weights are not the ones that were saved.
     """
-    store = weights.store
-    if not isinstance(store, DiskStore) and (snapshot := folder.snapshot(log.version, store.base)) is not None:
-        step, fingerprint, get = snapshot
-        if store.fill(get, step) != fingerprint:
-            raise UserError(f"{folder.snapshots} holds a damaged snapshot of step {step}; delete that file and go on")
+    store = replica.store
+    if store.is_durable or (snapshot := folder.snapshot(log.version, store.base)) is None:
+        return
+    step, fingerprint, get = snapshot
+    assert not isinstance(store, DiskStore)
+    if store.fill(get, step) != fingerprint:
+        raise UserError(f"{folder.snapshots} holds a damaged snapshot of step {step}; delete that file and go on")
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,7 @@ class FinishedRun:
     """A run's model at the last entry of its log."""
 
     problem: Problem
-    model: nn.Module
     replica: Replica
-    device: torch.device
     content: dict[str, Any]
     header: dict[str, Any]
     steps: int
@@ -62,34 +61,26 @@ def load_run(path: Path, change: Callable[[Config], Config] = lambda config: con
     header, entries = logs.read(folder.log_file)
     config = change(config_of(content["config"]))
     problem = build_problem(config)
-    weights = _load(problem, config, folder.blocks(0))
-    if weights.store.base != header["base"]:
+    replica = _load(problem, config, folder.blocks(0))
+    if replica.store.base != header["base"]:
         raise UserError(f"run={path}: the base model is not the one that its log began from; restore that model")
     log = Log(header, entries)
-    restore(folder, weights, log)
-    return FinishedRun(problem, weights.model, Replica(weights, log), weights.device, content, header, len(entries))
+    restore_snapshot(folder, replica, log)
+    replica.open(log)
+    return FinishedRun(problem, replica, content, header, len(entries))
 
 
 def load_plain(config: Config) -> FinishedRun:
-    """A model that no run has changed."""
+    """Load a model that no run has changed."""
     problem = build_problem(config)
-    weights = _load(problem, config, Path())
-    log = Log({"directions": 1, "seed": 0, "distribution": "rademacher", "rule": "sgd", "weight_decay": 0.0})
-    return FinishedRun(problem, weights.model, Replica(weights, log), weights.device, {}, {}, 0)
+    replica = _load(problem, config, Path())
+    replica.open(Log({"directions": 1, "seed": 0, "distribution": "rademacher", "rule": "sgd", "weight_decay": 0.0}))
+    return FinishedRun(problem, replica, {}, {}, 0)
 
 
-def _load(problem: Problem, config: Config, blocks: Path) -> Weights:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def _load(problem: Problem, config: Config, blocks: Path) -> Replica:
     with torch.no_grad():
-        batches = [problem.batches(0, 0)] if not problem.dev_batches else list(problem.dev_batches[:1])
-        on_device = [{k: v.to(device) for k, v in batch.items()} for batch in batches]
-        forwards = [lambda model, batch=b: problem.objective(model, batch) for b in on_device]
-        models = [problem.narrow, problem.skeleton] if problem.narrow is not None else [problem.skeleton]
-        whole = self_check(models, forwards, device, config.estimator.distribution, config.memory.unit)
-        layout, model = find_layout(problem.skeleton, config.memory.unit, whole), problem.build()
-        weights = Weights(model, layout, problem.base, config.memory, device, blocks, writable=False)
-        move_resident(model, device)
-    return weights
+        return assemble(problem, config, Mesh("cuda" if torch.cuda.is_available() else "cpu"), blocks, writable=False)
 
 
 def with_data(config: Config, name: str) -> Config:

@@ -69,7 +69,7 @@ def _write_whole(path: Path, text: str) -> None:
 class Tensors(Protocol):
     """Whatever yields weights."""
 
-    resident: bool
+    is_resident: bool
     """Whether what it yields stays valid."""
 
     def tensors(self) -> Iterable[tuple[str, Tensor]]:
@@ -222,7 +222,7 @@ class RunFolder:
         try:
             self.snapshots.mkdir(exist_ok=True)
             metadata = {"version": str(step), "base": base, "fingerprint": fingerprint}
-            resident = weights.resident
+            resident = weights.is_resident
             tensors = {name: t if resident else t.to("cpu", copy=True) for name, t in weights.tensors()}
             save_file(tensors, beside, metadata)
             with open(beside, "rb+") as file:

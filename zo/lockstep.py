@@ -25,21 +25,21 @@ from zo.layout import Block
 T = TypeVar("T")
 
 
-class Lender(Protocol):
-    """Puts a block's weights in place for each cell in turn."""
+class BlockProvider(Protocol):
+    """Serves each block to the forwards waiting for it."""
 
     def next(self, block: int | None, lookup: bool) -> int | None:
-        """Which block is lent next; ``None`` ends the run.
+        """Return the block to serve next, or ``None`` to end the run.
 
         ``block`` is the earliest that a cell waits for, and ``lookup`` whether rows of it are looked up; ``None`` where
-        none waits. Another one is lent where other ranks need it first.
+        none waits. Another one is served where other ranks need it first.
         """
         ...
 
-    def lend(self, block: int, cells: Sequence[int], row_numbers: Sequence[Tensor | None]) -> Iterable[int]:
-        """Yield every given cell once, each when the block holds that cell's weights.
+    def serve(self, block: int, forwards: Sequence[int], row_numbers: Sequence[Tensor | None]) -> Iterable[int]:
+        """Yield every given forward once, each when the block holds that forward's weights.
 
-        ``row_numbers`` holds, for each cell, which rows of an embedding it is about to look up, if that is all it does.
+        ``row_numbers`` holds, for each forward, the rows of an embedding that it looks up, if that is all it does.
         """
         ...
 
@@ -47,14 +47,14 @@ class Lender(Protocol):
 class Lockstep:
     """Hooks on a model's blocks; plain forwards outside :meth:`run` pass through them untouched."""
 
-    def __init__(self, binding: Binding, park: bool = False) -> None:
+    def __init__(self, binding: Binding, offload: bool = False) -> None:
         """Attach the hooks.
 
         Args:
             binding: the model's parameters.
-            park: keep the hidden states of cells that wait in host memory.
+            offload: keep the hidden states of cells that wait in host memory.
         """
-        model, self._binding, self._park = binding.model, binding, park
+        model, self._binding, self._offload = binding.model, binding, offload
         self._waiting: dict[greenlet, int | None] = {}
         self._row_numbers: dict[greenlet, Tensor | None] = {}
         self._hooks = [
@@ -82,12 +82,12 @@ class Lockstep:
         if cell not in self._waiting:
             return
         # What a cell has before its first block is its batch's, and other cells' too.
-        own = self._park and cell in self._row_numbers and hidden is not None and hidden.is_floating_point()
+        own = self._offload and cell in self._row_numbers and hidden is not None and hidden.is_floating_point()
         self._waiting[cell], self._row_numbers[cell] = block, row_numbers
-        bring_back = _park(hidden) if own and hidden is not None else None
+        restore = _offload_activation(hidden) if own and hidden is not None else None
         cell.parent.switch()
-        if bring_back is not None:
-            bring_back()
+        if restore is not None:
+            restore()
 
     def _patch(self, model: nn.Module, chunks: list[Block]) -> None:
         """Let the modules that own a parameter in chunks compute with one chunk after another."""
@@ -125,11 +125,11 @@ class Lockstep:
 
         return forward
 
-    def run(self, cells: Sequence[Callable[[], T]], lender: Lender) -> list[T]:
+    def run(self, cells: Sequence[Callable[[], T]], provider: BlockProvider) -> list[T]:
         """Run every cell to its end and return their results in order.
 
         Raises:
-            Exception: whatever a cell or the lender raises; the other cells are ended where they stand.
+            Exception: whatever a forward or the provider raises; the other cells are ended where they stand.
         """
         greenlets = [greenlet(cell) for cell in cells]
         self._waiting = dict.fromkeys(greenlets)
@@ -148,13 +148,13 @@ class Lockstep:
                 # The earliest block first: cells that skipped one wait for those that did not.
                 earliest = min((b for b in self._waiting.values() if b is not None), default=None)
                 lookup = any(self._row_numbers[g] is not None for g, b in self._waiting.items() if b == earliest)
-                block = lender.next(earliest, earliest is not None and lookup)
+                block = provider.next(earliest, earliest is not None and lookup)
                 if block is None:
                     break
                 here = [cell for cell, g in enumerate(greenlets) if self._waiting[g] == block]
                 rows = [self._row_numbers[greenlets[cell]] for cell in here]
-                with closing(lender.lend(block, here, rows)) as lent:  # type: ignore[type-var]
-                    for cell in lent:
+                with closing(provider.serve(block, here, rows)) as served:  # type: ignore[type-var]
+                    for cell in served:
                         resume(cell)
         finally:
             self._waiting, self._row_numbers = {}, {}
@@ -171,7 +171,7 @@ class Lockstep:
             del self._patched.pop().forward
 
 
-def _park(tensor: Tensor) -> Callable[[], None]:
+def _offload_activation(tensor: Tensor) -> Callable[[], None]:
     """Move a tensor's memory to the host and free it where it was; what is returned brings it back.
 
     The storage is emptied in place, so that every reference that the forward holds stays valid. On a GPU copies are in
@@ -183,8 +183,8 @@ def _park(tensor: Tensor) -> Callable[[], None]:
     here.copy_(there, non_blocking=True)
     storage.resize_(0)
 
-    def bring_back() -> None:
+    def restore() -> None:
         storage.resize_(size)
         torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage).copy_(here, non_blocking=True)
 
-    return bring_back
+    return restore

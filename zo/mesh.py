@@ -87,24 +87,6 @@ def fit(config: MeshConfig, ranks: int, rows: int, columns: int, local_ranks: in
     return wanted[0]
 
 
-def share(lines: int, axis: int, index: int) -> range:
-    """The contiguous lines of a table that one index of an axis owns; sizes differ by at most one."""
-    return range(lines * index // axis, lines * (index + 1) // axis)
-
-
-def owners(shape: Shape, rows: int, columns: int) -> list[int]:
-    """The rank that computes each cell of a table, row by row.
-
-    Where the axes divide the table, rank = perturb index * data size + data index. Else its cells are dealt out in
-    order: no rank has more than one above another.
-    """
-    if rows % shape.perturb == 0 and columns % shape.data == 0:
-        tall, wide = rows // shape.perturb, columns // shape.data
-        return [r // tall * shape.data + c // wide for r in range(rows) for c in range(columns)]
-    ranks = shape.perturb * shape.data
-    return [rank for rank in range(ranks) for _ in share(rows * columns, ranks, rank)]
-
-
 class Slices:
     """The ranks that keep one copy of the weights together: they visit blocks together and exchange slices of them."""
 

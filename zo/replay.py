@@ -92,6 +92,12 @@ class Replay:
                     visit(flat, segment.start + first, self.recipe.seed, self.recipe.distribution, here)
         return newest
 
+    def changes_anything(self, block: Block, version: int, newest: int) -> bool:
+        """Return whether entries ``version + 1 .. newest`` can alter a block's bytes."""
+        return bool(block.trainable) and any(
+            change.decay != 1.0 or any(change.coefficients) for change in self._changes(version, newest)
+        )
+
     def _changes(self, version: int, newest: int) -> list[Change]:
         rule, weight_decay = RULES[self.recipe.rule], self.recipe.weight_decay
         return [rule(entry, weight_decay) for entry in self.log.entries[version:newest]]

@@ -1,7 +1,9 @@
-"""A model whose weights are visited: store, log and streamer, wired; what training, scores and export share."""
+"""One copy of a model's weights and the log that they follow: store, cache and streamer, wired.
+
+Training, evaluation and export use a model through this class alone.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -10,41 +12,34 @@ from torch import Tensor, nn
 
 from zo.base import Base
 from zo.binding import Binding
+from zo.budget import Budget, budget
+from zo.cache import BlockCache, ResidentCache, SlotCache, Traffic
 from zo.config import MemoryConfig
+from zo.device import device_of
 from zo.disk import ENGINES, Engine
-from zo.lanes import GpuLanes, Lanes
 from zo.layout import WHOLE, Block, Layout, Slice, views
 from zo.lockstep import Lockstep
 from zo.log import Log
 from zo.mesh import Slices
 from zo.perturbation import Offset
 from zo.replay import Replay
-from zo.ring import Resident, Ring
 from zo.store import DeviceStore, DiskStore, Fingerprint, HostStore
 from zo.streamer import Streamer
 from zo.timeline import Timeline
 
 T = TypeVar("T")
-MASTER = Offset(0, 0.0)
-"""The probe that is no probe: the parameters themselves."""
+UNPERTURBED = Offset(0, 0.0)
+"""The probe at the parameters themselves."""
 
 
-@dataclass(frozen=True)
-class Traffic:
-    """What the lanes moved since they were made."""
+class Replica:
+    """A model's weights, at version 0 until :meth:`open` gives them a log."""
 
-    read_bytes: int = 0
-    """To slots."""
-    written_bytes: int = 0
-    """Back to the store."""
-    gathered_bytes: int = 0
-    """From ranks that keep other slices."""
-    wait_s: float = 0.0
-    """Time that the compute waited for a block."""
-
-
-class Weights:
-    """A model's weights in a store, before a log is known."""
+    cache: BlockCache
+    streamer: Streamer
+    log: Log
+    is_resident: bool
+    """Whether tensors that :meth:`tensors` yields stay valid."""
 
     def __init__(
         self,
@@ -72,89 +67,84 @@ class Weights:
         Raises:
             UserError: too little memory or disk, or weights that cannot be read.
         """
-        engine = ENGINES[memory.disk_engine]() if memory.store == "disk" else ENGINES["mmap"]()
+        engine = ENGINES[memory.disk_engine if memory.store == "disk" else "mmap"]()
         source = base(engine)
         source.adopt(model)
         self.base: Base | None = source if source.lasting else None
-        """What the weights of version 0 can be read from once more."""
-        self.slices = slices
-        own_slice = Slice(slices.index, slices.of) if slices else WHOLE
-        self.model, self.memory, self.device, self.timeline = model, memory, device, Timeline(device)
-        self.binding = Binding(model, layout, device)
-        self.store: DeviceStore | HostStore | DiskStore
-        if memory.store == "device":
-            self.store = DeviceStore(layout, source, device)
-            self.lanes: Lanes | None = None
-            return
-        if memory.store == "host":
-            self.store = HostStore(layout, source, memory.pin, own_slice)
-        else:
-            self.store = DiskStore(layout, source, engine, folder, writable, own_slice)
-        own = engine if memory.store == "disk" else None
-        if device.type == "cuda":
-            self.lanes = GpuLanes(self.store, own, self.timeline, device, memory.pin, slices)
-        else:
-            self.lanes = Lanes(self.store, own, self.timeline, slices)
+        """The source of the weights of version 0, if it can be read once more."""
+        self.model, self.layout, self.device, self.slices = model, layout, device, slices
+        self._memory, self._device = memory, device_of(device)
+        self.timeline, self.binding = Timeline(self._device), Binding(model, layout, device)
+        own = Slice(slices.index, slices.of) if slices else WHOLE
+        stores: dict[str, Callable[[], DeviceStore | HostStore | DiskStore]] = {
+            "device": lambda: DeviceStore(layout, source, device),
+            "host": lambda: HostStore(layout, source, own),
+            "disk": lambda: DiskStore(layout, source, engine, folder, writable, own),
+        }
+        self.store = stores[memory.store]()
 
+    def open(self, log: Log) -> None:
+        """Follow a log, from the version at which each block stands; blocks catch up when they are visited."""
+        self.log, replay, store = log, Replay(log), self.store
+        store.open(log.version)
+        self.cache = (
+            ResidentCache(store)
+            if isinstance(store, DeviceStore)
+            else SlotCache(store, replay, self._memory, self._device, self.timeline, self.slices)
+        )
+        self.is_resident = self.cache.is_resident
+        self.cache.bind_at_rest(self.binding)
+        self.streamer = Streamer(self.binding, replay, self.cache, self.device, self.timeline, self.slices)
+        self._lockstep = Lockstep(self.binding, offload=self._memory.activations == "host")
 
-class Replica:
-    """A model's weights and a log: their versions, from the base to the newest."""
+    def budget(self) -> Budget:
+        """Return the memory that this rank allocated."""
+        memory, placed = self._memory, {n for g in self.layout.groups for p in g.parts for n in p.parameter.spec.names}
+        elsewhere = [p for name, p in self.model.named_parameters() if name not in placed]
+        resident_bytes = sum(t.nbytes for t in (*self.model.buffers(), *elsewhere))
+        on_host = self._device.shares_host_memory
+        return budget(self.layout, memory.store, memory.slots, self.store.slice, on_host, resident_bytes)
 
-    def __init__(self, weights: Weights, log: Log) -> None:
-        """Take up the weights where they stand; blocks catch up when they are visited."""
-        self.layout, self.store, self.log = weights.store.layout, weights.store, log
-        self.timeline, self.lanes = weights.timeline, weights.lanes
-        self._binding, self.sliced, replay = weights.binding, weights.slices is not None, Replay(log)
-        self.resident = isinstance(self.store, DeviceStore)
-        """Whether all weights are in memory where the model computes."""
-        if isinstance(self.store, DiskStore):
-            self.store.open(log.version)
-        if isinstance(self.store, DeviceStore):
-            self._place: Resident | Ring = Resident(self.store)
-            self._bind_masters(self.store)
-        else:
-            assert weights.lanes is not None
-            self._place = Ring(self.store, weights.lanes, replay, weights.memory.slots, weights.memory.lag)
-        self.streamer = Streamer(weights.binding, replay, self._place, weights.device, weights.timeline, weights.slices)
-        self.lockstep = Lockstep(weights.binding, park=weights.memory.activations == "host")
-
-    def table(self, probes: Sequence[Offset], rows: Sequence[int], cells: Sequence[Callable[[], T]]) -> list[T]:
-        """Run cells of a loss table, one pass over the model for all of them, and of the ranks that share slices.
+    def table(self, probes: Sequence[Offset], rows: Sequence[int], forwards: Sequence[Callable[[], T]]) -> list[T]:
+        """Run forwards of a loss table, in one pass over the model for all of them and the ranks that share slices.
 
         Args:
             probes: the table's rows.
-            rows: for each cell its row, non-decreasing.
-            cells: forwards of the model.
+            rows: for each forward its row, non-decreasing.
+            forwards: of the model.
+
+        Returns:
+            The results, in order.
         """
-        if not cells and not self.sliced:
+        if not forwards and self.slices is None:
             return []
         self.streamer.begin(probes, rows)
-        return self.lockstep.run(cells, self.streamer)
+        return self._lockstep.run(forwards, self.streamer)
 
-    def plain(self, cells: Sequence[Callable[[], T]], at_once: int, passes: int) -> list[T]:
-        """Run forwards on the parameters themselves, at the newest version, ``at_once`` in each of ``passes``."""
+    def plain(self, forwards: Sequence[Callable[[], T]], at_once: int, passes: int) -> list[T]:
+        """Run forwards of the unperturbed model at the newest version, ``at_once`` in each of ``passes``."""
         results: list[T] = []
         for first in range(0, passes * at_once, at_once):
-            together = cells[first : first + at_once]
-            results += self.table([MASTER], [0] * len(together), together)
+            together = forwards[first : first + at_once]
+            results += self.table([UNPERTURBED], [0] * len(together), together)
         return results
 
-    def masters(self) -> Iterator[tuple[Block, list[Tensor]]]:
-        """Every block's weights at the newest version, one block at a time."""
-        return self.streamer.masters()
+    def weights(self) -> Iterator[tuple[Block, list[Tensor]]]:
+        """Yield every block and its flat tensors at the newest version, one block at a time."""
+        return self.streamer.weights()
 
     def fingerprint(self) -> str:
-        """SHA-256 of all parameters at the newest version (see :class:`zo.store.Fingerprint`)."""
+        """Return the fingerprint of all parameters at the newest version (see :class:`zo.store.Fingerprint`)."""
         found = Fingerprint(self.layout)
-        for block, masters in self.masters():
-            found.add(block, masters)
+        for block, weights in self.weights():
+            found.add(block, weights)
         return found.hexdigest()
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter with its weights at the newest version, whole, valid until the next is asked for."""
+        """Yield every parameter, whole, at the newest version; unless resident, valid until the next is asked for."""
         unfinished: dict[str, Tensor] = {}
-        for block, masters in self.masters():
-            for part, view in views(block, masters):
+        for block, weights in self.weights():
+            for part, view in views(block, weights):
                 if part.rows is None:
                     yield part.parameter.name, view
                     continue
@@ -167,43 +157,30 @@ class Replica:
 
     def pass_over(self) -> None:
         """Visit every block once, as ranks that share slices do where one of them asks for all weights."""
-        for _ in self.masters():
+        for _ in self.weights():
             pass
 
-    def settle(self) -> None:
-        """Wait for write-backs under way, and raise what went wrong with them."""
-        if isinstance(self._place, Ring):
-            self._place.finish()
+    def drain(self) -> None:
+        """Wait for transfers under way, and raise what failed."""
+        self.cache.drain()
 
     def traffic(self) -> Traffic:
-        """What was moved so far; on a GPU, once the results of a step are on the host."""
-        if self.lanes is None:
-            return Traffic()
-        self.lanes.settle()
-        lanes = self.lanes
-        return Traffic(lanes.read_bytes, lanes.written_bytes, lanes.gathered_bytes, lanes.wait_s)
+        """Return the bytes moved so far; on a GPU, call it when a step's results are on the host."""
+        return self.cache.traffic()
 
-    def damaged(self) -> list[str]:
-        """Names of blocks that were found damaged since this was asked last."""
-        if not isinstance(self.store, DiskStore):
-            return []
-        found, self.store.damaged = self.store.damaged, []
+    def corrupt(self) -> list[str]:
+        """Return the names of blocks found corrupt, and rebuilt, since the last call."""
+        found, self.store.corrupt = self.store.corrupt, []
         return found
 
     def close(self, give_back: bool = False) -> None:
-        """End the lanes and take the hooks off the model; with store ``device`` it holds its weights.
+        """End the transfers and take the hooks off the model.
 
-        ``give_back``: it holds them whatever the store.
+        Args:
+            give_back: let the model hold its weights, in host memory where the store is not ``device``.
         """
-        self.lockstep.detach()
-        if isinstance(self.store, DeviceStore):
-            self._bind_masters(self.store)
-        elif give_back:
-            self._binding.fill((name, tensor.clone()) for name, tensor in self.tensors())
-        if self.lanes is not None:
-            self.settle()
-            self.lanes.close()
-
-    def _bind_masters(self, store: DeviceStore) -> None:
-        for group, segments in zip(self.layout.groups, store.groups, strict=True):
-            self._binding.bind(group, segments)
+        self._lockstep.detach()
+        self.cache.bind_at_rest(self.binding)
+        if give_back and not self.is_resident:
+            self.binding.fill((name, tensor.to("cpu", copy=True)) for name, tensor in self.tensors())
+        self.cache.close()

@@ -21,8 +21,8 @@ CLOCKS_APART_S = 10.0
 """torchrun takes a node for dead whose clock is 15 s from another's."""
 
 
-def keep(mesh: Mesh, folder: RunFolder, held: ExitStack) -> bool:
-    """Whether this rank writes the run's folder; if so, its lock is taken.
+def acquire_run_folder(mesh: Mesh, folder: RunFolder, resources: ExitStack) -> bool:
+    """Take the lock of the run's folder if this rank is to write it, and return whether it is.
 
     Rank 0 does, and the first rank of a node that does not find rank 0's lock there.
 
@@ -33,12 +33,12 @@ def keep(mesh: Mesh, folder: RunFolder, held: ExitStack) -> bool:
     with mesh.agreed():
         if mesh.rank == 0:
             lock = Lock(folder.path)
-            held.callback(lock.release)
+            resources.callback(lock.release)
     token = mesh.broadcast(lock.token if lock else None)
     with mesh.agreed():
         if mesh.rank and mesh.first_of_node and lock_owner(folder.path).get("token") != token:
             lock = Lock(folder.path)
-            held.callback(lock.release)
+            resources.callback(lock.release)
     return lock is not None
 
 

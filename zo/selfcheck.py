@@ -22,7 +22,7 @@ from zo.layout import Layout
 from zo.log import Log
 from zo.perturbation import Offset
 from zo.replay import Replay
-from zo.replica import Replica, Weights
+from zo.replica import Replica
 from zo.store import DeviceStore
 
 SCALE = 0.0625
@@ -214,8 +214,8 @@ def _compare(
 ) -> tuple[set[int], bool]:
     """Blocks that were visited, and whether lockstep has the bits of plain forwards, for two probes."""
     header = {"directions": 1, "seed": 1, "distribution": distribution, "rule": "sgd", "weight_decay": 0.0}
-    weights = Weights(small, layout, lambda engine: OwnBase(small), MemoryConfig(), device, Path())
-    replica = Replica(weights, Log(header))
+    replica = Replica(small, layout, lambda engine: OwnBase(small), MemoryConfig(), device, Path())
+    replica.open(Log(header))
     probes = [Offset(0, SCALE), Offset(0, -SCALE)]
     cells = [(row, forward) for row in range(len(probes)) for forward in forwards]
     with torch.no_grad():
@@ -225,13 +225,13 @@ def _compare(
             [lambda forward=f: forward(small) for _, f in cells],  # type: ignore[misc]
         )
         replica.close()
-        store, plain = weights.store, []
+        store, plain = replica.store, []
         assert isinstance(store, DeviceStore)
         for probe in probes:
             for group, masters in zip(layout.groups, store.groups, strict=True):
                 copies = [torch.empty(1, s.numel, dtype=s.dtype, device=device) for s in group.trainable]
                 Replay(replica.log).visit(group, masters, 0, [probe], copies)
-                weights.binding.bind(group, [c[0] for c in copies])
+                replica.binding.bind(group, [c[0] for c in copies])
             plain += [forward(small) for forward in forwards]
         replica.close()
     same = all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(plain, together, strict=True))

@@ -24,8 +24,9 @@ from torch import Tensor
 
 from zo import hardware
 from zo.base import Base, rows_of
+from zo.budget import disk_bytes, file_bytes, slot_bytes, stored_bytes, within_slot
 from zo.config import UserError
-from zo.disk import PAGE, Engine, Header, checksum, padded
+from zo.disk import PAGE, Engine, Header, checksum
 from zo.layout import WHOLE, Block, Layout, Slice, runs, views
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -98,6 +99,16 @@ class Store(Protocol):
     versions: list[int]
     """For each block, the last entry applied to what is stored."""
     writable: bool
+    buffers: Sequence[Tensor]
+    """Host memory that the device copies blocks from and to, as long as the store is used."""
+
+    def allocate(self, size_bytes: int) -> Tensor:
+        """Return host memory that ``fetch`` and ``keep`` work with, uint8 of shape ``[size_bytes]``."""
+        ...
+
+    def memory(self, block: Block) -> Tensor | None:
+        """Return the slice of a block where it lies in host memory, or ``None`` if it must be fetched first."""
+        ...
 
     def fetch(self, block: Block, slot: Tensor) -> int:
         """Copy the slice of a block to its place in a slot, whose first page is not the block's; return its version."""
@@ -116,10 +127,12 @@ class DeviceStore:
     """All blocks on one device, where the model computes with them."""
 
     slice = WHOLE
+    is_durable = False
 
     def __init__(self, layout: Layout, base: Base, device: torch.device) -> None:
         """Fill the memory, a group at a time."""
         self.layout = layout
+        self.corrupt: list[str] = []
         self.versions = [0] * len(layout.blocks)
         whole, fingerprint = Layout(layout.groups, layout.groups), Fingerprint(layout)
         self.groups: list[list[Tensor]] = []
@@ -149,6 +162,9 @@ class DeviceStore:
                     found.append(flat[offset : offset + segment.numel])
         return found
 
+    def open(self, newest: int) -> None:
+        """See :class:`Store`; all weights are at version 0, or a snapshot's."""
+
     def fill(self, get: Callable[[str], Tensor], version: int) -> str:
         """Take over weights, by name, that stand at one version: a snapshot's; return their fingerprint."""
         fingerprint = Fingerprint(self.layout)
@@ -172,8 +188,9 @@ class HostStore:
     """Every block's bytes in host memory, locked for the device's copies where there is one to copy to."""
 
     writable = True
+    is_durable = False
 
-    def __init__(self, layout: Layout, base: Base, pin: bool, slice: Slice = WHOLE) -> None:
+    def __init__(self, layout: Layout, base: Base, slice: Slice = WHOLE) -> None:
         """Check that there is room, take it, fill it.
 
         Raises:
@@ -181,15 +198,15 @@ class HostStore:
         """
         self.layout, self.slice = layout, slice
         self.versions = [0] * len(layout.blocks)
-        needed, free = sum(len(slice.within(b)) for b in layout.blocks), hardware.available_host_bytes()
+        needed, free = stored_bytes(layout, slice), hardware.available_host_bytes()
         if needed > free:
             raise UserError(
                 f"memory.store=host needs {needed} bytes ({needed / 2**30:.2f} GiB) of host memory and {free} "
                 f"({free / 2**30:.2f} GiB) are free; use memory.store=disk, or a machine with more"
             )
         memory = allocate(needed, torch.device("cpu"))
-        if pin and torch.cuda.is_available():
-            lock_pages(memory)
+        self.buffers = [memory]
+        self.corrupt: list[str] = []
         self._images, start, fingerprint = [], 0, Fingerprint(layout)
         for block in layout.blocks:
             own = slice.within(block)
@@ -205,15 +222,26 @@ class HostStore:
         self.base = fingerprint.hexdigest()
         return_freed_memory()
 
+    def allocate(self, size_bytes: int) -> Tensor:
+        """See :class:`Store`."""
+        return allocate(size_bytes, torch.device("cpu"))
+
+    def memory(self, block: Block) -> Tensor | None:
+        """See :class:`Store`."""
+        return self._images[block.index]
+
     def fetch(self, block: Block, slot: Tensor) -> int:
-        """See :class:`Store`; on a GPU the copy is queued on the current stream."""
-        within_slot(slot, self.slice.within(block)).copy_(self._images[block.index], non_blocking=True)
+        """See :class:`Store`."""
+        within_slot(slot, self.slice.within(block)).copy_(self._images[block.index])
         return self.versions[block.index]
 
     def keep(self, block: Block, slot: Tensor, version: int) -> None:
-        """See :class:`Store`; on a GPU the copy is queued on the current stream."""
-        self._images[block.index].copy_(within_slot(slot, self.slice.within(block)), non_blocking=True)
+        """See :class:`Store`."""
+        self._images[block.index].copy_(within_slot(slot, self.slice.within(block)))
         self.versions[block.index] = version
+
+    def open(self, newest: int) -> None:
+        """See :class:`Store`; all weights are at version 0, or a snapshot's."""
 
     def fill(self, get: Callable[[str], Tensor], version: int) -> str:
         """See :class:`DeviceStore`."""
@@ -237,22 +265,10 @@ class HostStore:
         return self.versions[block.index]
 
 
-def lock_pages(memory: Tensor) -> None:
-    """Register a mapping of our own with the driver: PyTorch's allocator would round it up to a power of two.
-
-    Raises:
-        UserError: the system does not allow it.
-    """
-    code = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0)  # type: ignore[no-untyped-call]
-    if int(code):
-        raise UserError(
-            f"memory.pin=true cannot lock {memory.numel()} bytes of host memory (driver error {int(code)}); raise the "
-            "limit (ulimit -l unlimited; Docker: --ulimit memlock=-1 --shm-size), or set memory.pin=false"
-        )
-
-
 class DiskStore:
     """The base, read-only, and a file for each block, or slice of one, that was written back since."""
+
+    is_durable = True
 
     def __init__(
         self,
@@ -271,7 +287,8 @@ class DiskStore:
         self.layout, self.writable, self.slice = layout, writable, slice
         self.versions = [0] * len(layout.blocks)
         self._digest = f"{layout.digest} slice {slice.index} of {slice.of}"
-        self.damaged: list[str] = []
+        self.buffers: Sequence[Tensor] = ()
+        self.corrupt: list[str] = []
         """Names of blocks whose file was found damaged, and made anew from base and log."""
         self._base, self._engine, self._folder = base, engine, folder
         self._headers: dict[int, Header] = {}
@@ -283,10 +300,8 @@ class DiskStore:
         self._checksums = self._read_base()
 
     def _check_room(self) -> None:
-        blocks = self.layout.blocks
-        # A block is written beside its old file, which is then kept to write the next of its size over.
-        needed = sum(self._file_bytes(b) for b in blocks) + sum({self._file_bytes(b) for b in blocks})
-        held = sum(self._file_bytes(b) for b in blocks if b.index in self._on_disk)
+        needed = disk_bytes(self.layout, self.slice)
+        held = sum(file_bytes(b, self.slice) for b in self.layout.blocks if b.index in self._on_disk)
         free = hardware.free_disk_bytes(self._folder)
         if needed - held > free:
             raise UserError(
@@ -337,13 +352,18 @@ class DiskStore:
         ours = header is not None and (header.layout, header.size_bytes) == (self._digest, size)
         return header if ours else None
 
-    def _file_bytes(self, block: Block) -> int:
-        return PAGE + self.slice.stride(block)
-
     def _framed(self, block: Block, slot: Tensor) -> Tensor:
         """The slice of a block in a slot with the page before it, as a file has them."""
         start = self.slice.index * self.slice.stride(block)
-        return slot[start : start + self._file_bytes(block)]
+        return slot[start : start + file_bytes(block, self.slice)]
+
+    def allocate(self, size_bytes: int) -> Tensor:
+        """See :class:`Store`."""
+        return self._engine.allocate(size_bytes)
+
+    def memory(self, block: Block) -> Tensor | None:
+        """See :class:`Store`."""
+        return None
 
     def fetch(self, block: Block, slot: Tensor) -> int:
         """See :class:`Store`; a file that is damaged gives way to the base, so to a replay of the whole log."""
@@ -355,7 +375,7 @@ class DiskStore:
                     return header.version
             except OSError:
                 pass  # As good as damaged.
-            self.damaged.append(block.name)
+            self.corrupt.append(block.name)
             del self._headers[block.index]
             self.versions[block.index] = 0
         self._read_anew(block, image)
@@ -384,7 +404,7 @@ class DiskStore:
         header = Header(block.name, self._digest, version, len(own), checksum(image))
         under = framed[:PAGE].clone()  # The end of the slice before, or nothing.
         framed[:PAGE] = torch.frombuffer(bytearray(header.page()), dtype=torch.uint8)
-        beside = self._spare.pop(self._file_bytes(block), path.with_suffix(".new"))
+        beside = self._spare.pop(file_bytes(block, self.slice), path.with_suffix(".new"))
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._engine.write(beside, framed)
@@ -393,7 +413,7 @@ class DiskStore:
                 retired = path.with_suffix(".old")
                 with suppress(OSError):  # Some file systems have no hard links, and so no spare files.
                     os.link(path, retired)
-                    self._spare[self._file_bytes(block)] = retired
+                    self._spare[file_bytes(block, self.slice)] = retired
             beside.rename(path)
         except OSError as error:
             beside.unlink(missing_ok=True)
@@ -410,13 +430,3 @@ class DiskStore:
             return 0
         self._engine.read(self._path(block), PAGE + start - self.slice.within(block).start, image)
         return self._headers[block.index].version
-
-
-def slot_bytes(block_bytes: int, slices: int = 1) -> int:
-    """Memory of a slot for a block of this size: a page for the header of a file, and slices of whole pages."""
-    return PAGE + slices * padded(-(-block_bytes // slices))
-
-
-def within_slot(slot: Tensor, own: range) -> Tensor:
-    """Some of a block's bytes in a slot's memory."""
-    return slot[PAGE + own.start : PAGE + own.stop]

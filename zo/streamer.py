@@ -1,9 +1,8 @@
-"""Lends blocks to the cells that wait for them: the visit.
+"""Serves each block to the forwards waiting for it: the visit.
 
-At a visit the master catches up with the log, and the weights of at most ``SLOTS`` probes at a time are written
-beside it into scratch memory that all blocks share; the cells of those probes run; the next probes follow. The
-master is never perturbed. Where it comes from and goes to is the place's concern: the device's own memory, or a
-ring of slots.
+At a visit the stored weights catch up with the log, and the weights of at most ``PROBES_AT_ONCE`` probes are written
+beside them into scratch memory that all blocks share; the forwards of those probes run; the next probes follow. The
+stored weights are never perturbed.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,35 +12,32 @@ import torch
 from torch import Tensor
 
 from zo.binding import Binding
+from zo.budget import PROBES_AT_ONCE, scratch_bytes
+from zo.cache import BlockCache
 from zo.layout import Block
 from zo.mesh import Slices
 from zo.perturbation import Offset
 from zo.replay import Replay
-from zo.ring import Place
 from zo.store import allocate
 from zo.timeline import Timeline
 
-SLOTS = 2
-"""Probes whose weights are in scratch memory at once: the two signs of a direction share its z."""
-
 
 class Streamer:
-    """The lender of a model's blocks (see :class:`zo.lockstep.Lender`)."""
+    """The :class:`zo.lockstep.BlockProvider` of a model."""
 
     def __init__(
         self,
         binding: Binding,
         replay: Replay,
-        place: Place,
+        cache: BlockCache,
         device: torch.device,
         timeline: Timeline,
         slices: Slices | None = None,
     ) -> None:
-        """Allocate scratch: two copies of every block but the largest, which may have one at a time."""
-        self._binding, self._replay, self._place, self._timeline = binding, replay, place, timeline
+        """Allocate the scratch memory (see :func:`zo.budget.scratch_bytes`)."""
+        self._binding, self._replay, self._cache, self._timeline = binding, replay, cache, timeline
         self._blocks = binding.layout.blocks
-        sizes = sorted({b.trainable_bytes for b in self._blocks}, reverse=True)
-        self._memory = allocate(max(sizes[0], SLOTS * (sizes[1] if len(sizes) > 1 else sizes[0])), device)
+        self._memory = allocate(scratch_bytes(self._blocks), device)
         self._slices, self._lookup = slices, False
         self._probes: list[Offset] = []
         self._rows: list[int] = []
@@ -58,12 +54,12 @@ class Streamer:
         return carved
 
     def begin(self, probes: Sequence[Offset], rows: Sequence[int]) -> None:
-        """Set the probes of a table and, for each cell, the row it belongs to (non-decreasing)."""
+        """Set the probes of a table and, for each forward, the row it belongs to (non-decreasing)."""
         self._probes, self._rows = list(probes), list(rows)
-        self._place.begin()
+        self._cache.begin()
 
     def next(self, block: int | None, lookup: bool) -> int | None:
-        """See :class:`zo.lockstep.Lender`: ranks that share slices visit every block together."""
+        """See :class:`zo.lockstep.BlockProvider`: ranks that share slices visit every block together."""
         self._lookup = lookup
         if self._slices is None:
             return block
@@ -71,64 +67,66 @@ class Streamer:
         self._lookup = agreed is not None and agreed % 2 == 0
         return None if agreed is None else agreed // 2
 
-    def lend(self, block: int, cells: Sequence[int], row_numbers: Sequence[Tensor | None]) -> Iterator[int]:
-        """Yield the cells in order, each when the block's weights are its probe's."""
+    def serve(self, block: int, forwards: Sequence[int], row_numbers: Sequence[Tensor | None]) -> Iterator[int]:
+        """Yield the forwards in order, each when the block's weights are its probe's."""
         here = self._blocks[block]
         self.visited.add(block)
-        by_row = [(self._probes[row], list(group)) for row, group in groupby(cells, key=self._rows.__getitem__)]
-        masters, version = self._place.arrive(here, lookup=self._lookup)
-        self._binding.bind(here, masters)
+        by_row = [(self._probes[row], list(group)) for row, group in groupby(forwards, key=self._rows.__getitem__)]
+        weights, version = self._cache.acquire(here, lookup=self._lookup)
+        self._binding.bind(here, weights)
         try:
-            # What is not perturbed is computed with the master itself.
-            at_master = [group for probe, group in by_row if probe.scale == 0.0]
+            # What is not perturbed is computed with the stored weights themselves.
+            unperturbed = [group for probe, group in by_row if probe.scale == 0.0]
             perturbed = [(probe, group) for probe, group in by_row if probe.scale != 0.0]
-            if at_master:
-                version = self._visit(here, masters, version)
-                yield from self._forwards(here, [cell for group in at_master for cell in group])
-            if not cells:
-                version = self._visit(here, masters, version)
-            copies = min(SLOTS, self._memory.numel() // max(1, here.trainable_bytes)) if here.trainable else SLOTS
+            if unperturbed:
+                version = self._visit(here, weights, version)
+                yield from self._each([forward for group in unperturbed for forward in group], here)
+            if not forwards:
+                version = self._visit(here, weights, version)
+            fits = self._memory.numel() // max(1, here.trainable_bytes)
+            copies = min(PROBES_AT_ONCE, fits) if here.trainable else PROBES_AT_ONCE
             scratch, read = self._scratch(here, copies), self._rows_read(here, row_numbers)
             for first in range(0, len(perturbed), copies):
-                lent = perturbed[first : first + copies]
-                version = self._visit(here, masters, version, [probe for probe, _ in lent], scratch, read)
-                for slot, (_, group) in enumerate(lent):
-                    self._binding.bind(here, [segment[slot] for segment in scratch])
-                    yield from self._forwards(here, group)
+                together = perturbed[first : first + copies]
+                probes = [probe for probe, _ in together]
+                version = self._visit(here, weights, version, probes, scratch, read)
+                for copy, (_, group) in enumerate(together):
+                    self._binding.bind(here, [segment[copy] for segment in scratch])
+                    yield from self._each(group, here)
         finally:
-            if self._place.resident:
-                self._binding.bind(here, masters)
+            if self._cache.is_resident:
+                self._binding.bind(here, weights)
             else:
                 self._binding.release(here)
-            self._place.depart(here, version)
+            self._cache.release(here, version)
 
     def _visit(
         self,
         block: Block,
-        masters: Sequence[Tensor],
+        weights: Sequence[Tensor],
         version: int,
         probes: Sequence[Offset] = (),
         scratch: Sequence[Tensor] = (),
         read: Tensor | None = None,
     ) -> int:
         with self._timeline.span("replay+perturb", block.name):
-            return self._replay.visit(block, masters, version, probes, scratch, read)
+            return self._replay.visit(block, weights, version, probes, scratch, read)
 
-    def _forwards(self, block: Block, cells: Sequence[int]) -> Iterator[int]:
-        for cell in cells:
-            with self._timeline.span(f"forward {cell}", block.name):
-                yield cell
+    def _each(self, forwards: Sequence[int], block: Block) -> Iterator[int]:
+        for forward in forwards:
+            with self._timeline.span(f"forward {forward}", block.name):
+                yield forward
 
-    def masters(self) -> Iterator[tuple[Block, list[Tensor]]]:
-        """Every block in turn, its flat tensors at the newest version; valid until the next one is asked for."""
-        self._place.begin(every=True)
+    def weights(self) -> Iterator[tuple[Block, list[Tensor]]]:
+        """Yield every block and its flat tensors at the newest version, valid until the next one is asked for."""
+        self._cache.begin(every=True)
         for block in self._blocks:
-            masters, version = self._place.arrive(block)
+            weights, version = self._cache.acquire(block)
             try:
-                version = self._visit(block, masters, version)
-                yield block, masters
+                version = self._visit(block, weights, version)
+                yield block, weights
             finally:
-                self._place.depart(block, version)
+                self._cache.release(block, version)
 
     def _rows_read(self, block: Block, row_numbers: Sequence[Tensor | None]) -> Tensor | None:
         """The rows that a lookup in a block of one embedding reads; ``None`` where it may read all.

@@ -10,9 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import Any, Protocol
 
 from zo.config import UserError
 
@@ -29,33 +27,51 @@ COLOURS = {
 """Lanes from top to bottom; those of cells follow one another."""
 
 
+class Clock(Protocol):
+    """The part of :class:`zo.device.Device` that times work on a stream."""
+
+    def compute_stream(self) -> Any:
+        """Return the stream that the calling thread computes on."""
+        ...
+
+    def record(self, stream: Any) -> Any:
+        """Return an event at the end of what is queued on a stream; on a host, the time."""
+        ...
+
+    def synchronize(self, event: Any) -> None:
+        """Block until an event has passed."""
+        ...
+
+    def elapsed_s(self, start: Any, stop: Any) -> float:
+        """Return the seconds between two events."""
+        ...
+
+
 class Timeline:
     """Spans of lanes, recorded while ``active``."""
 
-    def __init__(self, device: torch.device) -> None:
-        """Begin empty and inactive."""
+    def __init__(self, clock: Clock) -> None:
+        """Begin empty and inactive; spans on a stream are timed by a device's events."""
         self.active = False
-        self._device, self._origin_s = device, time.perf_counter()
+        self._clock, self._origin_s = clock, time.perf_counter()
         self._spans: list[tuple[str, str, Any, Any]] = []
-        self._origin = self._event() if device.type == "cuda" else None
+        self._origin = self._event()
 
     def _event(self) -> Any:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+        return self._clock.record(self._clock.compute_stream())
 
     @contextmanager
     def span(self, lane: str, name: str, on_stream: bool = True) -> Iterator[None]:
-        """What happens inside, on the host or, ``on_stream`` of a GPU, on its current stream."""
+        """Record what happens inside, on the host or, ``on_stream``, on the thread's compute stream."""
         if not self.active:
             yield
             return
-        by_event = on_stream and self._origin is not None
-        start = self._event() if by_event else time.perf_counter()
+        moment = self._event if on_stream else time.perf_counter
+        start = moment()
         try:
             yield
         finally:
-            self._spans.append((lane, name, start, self._event() if by_event else time.perf_counter()))
+            self._spans.append((lane, name, start, moment()))
 
     def spans(self) -> list[tuple[str, str, float, float]]:
         """Lane, name, start and stop in seconds since the first of them, in the order of their start."""
@@ -63,8 +79,8 @@ class Timeline:
         def seconds(moment: Any) -> float:
             if isinstance(moment, float):
                 return moment - self._origin_s
-            moment.synchronize()
-            return float(self._origin.elapsed_time(moment)) / 1e3  # type: ignore[union-attr]
+            self._clock.synchronize(moment)
+            return self._clock.elapsed_s(self._origin, moment)
 
         found = sorted(((lane, name, seconds(a), seconds(b)) for lane, name, a, b in self._spans), key=lambda s: s[2])
         first = found[0][2] if found else 0.0

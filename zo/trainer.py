@@ -1,18 +1,18 @@
-"""The loop of a run, and the wiring under it.
+"""The loop of a run.
 
-probes  = the rows of the table;  cells = the forwards of it that this rank owns, run in lockstep
-losses  = the table of all ranks, gathered
-scalars = the estimator's reading of it
-log.append(Entry(step, lr, scalars))        # durable; blocks catch up when next visited
+table   = LossTable(probes, columns)                   # rows and columns; which rank computes which cell
+values  = mesh.gather(replica.table(this rank's cells))
+scalars = estimator.estimate(table.fill(values))
+log.append(Entry(step, lr, scalars))                   # durable; blocks catch up when next visited
 """
 
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,40 +20,23 @@ import torch
 from torch import Tensor, nn
 
 from zo import audit, estimator
-from zo.blocks import find_layout
+from zo.assemble import assemble, to_device
 from zo.config import Config, UserError
 from zo.evaluate import evaluate
 from zo.export import write_folder
-from zo.finished import card_of, restore
+from zo.finished import card_of, restore_snapshot
 from zo.folder import RunFolder, versions
 from zo.log import Entry, Log
-from zo.mesh import Mesh, fit, owners
-from zo.metrics import MetricsFile, Progress, finite_or_none, memory
+from zo.mesh import Mesh, fit
+from zo.metrics import finite_or_none
 from zo.preemption import termination
 from zo.problem import Problem, build_problem, own_problem
-from zo.replica import Replica, Traffic, Weights
-from zo.roll_call import check_alike, keep, open_log
-from zo.selfcheck import move_resident, self_check
-from zo.store import return_freed_memory, return_memory_at_once
+from zo.reporter import Reporter
+from zo.roll_call import acquire_run_folder, check_alike, open_log
+from zo.table import LossTable
 from zo.tasks import Batch
 from zo.timeline import check_drawable
 from zo.update import learning_rate
-
-FIRST_ORDER_LR = 1e-5
-"""Full fine-tuning by Gaussian directions diverges from about here; MeZO's authors use 1e-7 to 1e-6."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What one step gave."""
-
-    loss: float
-    scalars: tuple[float, ...]
-    skipped: int
-    """Directions that were not finite and count as zero."""
-    tokens: int
-    stops: bool
-    """Whether a rank was asked to end."""
 
 
 class Trainer:
@@ -106,245 +89,152 @@ class Trainer:
         device = self.config.run.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        with ExitStack() as held, torch.no_grad():
-            asked = held.enter_context(termination())
+        with ExitStack() as resources, torch.no_grad():
+            asked = resources.enter_context(termination())
             mesh = Mesh(device, self.config.mesh.timeout_s)
-            held.callback(mesh.close)
-            return Run(self.config, mesh, self._own, self._command, asked, held).to_end()
+            resources.callback(mesh.close)
+            return Run(self.config, mesh, self._own, self._command, resources).to_end(asked)
 
 
 class Run:
-    """A run in progress."""
+    """A run in progress: the loop over steps, and what belongs after some of them."""
 
-    def __init__(
-        self,
-        config: Config,
-        mesh: Mesh,
-        own: Problem | None,
-        command: str,
-        asked: threading.Event,
-        held: ExitStack,
-    ) -> None:
-        """Check everything that can be checked, load the model, and open or begin the run's folder.
+    def __init__(self, config: Config, mesh: Mesh, own: Problem | None, command: str, resources: ExitStack) -> None:
+        """Check everything that can be checked, load the model, and create or open the run's folder.
 
         Args:
             config: of the run.
             mesh: of all ranks.
             own: a user's own problem.
             command: for the model card.
-            asked: set when the run is to end after a step.
-            held: takes in the lock of the folder, which the caller lets go of.
+            resources: takes the lock of the folder, which the caller releases.
         """
-        self.config, self.mesh, self.command, self._asked = config, mesh, command, asked
-        scales = estimator.ESTIMATORS[config.estimator.name].scales(config.estimator.directions)
-        self.rows, self.columns = len(scales), config.batch.columns
-        mesh.arrange(fit(config.mesh, mesh.ranks, self.rows, self.columns, mesh.local_ranks))
+        self.config, self.mesh = config, mesh
+        settings = config.estimator
+        # The table of step 1 has the shape of every step's.
+        self._first_table = LossTable(
+            estimator.probes(settings.name, 1, settings.directions, settings.eps), config.batch.columns
+        )
+        mesh.arrange(fit(config.mesh, mesh.ranks, self._first_table.rows, self._first_table.columns, mesh.local_ranks))
         self.folder = RunFolder(Path(mesh.broadcast(config.run.dir or _default_dir(config.recipe))))
         if config.run.dir is None and (mesh.nodes > 1 or int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))):
             raise UserError("run.dir is empty, and a restart would begin another run; give the folder to go on in")
         with mesh.agreed():
             self.folder.check(config)
-        self.keeps = keep(mesh, self.folder, held)
+        self.is_writer = acquire_run_folder(mesh, self.folder, resources)
         if config.run.threads is not None:
             torch.set_num_threads(config.run.threads)
-
         if config.profile.range:
             check_drawable()
-        if config.memory.store != "device":
-            return_memory_at_once()
         self.problem = own or build_problem(config)
-        layout = find_layout(self.problem.skeleton, config.memory.unit, self._self_check())
-        self.model = self.problem.build()
-        blocks = self.folder.blocks(mesh.rank)
-        with mesh.agreed():
-            self.weights = Weights(
-                self.model, layout, self.problem.base, config.memory, mesh.device, blocks, slices=mesh.slices
-            )
-        move_resident(self.model, mesh.device)
-        self.log = self._open_log()
-        self.replica = Replica(self.weights, self.log)
-        self.scores: dict[str, float] = {}
-        self.skipped_in_a_row = 0
+        self.replica = assemble(self.problem, config, mesh, self.folder.blocks(mesh.rank))
+        self.log = self._open_log(command)
+        restore_snapshot(self.folder, self.replica, self.log)
+        self.replica.open(self.log)
+        self.reporter = Reporter(config, mesh, self.folder, self.log, self.replica)
 
-    def _self_check(self) -> frozenset[str]:
-        """Lockstep against plain forwards on the micro-batches of the first step, two at most."""
-        problem, device, config = self.problem, self.mesh.device, self.config
-        batches = [_to(problem.batches(0, column), device) for column in range(min(2, self.columns))]
-        forwards = [lambda model, batch=b: problem.objective(model, batch) for b in batches]
-        models = [problem.narrow, problem.skeleton] if problem.narrow is not None else [problem.skeleton]
-        return self_check(models, forwards, device, config.estimator.distribution, config.memory.unit)
-
-    def _header(self) -> dict[str, Any]:
-        c = self.config
-        return {
-            "base": self.weights.store.base,
+    def _open_log(self, command: str) -> Log:
+        config, base = self.config, self.replica.store.base
+        header = {
+            "base": base,
             "data": self.problem.data_checksum,
-            "directions": c.estimator.directions,
-            "distribution": c.estimator.distribution,
-            "rule": c.update.name,
-            "seed": c.run.seed,
-            "weight_decay": c.update.weight_decay,
+            "directions": config.estimator.directions,
+            "distribution": config.estimator.distribution,
+            "rule": config.update.name,
+            "seed": config.run.seed,
+            "weight_decay": config.update.weight_decay,
         }
-
-    def _open_log(self) -> Log:
-        header, store = self._header(), self.weights.store
-        check_alike(self.mesh, header["base"], header["data"])
+        check_alike(self.mesh, base, self.problem.data_checksum)
         facts = {
             "versions": versions(),
-            "base": {"name": self.config.model.name, "fingerprint": store.base},
-            "command": self.command,
+            "base": {"name": config.model.name, "fingerprint": base},
+            "command": command,
         }
-        return open_log(self.mesh, self.folder, self.keeps, self.config, facts, header)
+        return open_log(self.mesh, self.folder, self.is_writer, config, facts, header)
 
-    def _resume(self, progress: Progress) -> None:
-        """Start from the newest snapshot, if there is one, and say where the run goes on."""
-        restore(self.folder, self.weights, self.log)
-        if self.log.cut_bytes:
-            progress.say(f"cut {self.log.cut_bytes} bytes of an unfinished entry from the log")
-        if self.log.version:
-            progress.say(f"resuming {self.folder.path} after step {self.log.version} of {self.config.run.steps}")
-
-    def to_end(self) -> dict[str, Any]:
-        """Train, evaluate, export."""
-        config, begun = self.config, time.monotonic()
-        progress = Progress(config.run.steps, self.log.version, self.mesh.rank == 0)
-        progress.say(self._summary())
-        if config.estimator.distribution == "gaussian" and config.update.lr >= FIRST_ORDER_LR:
-            progress.say(
-                f"update.lr={config.update.lr} looks like a rate for gradients; full fine-tuning by Gaussian "
-                "directions usually diverges there: MeZO's authors use 1e-7 to 1e-6 for all parameters, 1e-4 for LoRA"
-            )
-        self._resume(progress)
-        metrics = MetricsFile(self.folder.metrics_file, self.log.version) if self.mesh.rank == 0 else None
-        loss, stops = None, False
+    def to_end(self, asked: threading.Event) -> dict[str, Any]:
+        """Train, evaluate, export; end after a step once ``asked`` is set, on any rank."""
+        config, begun, loss, stops = self.config, time.monotonic(), None, False
         try:
-            self._evaluate(self.log.version, metrics, progress)
+            self.reporter.say_first(self._first_table)
+            self._evaluate()
             while self.log.version < config.run.steps and not stops:
-                self.replica.timeline.active = self.log.version + 1 in config.profile.range
-                started, before, sent = time.monotonic(), self.replica.traffic(), self.mesh.scalar_bytes
-                outcome = self.step()
-                values = self._record(outcome, time.monotonic() - started, before, sent)
-                if metrics:
-                    metrics.write(values)
-                progress.step(values, self.scores)
-                self._watch(outcome, progress)
-                self._after_step(metrics, progress)
-                loss, stops = outcome.loss, outcome.stops
-            self.replica.settle()
+                self.reporter.begin_step()
+                table, skipped, stops = self.step(asked.is_set())
+                losses = table.row_losses()
+                loss = sum(losses) / len(losses)
+                self.reporter.end_step(loss, skipped, table.tokens)
+                self._after_step()
+            self.replica.drain()
             if self.log.version < config.run.steps:
-                progress.say(
+                self.reporter.progress.say(
                     f"SIGTERM ended {self.folder.path} after step {self.log.version} of {config.run.steps}; the same "
                     "command goes on from there"
                 )
         finally:
-            progress.close()
-            if metrics:
-                metrics.close()
+            self.reporter.close()
             self.log.close()
         return self._finish(loss, time.monotonic() - begun)
 
-    def step(self) -> Outcome:
-        """Fill one table, read it, and make its entry durable."""
-        config, number = self.config, self.log.version + 1
-        settings = config.estimator
-        probes = estimator.probes(settings.name, number, settings.directions, settings.eps)
-        of_cells = owners(self.mesh.shape, self.rows, self.columns)
-        mine = [divmod(i, self.columns) for i, owner in enumerate(of_cells) if owner == self.mesh.rank]
-        batches = {c: _to(self.problem.batches(number - 1, c), self.mesh.device) for c in sorted({c for _, c in mine})}
-        cells = [lambda batch=batches[c]: self._cell(batch) for _, c in mine]
-        results = self.replica.table(probes, [row for row, _ in mine], cells)
-        table, stops = self.mesh.gather(results, of_cells, width=3, flag=self._asked.is_set())
-        table = table.view(self.rows, self.columns, 3)
-        losses = estimator.row_losses(table)
-        scalars, skipped = estimator.estimate(settings.name, losses, settings.eps)
-        u = config.update
-        lr = learning_rate(number, config.run.steps, u.lr, u.schedule, u.warmup_steps)
-        self.log.append(Entry(number, number * config.batch.sequences, lr, scalars))
-        return Outcome(sum(losses) / len(losses), scalars, skipped, int(table[0, :, 2].sum()), stops)
+    def step(self, asked: bool = False) -> tuple[LossTable, int, bool]:
+        """Fill one table, read scalars off it, and make their entry durable; replay moves the weights at next visits.
 
-    def _cell(self, batch: Batch) -> Tensor:
-        """One forward: sum of losses, number of terms, number of tokens."""
-        result = self.problem.objective(self.model, batch).to(torch.float64)
+        Returns:
+            The filled table, how many directions had no finite estimate, and whether a rank was ``asked`` to end.
+        """
+        settings, number, shape = self.config.estimator, self.log.version + 1, self.mesh.shape
+        probes = estimator.probes(settings.name, number, settings.directions, settings.eps)
+        table = LossTable(probes, self.config.batch.columns)
+        cells = table.cells(self.mesh.rank, shape.perturb, shape.data)
+        results = self.replica.table(table.probes, [row for row, _ in cells], self._forwards(number, cells))
+        owners = table.owners(shape.perturb, shape.data)
+        values, stops = self.mesh.gather(results, owners, width=3, flag=asked)
+        table = table.fill(values)
+        scalars, skipped = estimator.estimate(settings.name, table, settings.eps)
+        u = self.config.update
+        lr = learning_rate(number, self.config.run.steps, u.lr, u.schedule, u.warmup_steps)
+        self.log.append(Entry(number, number * self.config.batch.sequences, lr, scalars))
+        return table, skipped, stops
+
+    def _forwards(self, step: int, cells: Sequence[tuple[int, int]]) -> list[Callable[[], Tensor]]:
+        """The forward of each cell."""
+        columns = sorted({column for _, column in cells})
+        batches = {column: to_device(self.problem.batches(step - 1, column), self.mesh) for column in columns}
+        return [partial(self._forward, batches[column]) for _, column in cells]
+
+    def _forward(self, batch: Batch) -> Tensor:
+        """Sum of losses, number of terms, number of tokens; float64 of shape ``[3]``."""
+        result = self.problem.objective(self.replica.model, batch).to(torch.float64)
         mask = batch.get("attention_mask", batch.get("input_ids"))
         tokens = 0 if mask is None else (mask.sum() if mask is batch.get("attention_mask") else mask.numel())
         return torch.cat((result.view(2), torch.as_tensor(tokens, device=result.device).to(torch.float64).view(1)))
 
-    def _record(self, outcome: Outcome, step_s: float, before: Traffic, sent: int) -> dict[str, Any]:
-        entry, now = self.log.entries[-1], self.replica.traffic()
-        values = {
-            "step": entry.step,
-            "loss": outcome.loss,
-            "scalars": list(outcome.scalars),
-            "lr": entry.lr,
-            "step_s": round(step_s, 6),
-            "tokens": outcome.tokens,
-            "tokens_per_s": round(outcome.tokens / step_s, 3),
-            "read_bytes": now.read_bytes - before.read_bytes,
-            "written_bytes": now.written_bytes - before.written_bytes,
-            "gathered_bytes": now.gathered_bytes - before.gathered_bytes,
-            "scalar_bytes": self.mesh.scalar_bytes - sent,
-            "wait_share": round((now.wait_s - before.wait_s) / step_s, 4),
-            **memory(self.mesh.device),
-        }
-        return values | ({"skipped": outcome.skipped} if outcome.skipped else {})
-
-    def _watch(self, outcome: Outcome, progress: Progress) -> None:
-        """Report steps that moved nothing, and stop a run that goes nowhere."""
-        step, directions = self.log.version, len(outcome.scalars)
-        if outcome.skipped:
-            progress.say(
-                f"step {step}: {outcome.skipped} of {directions} directions had no finite loss and count as zero"
-            )
-        elif not any(outcome.scalars):
-            progress.say(
-                f"step {step}: every projected gradient is exactly zero: the loss does not feel the perturbation; "
-                "raise estimator.eps, or store the weights in float32"
-            )
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if outcome.skipped == directions else 0
-        if self.skipped_in_a_row >= self.config.run.max_skipped:
-            raise UserError(
-                f"no finite loss in {self.skipped_in_a_row} steps in a row (run.max_skipped), the last is step {step}: "
-                "the run has diverged or overflows; begin anew with a smaller update.lr, or model.dtype=float32 or "
-                "bfloat16 in place of float16"
-            )
-
-    def _after_step(self, metrics: MetricsFile | None, progress: Progress) -> None:
-        step, every, store = self.log.version, self.config.run.snapshot_every, self.config.memory.store
-        if store != "device":
-            return_freed_memory()
-        # The blocks that a disk store holds are snapshots already.
-        if every and step % every == 0 and store != "disk" and (self.keeps or self.replica.sliced):
+    def _after_step(self) -> None:
+        step, every, often = self.log.version, self.config.run.snapshot_every, self.config.mesh.check_every
+        # The blocks of a durable store are snapshots already.
+        sliced = self.mesh.slices is not None
+        if every and step % every == 0 and not self.replica.store.is_durable and (self.is_writer or sliced):
             fingerprint = self.replica.fingerprint()
-            if self.keeps:
-                self.folder.save_snapshot(step, self.replica, self.weights.store.base, fingerprint)
+            if self.is_writer:
+                self.folder.save_snapshot(step, self.replica, self.replica.store.base, fingerprint)
             else:
                 self.replica.pass_over()
-        often = self.config.mesh.check_every
         if often and step % often == 0:
-            audit.check(self.weights, self.replica, self.mesh, step // often)
-        for name in self.replica.damaged():
-            progress.say(f"block {name} was damaged on disk; it was made anew from the base and the log")
-        if step in self.config.profile.range[-1:]:
-            self.replica.timeline.active = False
-            self._draw_timeline()
-        self._evaluate(step, metrics, progress)
+            audit.check(self.replica, self.mesh, step // often)
+        self._evaluate()
 
-    def _evaluate(self, step: int, metrics: MetricsFile | None, progress: Progress) -> None:
-        """Scores at the current version, on every rank, where one is due and not on record."""
-        problem, every, steps = self.problem, self.config.eval.every, self.config.run.steps
+    def _evaluate(self) -> None:
+        """Score the current version, on every rank, where that is due and not recorded."""
+        problem, step = self.problem, self.log.version
+        every, steps = self.config.eval.every, self.config.run.steps
         due = every and (step % every == 0 or step == steps)
         if not due or problem.task is None or not problem.dev_batches:
             return
-        known = self.mesh.broadcast(metrics.scores.get(step) if metrics else None)
-        if known is None:
-            at_once = self.rows * self.columns
-            self.scores = evaluate(self.model, self.replica, problem.task, problem.dev_batches, self.mesh, at_once)
-            if metrics:
-                metrics.write({"step": step, "eval": self.scores})
-        else:
-            self.scores = known
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in self.scores.items())
-        progress.say(f"step {step}/{steps}  dev {shown}")
+        scores = known = self.reporter.known_scores(step)
+        if scores is None:
+            at_once = self._first_table.rows * self._first_table.columns
+            scores = evaluate(self.replica, problem.task, problem.dev_batches, self.mesh, at_once)
+        self.reporter.evaluated(step, scores, is_new=known is None)
 
     def _finish(self, loss: float | None, train_s: float) -> dict[str, Any]:
         finished = self.log.version >= self.config.run.steps
@@ -353,41 +243,26 @@ class Run:
             "run_dir": str(self.folder.path),
             "steps": self.log.version,
             "loss": finite_or_none(loss),
-            "eval": self.scores or None,
+            "eval": self.reporter.scores or None,
             "train_s": round(train_s, 3),
             "fingerprint": fingerprint,
         }
-        exports = fingerprint is not None and self.config.export.at_end and self.problem.exportable
-        if exports and self.replica.sliced and self.mesh.rank:
-            self.replica.pass_over()
-        elif fingerprint and exports and self.mesh.rank == 0:
-            content = self.folder.read_config()
-            card = card_of(content, self.log.header, self.log.version, self.scores, fingerprint)
-            write_folder(self.model, self.problem.tokenizer, self.folder.model, card, source=self.replica, replace=True)
+        if fingerprint is not None and self.config.export.at_end and self.problem.exportable:
+            self._export(fingerprint)
         self.replica.close(give_back=self.problem.own and finished)
         self.mesh.barrier()
         return summary
 
-    def _summary(self) -> str:
-        layout, shape, memory = self.replica.layout, self.mesh.shape, self.config.memory
-        return (
-            f"{self.config.recipe or 'run'} in {self.folder.path}: {layout.numel / 1e6:.1f} M parameters in "
-            f"{len(layout.blocks)} blocks, {self.config.model.dtype} on {self.mesh.device}, store {memory.store}, "
-            f"table {self.rows} x {self.columns} on mesh {shape.perturb} x {shape.data} x {shape.slice}"
-        )
-
-    def _draw_timeline(self) -> None:
-        """The trace and the picture of the profiled steps."""
-        if self.mesh.rank == 0:
-            memory, steps = self.config.memory, self.config.profile.steps
-            what = f"store {memory.store}, unit {memory.unit}, {memory.slots} slots, lag {memory.lag}"
-            title = f"{self.config.model.name or 'own model'}, steps {steps}: {what}"
-            self.replica.timeline.save(self.folder.path / "timeline.json", self.folder.path / "timeline.png", title)
+    def _export(self, fingerprint: str) -> None:
+        if self.mesh.rank:
+            if self.mesh.slices is not None:
+                self.replica.pass_over()
+            return
+        content = self.folder.read_config()
+        card = card_of(content, self.log.header, self.log.version, self.reporter.scores, fingerprint)
+        model, tokenizer = self.replica.model, self.problem.tokenizer
+        write_folder(model, tokenizer, self.folder.model, card, source=self.replica, replace=True)
 
 
 def _default_dir(recipe: str) -> str:
     return f"runs/{recipe or 'run'}-{datetime.now():%Y%m%d-%H%M%S-%f}"
-
-
-def _to(batch: Batch, device: torch.device) -> Batch:
-    return {key: value.to(device, non_blocking=True) for key, value in batch.items()}

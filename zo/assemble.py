@@ -1,0 +1,50 @@
+"""A model ready to be visited: its blocks found and proved, its weights in a store; for training, scores and export."""
+
+from pathlib import Path
+
+from zo.blocks import find_layout
+from zo.config import Config
+from zo.mesh import Mesh
+from zo.problem import Problem
+from zo.replica import Replica
+from zo.selfcheck import move_resident, self_check
+from zo.tasks import Batch
+
+CHECKED_BATCHES = 2
+"""Micro-batches of the first step that the self-check runs, at most."""
+
+
+def assemble(problem: Problem, config: Config, mesh: Mesh, folder: Path, writable: bool = True) -> Replica:
+    """Check a model against its plain forward, and fill its store; every rank calls this.
+
+    Args:
+        problem: the model, and micro-batches to check it with.
+        config: of the run.
+        mesh: of the ranks; a store keeps this rank's slice.
+        folder: of a disk store's blocks.
+        writable: whether a disk store may write there.
+
+    Returns:
+        The weights at version 0; :meth:`zo.replica.Replica.open` gives them a log.
+
+    Raises:
+        UserError: blocks cannot serve the model, its weights cannot be read, or memory or disk do not suffice.
+    """
+    columns = range(min(CHECKED_BATCHES, config.batch.columns))
+    batches = [to_device(problem.batches(0, column), mesh) for column in columns]
+    forwards = [lambda model, batch=batch: problem.objective(model, batch) for batch in batches]
+    models = [problem.narrow, problem.skeleton] if problem.narrow is not None else [problem.skeleton]
+    unit = config.memory.unit
+    merged = self_check(models, forwards, mesh.device, config.estimator.distribution, unit)
+    layout, model = find_layout(problem.skeleton, unit, merged), problem.build()
+    with mesh.agreed():
+        replica = Replica(
+            model, layout, problem.base, config.memory, mesh.device, folder, writable=writable, slices=mesh.slices
+        )
+    move_resident(model, mesh.device)
+    return replica
+
+
+def to_device(batch: Batch, mesh: Mesh) -> Batch:
+    """Return a micro-batch on the device of this rank."""
+    return {key: value.to(mesh.device, non_blocking=True) for key, value in batch.items()}
