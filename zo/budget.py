@@ -18,7 +18,7 @@ PROBES_AT_ONCE = 2
 """Probes whose weights are in scratch memory at once: the two signs of a direction share its z."""
 STAGING_BUFFERS = 2
 """Host buffers each way between a disk and a GPU, so that the disk and the link overlap."""
-GIB = 2**30
+MIB, GIB = 2**20, 2**30
 
 
 def is_small(size: int, sizes: Sequence[int]) -> bool:
@@ -75,14 +75,16 @@ class Budget:
     disk: Mapping[str, int]
 
     def __str__(self) -> str:
-        """``device 6.10 GiB = slots 3.40 + scratch 2.70; host ...``, without what is empty."""
+        """``device 6.1 GiB = slots 3.4 + scratch 2.7; host ...``, without what is empty."""
         places = (("device", self.device), ("host", self.host), ("disk", self.disk))
         return "; ".join(_sum(place, parts) for place, parts in places if any(parts.values()))
 
 
 def _sum(place: str, parts: Mapping[str, int]) -> str:
-    terms = " + ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items() if size)
-    return f"{place} {sum(parts.values()) / GIB:.2f} GiB = {terms}"
+    total = sum(parts.values())
+    unit, bytes_a_unit = ("GiB", GIB) if total >= GIB else ("MiB", MIB)
+    terms = " + ".join(f"{name} {size / bytes_a_unit:.1f}" for name, size in parts.items() if size)
+    return f"{place} {total / bytes_a_unit:.1f} {unit} = {terms}"
 
 
 def budget(layout: Layout, store: str, slots: int, own: Slice, on_host: bool, resident_bytes: int) -> Budget:
