@@ -38,6 +38,36 @@ def test_a_killed_run_goes_on_to_the_same_bits(overrides, uninterrupted, tmp_pat
     assert all(name.endswith(".safetensors") for name in kept)
 
 
+STARTS = {
+    f"{'before' if before else 'after'} {function} {call}": ("os", function, call, before)
+    for function, calls in (("fsync", 4), ("rename", 2))
+    for call in range(1, calls + 1)
+    for before in (True, False)
+} | {
+    "after the lock": ("os", "pwrite", 1, False),
+    "config.yaml half written": ("zo.folder", "yaml.safe_dump", 1, False),
+    "after the log's file is begun": ("zo.log", "_header_bytes", 1, False),
+    "in a write of a block": ("zo.disk", "_reserve", 2, False),
+    "before a block's rename": ("pathlib", "Path.rename", 2, True),
+}
+
+
+@pytest.mark.parametrize("moment", STARTS)
+def test_a_start_that_was_killed_starts_again(overrides, uninterrupted, tmp_path, moment):
+    """Random weights on disk are the blocks that a run writes before its log; then config.yaml, then the log."""
+    settings = [*overrides, "run.steps=1", "eval.every=0", "memory.store=disk", "model.weights=random"]
+    settings.append(f"run.dir={tmp_path}/run")
+    assert train(settings, prelude=(kill_at, *STARTS[moment])) == KILLED
+    assert {path.name for path in (tmp_path / "run").iterdir()} >= {"lock"}
+    assert train(settings)["steps"] == 1
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        "config.yaml",
+        "steps.log",
+        "metrics.jsonl",
+        "blocks",
+    }
+
+
 def test_a_rank_killed_takes_no_step_with_it(overrides, tmp_path):
     settings = [*overrides, "run.steps=5"]
     expected = train([*settings, f"run.dir={tmp_path}/alone"])

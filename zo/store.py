@@ -25,7 +25,7 @@ from torch import Tensor
 from zo import hardware
 from zo.base import Base, rows_of
 from zo.config import UserError
-from zo.disk import PAGE, Engine, Header, checksum, padded
+from zo.disk import BLOCK_FILE, PAGE, Engine, Header, checksum, padded
 from zo.layout import WHOLE, Block, Layout, Slice, runs, views
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -320,7 +320,7 @@ class DiskStore:
         if self.writable and self._folder.is_dir():
             known = {self._path(self.layout.blocks[index]) for index in self._headers}
             for path in self._folder.iterdir():
-                if path not in known:
+                if path not in known and BLOCK_FILE.fullmatch(path.name):
                     path.unlink()
 
     def _path(self, block: Block) -> Path:
