@@ -215,7 +215,7 @@ class Run:
                 "directions usually diverges there: MeZO's authors use 1e-7 to 1e-6 for all parameters, 1e-4 for LoRA"
             )
         self._resume(progress)
-        metrics = MetricsFile(self.folder.metrics_file, self.log.version) if self.mesh.rank == 0 else None
+        metrics = MetricsFile(self.folder.metrics_file, self.log.version, progress.say) if self.mesh.rank == 0 else None
         loss, stops = None, False
         try:
             self._evaluate(self.log.version, metrics, progress)
