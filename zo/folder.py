@@ -208,11 +208,11 @@ class RunFolder:
         """
         try:
             content = yaml.safe_load(self.config_file.read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError) as error:
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             raise UserError(
                 f"run.dir={self.path} holds no run that can be read: {' '.join(str(error).split())}"
             ) from error
-        if not isinstance(content, dict) or "config" not in content:
+        if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
             raise UserError(f"run.dir={self.path} holds a damaged config.yaml; use another run.dir")
         return content
 

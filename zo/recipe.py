@@ -80,6 +80,9 @@ def config_of(tree: Mapping[str, Any]) -> Config:
     Raises:
         UserError: a key or a value that this version does not know.
     """
+    # Stored values are resolved ones: an interpolation would read this machine's environment into what is written.
+    if "${" in str(tree):
+        raise UserError("the run's config.yaml holds an interpolation, ${...}, which no run writes; take it out")
     try:
         node = OmegaConf.merge(_schema(), OmegaConf.create(dict(tree)), {"model": {"trust_remote_code": False}})
     except OmegaConfBaseException as error:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from zo import audit, estimator
 from zo.blocks import find_layout
-from zo.config import Config, UserError
+from zo.config import Config, UserError, check_threads
 from zo.evaluate import evaluate
 from zo.export import write_folder
 from zo.finished import card_of, restore
@@ -146,6 +146,7 @@ class Run:
             self.folder.check(config)
         self.keeps = keep(mesh, self.folder, held)
         if config.run.threads is not None:
+            check_threads(config.run.threads, os.cpu_count() or 1)
             torch.set_num_threads(config.run.threads)
 
         if config.profile.range:
