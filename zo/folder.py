@@ -34,6 +34,7 @@ from torch import Tensor
 from zo.config import Config, UserError
 from zo.disk import BLOCK_FILE
 from zo.log import Log, sync_folder
+from zo.redact import without_secrets_in
 
 RESULT_KEYS = ("model", "data", "batch", "estimator", "update", "run.seed")
 """Groups and keys that decide a run's bits, so that a resumed run must have the same."""
@@ -232,7 +233,7 @@ class RunFolder:
         self._check_links()
         if config.export.at_end:
             check_replaceable(self.model)
-        before, now = flatten(self.read_config()["config"]), flatten(asdict(config))
+        before, now = flatten(self.read_config()["config"]), flatten(without_secrets_in(asdict(config)))
         keys = [k for k in now if k.startswith(RESULT_KEYS)]
         if now["update.schedule"] != "constant":
             keys.append("run.steps")
@@ -273,7 +274,7 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            content = {"config": asdict(config), **facts}
+            content = without_secrets_in({"config": asdict(config), **facts})
             _write_whole(self.config_file, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
             return Log.create(self.log_file, dict(header))
         except OSError as error:
