@@ -95,6 +95,10 @@ def check_replaceable(folder: Path) -> None:
         raise UserError(f"{folder} is a symbolic link, and what it points to would be lost; move it away")
     if not folder.exists():
         return
+    if os.path.ismount(folder):
+        raise UserError(
+            f"{folder} is a mount point, which no folder can replace; use a folder in it: {folder / 'model'}"
+        )
     if not folder.is_dir():
         raise UserError(f"{folder} exists and is not an empty folder; choose a new one")
     try:
