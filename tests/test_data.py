@@ -335,6 +335,18 @@ def test_messages_of_another_form_are_refused_by_their_row(tokenizer, tmp_path, 
 
 
 @pytest.mark.parametrize(
+    "template", ["{{ raise_exception('roles must take turns') }}", "{{ messages[0].content + 1 }}", "{% if %}"]
+)
+def test_messages_that_the_chat_template_refuses_are_named_by_their_row(tokenizer, tmp_path, template):
+    said = [{"role": "user", "content": "the film"}, {"role": "assistant", "content": "good"}]
+    name, strict = write(tmp_path / "a.jsonl", [{"messages": said}]), deepcopy(tokenizer)
+    strict.chat_template = template
+    with pytest.raises(UserError, match=r"a\.jsonl row 1: the model's chat template refuses") as error:
+        built(strict, DataConfig(name=name, dev_examples=0))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
     ("make", "said"),
     [
         (lambda: BatchConfig(sequences=10**9, micro=7), "batch.sequences=1000000000 is out of range"),

@@ -47,6 +47,10 @@ def test_steps_that_the_log_does_not_have_are_dropped(tmp_path):
     assert file.scores == {2: {"loss": 2.0}}
     file.close()
     assert path.read_bytes() == line(1) + line(2, eval={"loss": 1.0}) + line(2, eval={"loss": 2.0})
+    for kept in (2, 1, 0):
+        MetricsFile(path, kept).close()
+        assert [json.loads(text)["step"] for text in path.read_bytes().splitlines()] == [1, 2, 2][: (0, 1, 3)[kept]]
+    assert [found.name for found in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_scores_that_are_not_numbers_are_written_and_read(tmp_path):

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
+from jinja2 import TemplateError
+
 from zo import tasks
 from zo.config import BatchConfig, Config, UserError, template_columns
 from zo.philox import Purpose, word_stream
@@ -189,8 +191,12 @@ class Encoder:
             raise UserError(f"{origin}: messages must end with one of role assistant")
         if not self.tokenizer.chat_template:
             raise UserError(f"data.name={self.name} has messages, but the model's tokenizer has no chat template")
-        before = self.tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
-        whole = self.tokenizer.apply_chat_template(messages, tokenize=False)
+        try:
+            before = self.tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+            whole = self.tokenizer.apply_chat_template(messages, tokenize=False)
+        except (TemplateError, TypeError, ValueError, KeyError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"{origin}: the model's chat template refuses the messages: {reason}") from error
         if not whole.startswith(before):
             raise UserError(
                 f"{origin}: the chat template renders the last message apart from the "

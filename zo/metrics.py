@@ -4,9 +4,10 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -72,25 +73,36 @@ class MetricsFile:
 
     def _drop_after(self, last_step: int) -> list[int]:
         """Drop what later steps wrote; return the numbers of the lines that cannot be read."""
+        unreadable: list[int] = []
+        dropped: list[range] = []
+        """Bytes of the file."""
         if not self._path.exists():
-            return []
-        unreadable, dropped, beside = [], False, self._path.with_name(self._path.name + ".new")
-        with open(self._path, "rb") as file, open(beside, "wb") as kept:
+            return unreadable
+        end = 0
+        with open(self._path, "rb") as file:
             for number, line in enumerate(file, 1):
-                values = _parse(line)
+                values, start, end = _parse(line), end, end + len(line)
                 if not line.endswith(b"\n") or (values is not None and values["step"] > last_step):
-                    dropped = True
-                    continue
-                kept.write(line)
-                if values is None:
+                    dropped.append(range(start, end))
+                elif values is None:
                     unreadable.append(number)
                 elif (scores := _scores(values)) is not None:
                     self.scores[values["step"]] = scores
-        if dropped:
-            os.rename(beside, self._path)
-        else:
-            beside.unlink()
+        if dropped and sum(map(len, dropped)) == end - dropped[0].start:
+            os.truncate(self._path, dropped[0].start)
+        elif dropped:
+            self._cut_out(dropped)
         return unreadable
+
+    def _cut_out(self, dropped: Sequence[range]) -> None:
+        """Rewrite the file without some of its bytes."""
+        beside = self._path.with_name(self._path.name + ".new")
+        with open(self._path, "rb") as file, open(beside, "wb") as kept:
+            for gap in dropped:
+                kept.write(file.read(gap.start - file.tell()))
+                file.seek(gap.stop)
+            shutil.copyfileobj(file, kept)
+        os.rename(beside, self._path)
 
     def write(self, values: dict[str, Any]) -> None:
         """Add one object.
