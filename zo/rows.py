@@ -238,19 +238,20 @@ def _check_lines(key: str, path: Path, whole: Path) -> None:
         path: the user's file, for messages.
         whole: its text, in UTF-8.
     """
-    # Lines end as JSON's readers say; str.splitlines would cut strings at U+2028, U+0085 and more.
-    lines = (line for part in open(whole, "rb") for line in part.rstrip(b"\r\n").split(b"\r"))  # noqa: SIM115
-    for number, line in enumerate(lines, 1):
-        try:
-            is_object = not line.strip() or isinstance(json.loads(line), dict)
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{key}={path} line {number} is broken JSON: {error.msg} at column {error.colno}"
-            ) from error
-        except RecursionError as error:
-            raise UserError(f"{key}={path} line {number} is broken JSON: it is nested too deeply") from error
-        if not is_object:
-            raise UserError(f"{key}={path} line {number} is no JSON object; give one object a line")
+    with open(whole, "rb") as file:
+        # Lines end as JSON's readers say; str.splitlines would cut strings at U+2028, U+0085 and more.
+        lines = (line for part in file for line in part.rstrip(b"\r\n").split(b"\r"))
+        for number, line in enumerate(lines, 1):
+            try:
+                is_object = not line.strip() or isinstance(json.loads(line), dict)
+            except json.JSONDecodeError as error:
+                raise UserError(
+                    f"{key}={path} line {number} is broken JSON: {error.msg} at column {error.colno}"
+                ) from error
+            except RecursionError as error:
+                raise UserError(f"{key}={path} line {number} is broken JSON: it is nested too deeply") from error
+            if not is_object:
+                raise UserError(f"{key}={path} line {number} is no JSON object; give one object a line")
 
 
 def _read_hub(key: str, name: str, subset: str | None, split: str) -> list[Row]:
