@@ -7,10 +7,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from zo.config import UserError
-from zo.launcher import asked_for_text, existing_run, run, split
+from zo.launcher import asked_for_text, existing_run, flag, run, split
 from zo.recipe import DEFAULT, load_config
 
-USAGE = "usage: launch/evaluate.py run=DIR [data=FILE_OR_ID], or [recipe=NAME] model.name=... [key=value ...]"
+USAGE = (
+    "usage: launch/evaluate.py run=DIR [data=FILE_OR_ID] [trust_remote_code=true], or [recipe=NAME] model.name=... "
+    "[key=value ...]"
+)
 
 BATCHES_AT_ONCE = 2
 """Batches that one pass over a model serves."""
@@ -18,7 +21,7 @@ BATCHES_AT_ONCE = 2
 
 def main(arguments: list[str]) -> None:
     """Print the scores as one JSON object."""
-    own, overrides = split(arguments, ("recipe", "run", "data"))
+    own, overrides = split(arguments, ("recipe", "run", "data", "trust_remote_code"))
     if text := asked_for_text(arguments, own.get("recipe", DEFAULT), overrides, USAGE):
         print(text)
         return
@@ -28,16 +31,18 @@ def main(arguments: list[str]) -> None:
         )
     if "run" not in own and not any(o.startswith("model.name=") for o in overrides):
         raise UserError("nothing to score; give run=DIR, or model.name=HUB_ID_OR_FOLDER")
+    trust = flag(own, "trust_remote_code", "without it no code of the model's own is run")
     path = existing_run(own["run"]) if "run" in own else None
     config = None if path else load_config(own.get("recipe", DEFAULT), overrides)
 
     from zo.evaluate import evaluate
-    from zo.finished import load_plain, load_run, with_data
+    from zo.finished import load_plain, load_run, trusting, with_data
     from zo.mesh import Mesh
 
     if path:
-        finished = load_run(path, lambda c: with_data(c, own["data"]) if "data" in own else c)
+        finished = load_run(path, lambda c: trusting(with_data(c, own["data"]) if "data" in own else c, trust))
     else:
+        config = trusting(config, trust or config.model.trust_remote_code)
         finished = load_plain(with_data(config, own["data"]) if "data" in own else config)
     problem = finished.problem
     if problem.task is None or not problem.dev_batches:

@@ -6,37 +6,37 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from zo.config import UserError
-from zo.launcher import existing_run, run, split
+from zo.launcher import existing_run, flag, run, split
 
-USAGE = "usage: launch/export.py run=DIR to=DIR [push=USER/NAME] [public=true|false]"
+USAGE = "usage: launch/export.py run=DIR to=DIR [push=USER/NAME] [public=true|false] [trust_remote_code=true]"
 
 
 def main(arguments: list[str]) -> None:
     """Rebuild the weights from base model and log, write the folder, and push it if asked to."""
-    own, rest = split(arguments, ("run", "to", "push", "public"))
+    own, rest = split(arguments, ("run", "to", "push", "public", "trust_remote_code"))
     if "--help" in rest or "-h" in rest:
         print(USAGE)
         return
     if rest or "run" not in own or "to" not in own:
         raise UserError(f"{rest[0] + ' is no argument; ' if rest else ''}{USAGE}")
-    if own.get("public", "false") not in ("true", "false"):
-        raise UserError(f"public={own['public']} is neither true nor false; without it a pushed repository is private")
+    public = flag(own, "public", "without it a pushed repository is private")
+    trust = flag(own, "trust_remote_code", "without it no code of the model's own is run")
     path, to = existing_run(own["run"]), Path(own["to"]).expanduser()
 
     from zo.export import push, write_folder
-    from zo.finished import card_of, load_run
+    from zo.finished import card_of, load_run, trusting
     from zo.metrics import last_scores
 
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise UserError(f"to={to} exists and is not an empty folder; choose a new one")
-    finished = load_run(path)
+    finished = load_run(path, lambda config: trusting(config, trust))
     scores = last_scores(path / "metrics.jsonl", finished.steps)
     card = card_of(finished.content, finished.header, finished.steps, scores, finished.replica.fingerprint())
     write_folder(finished.replica.model, finished.problem.tokenizer, to, card, source=finished.replica)
     finished.replica.close()
     print(to)
     if "push" in own:
-        print(push(to, own["push"], private=own.get("public", "false") == "false"))
+        print(push(to, own["push"], private=not public))
 
 
 if __name__ == "__main__":

@@ -362,9 +362,14 @@ class WatchAll(Watch):
         self._made = made
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        for self._device in self._made[-1:]:
-            return super().__torch_dispatch__(func, types, args, kwargs)
-        return func(*args, **(kwargs or {}))
+        if not self._made:
+            return func(*args, **(kwargs or {}))
+        self._device = self._made[-1]
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def _get(owner, name):
+    return owner[name] if isinstance(owner, dict) else getattr(owner, name)
 
 
 def _set(owner, name, value):

@@ -63,6 +63,12 @@ MISTAKES = {
     "label number not in the set": (["data.name={data}"], "label 2 is not in", rows({**ROW, "label": 2}) * 30),
     "text that is no text": (["data.name={data}"], "column text holds int", rows({**ROW, "text": 1}) * 30),
     "label word of two tokens": (["data.label_words=[terrible,'very great']"], "'very great' is 2 tokens"),
+    "a template with a lone brace": (["data.template='{{text}} {{'"], "data.template='{{text}} {{' is not understood"),
+    "bytes that are no text": (["data.name={data}"], "line 1 is not UTF-8", "\udcff\n"),
+    "more threads than any machine": (["run.threads=100000"], "run.threads=100000 is out of range"),
+    "more threads than this machine": ([f"run.threads={4 * os.cpu_count() + 1}"], "run.threads="),
+    "directions without end": (["estimator.directions=1000000000"], "use a number of at most 1048576"),
+    "sequences without end": (["batch.sequences=1000000000"], "use a number of at most 1048576"),
     "mesh and ranks": (["mesh.perturb=2"], "mesh.perturb=2 does not fit 1 rank"),
     "mesh and table": (["mesh.perturb=1", "mesh.data=3"], "use mesh.perturb=1 mesh.data=1"),
     "batch not divisible": (["batch.micro=3"], "batch.micro=3 does not divide batch.sequences=4; use 1, 2, 4"),
@@ -85,7 +91,7 @@ def test_a_mistake_ends_in_one_line(command, overrides, tiny_model, tmp_path, mi
     for path in names.values():
         path.mkdir(parents=True)
     names["data"] = tmp_path / "in" / "data.jsonl"
-    names["data"].write_text(content[0] if content else "")
+    names["data"].write_text(content[0] if content else "", errors="surrogateescape")
     for name in ("weightless", "partial"):
         (names[name] / "config.json").write_bytes((tiny_model / "config.json").read_bytes())
         AutoTokenizer.from_pretrained(tiny_model).save_pretrained(names[name])
@@ -150,6 +156,25 @@ def test_another_configuration_in_the_same_folder_is_refused(command, overrides,
     assert "update.lr (0.001 -> 0.0005), run.seed (0 -> 3)" in err
     assert err.count("\n") == 1
     assert (tmp_path / "run" / "steps.log").read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\n", b"config: 3\n", b"- 1\n", b"[" * 100_000])
+def test_a_damaged_config_is_one_line(command, overrides, tmp_path, content):
+    assert command("train", *overrides, f"run.dir={tmp_path}/run", "run.steps=0")[0] == 0
+    (tmp_path / "run" / "config.yaml").write_bytes(content)
+    for name, arguments in (("train", [*overrides, f"run.dir={tmp_path}/run"]), ("evaluate", [f"run={tmp_path}/run"])):
+        code, _, err = command(name, *arguments)
+        assert (code, err.count("\n")) == (2, 1), err
+
+
+def test_a_strangers_run_reads_nothing_of_this_machines_environment(command, overrides, tmp_path, monkeypatch):
+    assert command("train", *overrides, f"run.dir={tmp_path}/run", "run.steps=1")[0] == 0
+    path = tmp_path / "run" / "config.yaml"
+    path.write_text(path.read_text().replace("recipe: quickstart", "recipe: ${oc.env:PRIVATE}"))
+    monkeypatch.setenv("PRIVATE", "a token")
+    code, _, err = command("export", f"run={tmp_path}/run", f"to={tmp_path}/to")
+    assert (code, err.count("\n")) == (2, 1), err
+    assert not (tmp_path / "to").exists()
 
 
 def test_another_base_model_or_other_data_in_the_same_place_is_refused(

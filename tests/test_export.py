@@ -326,6 +326,31 @@ def test_replace_leaves_no_file_of_the_old_folder(tmp_path):
     assert_same_when_loaded(model, to)
 
 
+@pytest.mark.parametrize("mine", ["notes.txt", "README.md", "config.json", "checkpoints/step-1"])
+def test_replace_refuses_what_zo_did_not_write(tmp_path, mine):
+    to = tmp_path / "model"
+    if mine in ("notes.txt", "checkpoints/step-1"):
+        write_folder(build("bert"), None, to, CARD)
+    (to / mine).parent.mkdir(parents=True, exist_ok=True)
+    (to / mine).write_text("a month of work")
+    before = names_in(to)
+    with pytest.raises(UserError, match=f"zo did not write {mine.partition('/')[0]} in it"):
+        write_folder(build("bert"), None, to, CARD, replace=True)
+    assert (to / mine).read_text() == "a month of work"
+    assert names_in(to) == before
+    assert names_in(tmp_path) == ["model"]
+
+
+def test_replace_refuses_a_link_to_a_folder_of_files(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    write_folder(build("bert"), None, tmp_path / "elsewhere" / "model", CARD)
+    (tmp_path / "model").symlink_to(tmp_path / "elsewhere" / "model")
+    before = contents(tmp_path / "elsewhere" / "model")
+    with pytest.raises(UserError, match="is a symbolic link"):
+        write_folder(build("gpt2"), None, tmp_path / "model", CARD, replace=True)
+    assert contents(tmp_path / "elsewhere" / "model") == before
+
+
 @pytest.mark.parametrize("limit", [300, 20_000, 170_000], ids=["configuration", "weights", "tokenizer"])
 def test_a_disk_that_fills_is_one_line_and_leaves_nothing(tmp_path, limit):
     """A limit on the file's size is the kernel's own refusal in the middle of a write."""

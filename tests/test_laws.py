@@ -10,11 +10,11 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = {path.stem: path for path in sorted((ROOT / "zo").glob("*.py"))}
 
 LAYERS = [
-    {"philox", "config", "hardware"},
+    {"philox", "config", "hardware", "redact"},
     {"perturbation", "assets", "metrics", "mesh", "recipe", "disk", "timeline", "preemption"},
-    {"kernels_cpu", "kernels_triton", "layout", "estimator", "tasks", "log", "launcher"},
-    {"base", "blocks", "binding", "update", "data", "folder", "export"},
-    {"store", "shards", "lockstep", "replay", "roll_call"},
+    {"kernels_cpu", "kernels_triton", "layout", "estimator", "tasks", "log", "launcher", "rows"},
+    {"base", "blocks", "binding", "update", "data", "folder"},
+    {"export", "store", "shards", "lockstep", "replay", "roll_call"},
     {"lanes", "model"},
     {"ring", "problem"},
     {"streamer"},

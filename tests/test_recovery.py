@@ -1,7 +1,11 @@
 """Law 2: kill -9 at any instant loses no completed step, and the run goes on to the same bits."""
 
+import importlib
+import resource
+from functools import reduce
+
 import pytest
-from ranks import KILLED, kill_at, train
+from ranks import KILLED, kill_at, lives, train
 
 from zo.log import read
 
@@ -36,6 +40,63 @@ def test_a_killed_run_goes_on_to_the_same_bits(overrides, uninterrupted, tmp_pat
     kept = sorted(path.name for path in (tmp_path / "run" / "snapshots").iterdir())
     assert len(kept) == 2
     assert all(name.endswith(".safetensors") for name in kept)
+
+
+STARTS = {
+    f"{'before' if before else 'after'} {function} {call}": ("os", function, call, before)
+    for function, calls in (("fsync", 4), ("rename", 2))
+    for call in range(1, calls + 1)
+    for before in (True, False)
+} | {
+    "after the lock": ("os", "pwrite", 1, False),
+    "config.yaml half written": ("zo.folder", "yaml.safe_dump", 1, False),
+    "after the log's file is begun": ("zo.log", "_header_bytes", 1, False),
+    "in a write of a block": ("zo.disk", "_reserve", 2, False),
+    "before a block's rename": ("pathlib", "Path.rename", 2, True),
+}
+
+
+@pytest.mark.parametrize("moment", STARTS)
+def test_a_start_that_was_killed_starts_again(overrides, uninterrupted, tmp_path, moment):
+    """Random weights on disk are the blocks that a run writes before its log; then config.yaml, then the log."""
+    settings = [*overrides, "run.steps=1", "eval.every=0", "memory.store=disk", "model.weights=random"]
+    settings.append(f"run.dir={tmp_path}/run")
+    assert train(settings, prelude=(kill_at, *STARTS[moment])) == KILLED
+    assert {path.name for path in (tmp_path / "run").iterdir()} >= {"lock"}
+    assert train(settings)["steps"] == 1
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        "config.yaml",
+        "steps.log",
+        "metrics.jsonl",
+        "blocks",
+    }
+
+
+def no_room_in(module, function):
+    """In this process, let no file grow while a function runs: the kernel refuses, as a full disk does."""
+    *owner, function = function.split(".")
+    owner = reduce(getattr, owner, importlib.import_module(module))
+    original = getattr(owner, function)
+
+    def full(*arguments, **options):
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (16, limits[1]))
+        try:
+            return original(*arguments, **options)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    setattr(owner, function, full)
+
+
+@pytest.mark.parametrize("place", [("zo.folder", "_write_whole"), ("zo.log", "Log.create")], ids=["config", "log"])
+def test_a_start_without_room_starts_again(overrides, tmp_path, place):
+    settings = [*overrides, "run.steps=1", "eval.every=0", f"run.dir={tmp_path}/run"]
+    (said,) = lives(settings, prelude=(no_room_in, *place))
+    assert "UserError" in said
+    assert "cannot be written: File too large; choose another folder or make room" in said
+    assert train(settings)["steps"] == 1
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.yaml", "steps.log", "metrics.jsonl"}
 
 
 def test_a_rank_killed_takes_no_step_with_it(overrides, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import struct
 import subprocess
 import sys
 import textwrap
@@ -104,6 +105,56 @@ def test_a_tensor_of_another_shape_is_told(tmp_path):
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=r"model\.norm\.weight has shape \[7\], the model's \[32\]"):
         loaded(tmp_path)
+
+
+def with_header(path, change):
+    """The same file with a changed header; the tensors' bytes stay."""
+    data = path.read_bytes()
+    length = struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8 : 8 + length])
+    text = change(header) or json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+
+
+def entry(key, value):
+    return lambda header: header["model.norm.weight"].update({key: value})
+
+
+HEADERS = {
+    "no offsets": lambda h: h["model.norm.weight"].pop("data_offsets") and None,
+    "no type": lambda h: h["model.norm.weight"].pop("dtype") and None,
+    "no shape": lambda h: h["model.norm.weight"].pop("shape") and None,
+    "no object": lambda h: h.update({"model.norm.weight": 7}),
+    "a list": lambda h: b"[1, 2]",
+    "nothing but a number": lambda h: b"17",
+    "nested without end": lambda h: b"[" * 200_000,
+    "no UTF-8": lambda h: b'{"\xff": 1}',
+    "a type of another kind": entry("dtype", ["F32"]),
+    "a type that is unknown": entry("dtype", "F8_E4M3"),
+    "one offset": entry("data_offsets", [0]),
+    "offsets that are no numbers": entry("data_offsets", ["0", "128"]),
+    "offsets that are no integers": entry("data_offsets", [0.0, 128.0]),
+    "offsets that are truth values": entry("data_offsets", [False, True]),
+    "negative offsets": entry("data_offsets", [-128, 0]),
+    "offsets the wrong way round": entry("data_offsets", [128, 0]),
+    "offsets beyond the file": entry("data_offsets", [10**12, 10**12 + 128]),
+    "too few bytes": entry("data_offsets", [0, 64]),
+    "bytes of another tensor": entry("data_offsets", [0, 128]),
+    "a negative shape": entry("shape", [-32]),
+    "a shape of another size": entry("shape", [2**62]),
+}
+
+
+@pytest.mark.parametrize("damage", HEADERS)
+def test_a_header_that_contradicts_itself_is_one_line(tmp_path, damage):
+    """Offsets are read as bytes of the file: a wrong one would train on other tensors' bytes, or end in a traceback."""
+    build("llama").save_pretrained(tmp_path)
+    with_header(tmp_path / "model.safetensors", HEADERS[damage])
+    with pytest.raises(
+        UserError, match=r"model\.safetensors (has a damaged header|holds tensors|is cut short)"
+    ) as error:
+        loaded(tmp_path)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("engine", ENGINES)

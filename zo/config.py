@@ -7,6 +7,7 @@ are met. Every check raises :class:`UserError`, whose text is one line: field, v
 
 import math
 import re
+import string
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,9 +26,55 @@ def choice(key: str, value: str, choices: Any) -> None:
         raise UserError(f"{key}={value!r} is not known; use one of {', '.join(sorted(choices))}")
 
 
+MAX_CELLS = 2**20
+"""Directions, sequences, and directions times micro-batches of a step, at most. Every cell is one forward and three
+float64 numbers that each rank gathers: a table of that many rows has 24 MiB, and a step of it takes days."""
+MAX_THREADS, THREADS_A_CORE = 1024, 4
+"""More threads than cores gain nothing, and some tens of thousands end the process."""
+
+
+def at_most(key: str, value: int, maximum: int) -> None:
+    """Raise :class:`UserError` unless ``value`` is <= ``maximum``."""
+    if value > maximum:
+        raise UserError(f"{key}={value} is out of range; use a number of at most {maximum}")
+
+
+def check_threads(threads: int, cores: int) -> None:
+    """Raise :class:`UserError` where a machine of so many cores can make no use of that many threads."""
+    if threads > cores * THREADS_A_CORE:
+        raise UserError(
+            f"run.threads={threads} is too many for the {cores} cores of this machine; use at most "
+            f"{cores * THREADS_A_CORE}, or leave it empty"
+        )
+
+
+def template_columns(template: str) -> list[str]:
+    """Return the columns that a prompt's template names.
+
+    Raises:
+        UserError: a single brace, an empty or numbered field, or a field with a format.
+    """
+    wrong = None
+    try:
+        found = [part[1:] for part in string.Formatter().parse(template) if part[1] is not None]
+    except ValueError as error:
+        found, wrong = [], str(error)
+    columns = []
+    for name, form, conversion in found:
+        if form or conversion or not name or name.isdigit() or set(name) & set(".[]"):
+            wrong = wrong or f"{{{name}{f'!{conversion}' if conversion else ''}{f':{form}' if form else ''}}}"
+        columns.append(str(name))
+    if wrong:
+        raise UserError(
+            f"data.template={template!r} is not understood ({wrong}); write {{column}} for a column's text, and {{{{ "
+            "or }} for a brace"
+        )
+    return columns
+
+
 def at_least(key: str, value: float, minimum: float) -> None:
     """Raise :class:`UserError` unless ``value`` is a finite number >= ``minimum``."""
-    if not (math.isfinite(value) and value >= minimum):
+    if (isinstance(value, float) and not math.isfinite(value)) or value < minimum:
         raise UserError(f"{key}={value} is out of range; use a number of at least {minimum}")
 
 
@@ -85,6 +132,8 @@ class DataConfig:
             at_least("data.train_examples", self.train_examples, 1)
         if self.label_words is not None and len(set(self.label_words)) < max(2, len(self.label_words)):
             raise UserError(f"data.label_words={self.label_words} needs two or more different words")
+        if self.template is not None:
+            template_columns(self.template)
 
 
 @dataclass(frozen=True)
@@ -101,6 +150,7 @@ class BatchConfig:
     def __post_init__(self) -> None:
         for key in ("sequences", "micro"):
             at_least(f"batch.{key}", getattr(self, key), 1)
+        at_most("batch.sequences", self.sequences, MAX_CELLS)
         at_least("batch.max_tokens", self.max_tokens, 2)
         if self.sequences % self.micro:
             fits = ", ".join(str(d) for d in range(1, self.sequences + 1) if self.sequences % d == 0)
@@ -128,6 +178,7 @@ class EstimatorConfig:
     def __post_init__(self) -> None:
         choice("estimator.name", self.name, ("spsa", "one-sided"))
         at_least("estimator.directions", self.directions, 1)
+        at_most("estimator.directions", self.directions, MAX_CELLS)
         choice("estimator.distribution", self.distribution, ("rademacher", "gaussian"))
         if not (math.isfinite(self.eps) and self.eps > 0):
             raise UserError(f"estimator.eps={self.eps} must be a number above 0; MeZO uses 1e-3 for full fine-tuning")
@@ -252,6 +303,7 @@ class RunConfig:
         at_least("run.max_skipped", self.max_skipped, 1)
         if self.threads is not None:
             at_least("run.threads", self.threads, 1)
+            at_most("run.threads", self.threads, MAX_THREADS)
         if self.seed >= 2**63:
             raise UserError(f"run.seed={self.seed} is out of range; use a number below 2**63")
         choice("run.device", self.device, ("auto", "cpu", "cuda"))
@@ -295,6 +347,11 @@ class Config:
     profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     def __post_init__(self) -> None:
+        if (cells := self.estimator.directions * self.batch.columns) > MAX_CELLS:
+            raise UserError(
+                f"estimator.directions={self.estimator.directions} on {self.batch.columns} micro-batches "
+                f"(batch.sequences / batch.micro) are {cells} pairs a step; use at most {MAX_CELLS}"
+            )
         if self.mesh.slice > 1 and self.memory.store == "device":
             raise UserError(
                 f"mesh.slice={self.mesh.slice} cuts weights that come to the device at every visit; use "

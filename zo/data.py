@@ -7,40 +7,17 @@ saves padding. No state, no worker, no call order: any rank makes any batch of a
 
 import hashlib
 import json
-import re
-import tempfile
 from collections.abc import Callable, Sequence
-from functools import cached_property, lru_cache
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
-import torch
+from jinja2 import TemplateError
 
-from zo import assets, tasks
-from zo.config import BatchConfig, Config, DataConfig, UserError
+from zo import tasks
+from zo.config import BatchConfig, Config, UserError, template_columns
 from zo.philox import Purpose, word_stream
+from zo.rows import Origin, Row, Rows, label_index, permutation, read_label
 from zo.tasks import Batch, Example, ModelInfo, Task
-
-Row = dict[str, Any]
-
-TASKS: dict[str, tuple[Callable[[], list[Row]], str, list[str]]] = {
-    "movie-reviews": (assets.movie_reviews, "{text} It was", [" terrible", " great"]),
-}
-"""Tasks that bring their rows, template and label words, by the name that ``data.name`` takes."""
-
-SYNTHETIC = "synthetic"
-FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-HOLD_OUT_SEED = 0
-"""Not the run's seed: runs of all seeds are scored on the same examples."""
-
-
-@lru_cache(maxsize=2)
-def permutation(seed: int, epoch: int, examples: int) -> list[int]:
-    """The order of one epoch."""
-    words = word_stream(seed, 0, 2 * examples, epoch, Purpose.SHUFFLE).view(-1, 2)
-    # Two words make a key of 62 bits, which is positive in int64; equal keys keep the examples' order.
-    keys = (words[:, 0] << 30) | (words[:, 1] >> 2)
-    return torch.sort(keys, stable=True).indices.tolist()
 
 
 def sequence_numbers(seed: int, step: int, sequences: int, examples: int) -> list[int]:
@@ -105,151 +82,6 @@ class SyntheticData(Data):
         return hashlib.sha256(b"synthetic").hexdigest()
 
 
-class Rows:
-    """Raw rows, before a model or a tokenizer is known."""
-
-    def __init__(self, config: DataConfig) -> None:
-        """Read the rows of ``data.name`` and ``data.dev``.
-
-        Raises:
-            UserError: what is wrong with the name, the file or its columns.
-        """
-        self.config = config
-        self.template, self.label_words = config.template, config.label_words
-        self.train: list[Row] = []
-        self.dev: list[Row] = []
-        if config.name == SYNTHETIC:
-            return
-        if config.name in TASKS:
-            read, template, words = TASKS[config.name]
-            rows = read()
-            self.template, self.label_words = self.template or template, self.label_words or words
-        else:
-            rows = read_rows("data.name", config.name, config, config.split)
-        self._split(rows)
-
-    def _split(self, rows: list[Row]) -> None:
-        config, order = self.config, permutation(HOLD_OUT_SEED, 0, len(rows))
-        if config.dev is not None:
-            is_file = Path(config.dev).suffix in FILES
-            held = read_rows("data.dev", config.dev if is_file else config.name, config, config.dev)
-            self.dev = [held[i] for i in sorted(permutation(HOLD_OUT_SEED, 0, len(held))[: config.dev_examples])]
-        else:
-            held_out = min(config.dev_examples, len(rows) // 5)
-            self.dev = [rows[i] for i in sorted(order[:held_out])]
-            order = order[held_out:]
-        self.train = [rows[i] for i in sorted(order[: config.train_examples])]
-
-    @property
-    def synthetic(self) -> bool:
-        """Whether there are no rows, for tokens are made up."""
-        return self.config.name == SYNTHETIC
-
-    @property
-    def columns(self) -> set[str]:
-        """Columns of the training rows."""
-        return set(self.train[0])
-
-    def class_names(self, known: Sequence[str] = ()) -> list[str]:
-        """Names of the classes: given, or the model's if they fit, or those that the rows have.
-
-        Args:
-            known: the names that a pretrained classifier has.
-        """
-        if self.synthetic:
-            return list(known) or ["0", "1"]
-        if self.label_words:
-            return [word.strip() for word in self.label_words]
-        if "label" not in self.columns:
-            raise UserError(
-                f"data.name={self.config.name} has columns {', '.join(sorted(self.columns))}; a sequence classifier "
-                "needs text and label"
-            )
-        found = {row["label"] for row in self.train}
-        if known and all(label_index(value, known) is not None for value in found):
-            return list(known)
-        if all(isinstance(value, int) for value in found):
-            return [str(i) for i in range(max(2, *(value + 1 for value in found)))]
-        return sorted(str(value) for value in found)
-
-
-def read_rows(key: str, name: str, config: DataConfig, split: str) -> list[Row]:
-    """Rows of a local file or of a hub data set.
-
-    Raises:
-        UserError: missing, unreadable or empty.
-    """
-    path, suffix = Path(name).expanduser(), Path(name).suffix
-    if suffix in FILES:
-        rows = _read_file(key, path)
-    elif path.exists() or suffix or name.startswith((".", "/", "~")) or not name:
-        raise UserError(
-            f"{key}={name} is no file of a known kind; use one of {', '.join(FILES)}, a task ({', '.join(TASKS)}), "
-            f"{SYNTHETIC}, or a hub id"
-        )
-    else:
-        rows = _read_hub(key, name, config.subset, split)
-    if not rows:
-        raise UserError(f"{key}={name} is empty; give a file with at least one row")
-    return rows
-
-
-def _read_file(key: str, path: Path) -> list[Row]:
-    import datasets
-    from datasets.exceptions import DatasetGenerationError
-
-    if not path.is_file():
-        raise UserError(f"{key}={path} does not exist; give an existing file")
-    if path.stat().st_size == 0:
-        raise UserError(f"{key}={path} is empty; give a file with at least one row")
-    if path.suffix == ".jsonl":
-        _check_lines(key, path)
-    datasets.disable_progress_bars()
-    read = {
-        "json": datasets.Dataset.from_json,
-        "csv": datasets.Dataset.from_csv,
-        "parquet": datasets.Dataset.from_parquet,
-    }
-    with tempfile.TemporaryDirectory() as cache:
-        try:
-            table = read[FILES[path.suffix]](str(path), cache_dir=cache, keep_in_memory=True)
-        except (DatasetGenerationError, ValueError, OSError) as error:
-            reason = " ".join(str(error.__cause__ or error).split())[:300]
-            raise UserError(f"{key}={path} cannot be read as {path.suffix[1:]}: {reason}") from error
-        return table.to_list()  # type: ignore[no-any-return]
-
-
-def _check_lines(key: str, path: Path) -> None:
-    """Find the line that is no JSON object: the reader would name the file alone."""
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            whole = not line.strip() or isinstance(json.loads(line), dict)
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{key}={path} line {number} is broken JSON: {error.msg} at column {error.colno}"
-            ) from error
-        if not whole:
-            raise UserError(f"{key}={path} line {number} is no JSON object; give one object a line")
-
-
-def _read_hub(key: str, name: str, subset: str | None, split: str) -> list[Row]:
-    import datasets
-
-    try:
-        return datasets.load_dataset(name, subset, split=split).to_list()  # type: ignore[no-any-return]
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{key}={name} cannot be had from the hub: {reason}; or give a local file") from error
-
-
-def label_index(value: object, names: Sequence[str]) -> int | None:
-    """Which of the names a label is, by number or by word; ``None`` if it is none of them."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value if 0 <= value < len(names) else None
-    stripped = [name.strip() for name in names]
-    return stripped.index(str(value).strip()) if str(value).strip() in stripped else None
-
-
 def build_data(rows: Rows, config: Config, tokenizer: Any, info: ModelInfo, classes: Sequence[str]) -> Data:
     """Tokenise rows for a model.
 
@@ -276,7 +108,8 @@ def build_data(rows: Rows, config: Config, tokenizer: Any, info: ModelInfo, clas
         encode = encoder.labelled(rows.template, rows.label_words, special_tokens=False)
     else:
         task, encode = tasks.completion(info, pad), encoder.completion()
-    train, dev = ([encode(i, row) for i, row in enumerate(part)] for part in (rows.train, rows.dev))
+    train = [encode(origin, row) for origin, row in rows.train_with_origins()]
+    dev = [encode(origin, row) for origin, row in rows.dev_with_origins()]
     return Data(task, train, dev, config.batch, config.run.seed)
 
 
@@ -307,27 +140,29 @@ class Encoder:
                 raise UserError(f"data.label_words: {word!r} is {len(tokens)} tokens {pieces}; use a word of one token")
         return [tokens[0] for tokens in ids]
 
-    def labelled(self, template: str, names: Sequence[str], special_tokens: bool) -> Callable[[int, Row], Example]:
+    def labelled(self, template: str, names: Sequence[str], special_tokens: bool) -> Callable[[Origin, Row], Example]:
         """Rows with a label, for a choice or a classifier."""
         template = self.rows.template or template
-        self._need({*re.findall(r"{(\w+)}", template), "label"}, f"for the template {template!r}")
+        columns = template_columns(template)
+        self._need({*columns, "label"}, f"for the template {template!r}")
 
-        def encode(number: int, row: Row) -> Example:
-            target = label_index(row["label"], names)
+        def encode(origin: Origin, row: Row) -> Example:
+            label = read_label(origin, row)
+            target = label_index(label, names)
             if target is None:
                 allowed = ", ".join(name.strip() for name in names)
                 raise UserError(
-                    f"data.name={self.name} row {number + 1}: label {row['label']!r} is not in the label set; "
+                    f"{origin}: label {label!r} is not in the label set; "
                     f"use one of {allowed}, or a number from 0 to {len(names) - 1}"
                 )
-            text = template.format_map({k: self._text(number, row, k) for k in row if f"{{{k}}}" in template})
+            text = template.format_map({column: self._text(origin, row, column) for column in columns})
             ids = self._ids(text, add_special_tokens=True)
             kept = ids[: self.max_tokens] if special_tokens else ids[-self.max_tokens :]
-            return self._example(number, kept, target)
+            return self._example(origin, kept, target)
 
         return encode
 
-    def completion(self) -> Callable[[int, Row], Example]:
+    def completion(self) -> Callable[[Origin, Row], Example]:
         """Rows with ``messages``, ``prompt`` and ``completion``, or ``text``."""
         columns = self.rows.columns
         if "messages" in columns:
@@ -336,56 +171,63 @@ class Encoder:
             return self._prompted
         label_hint = "; a label needs data.template and data.label_words" if "label" in columns else ""
         if "text" in columns and not label_hint:
-            return lambda number, row: self._joined(number, [], self._ids(self._text(number, row, "text"), True))
+            return lambda origin, row: self._joined(origin, [], self._ids(self._text(origin, row, "text"), True))
         raise UserError(
             f"data.name={self.name} has columns {', '.join(sorted(columns))}; use text, prompt and completion, or "
             f"messages{label_hint}"
         )
 
-    def _prompted(self, number: int, row: Row) -> Example:
-        prompt = self._ids(self._text(number, row, "prompt"), add_special_tokens=True)
-        completion = self._ids(self._text(number, row, "completion"), add_special_tokens=False)
+    def _prompted(self, origin: Origin, row: Row) -> Example:
+        prompt = self._ids(self._text(origin, row, "prompt"), add_special_tokens=True)
+        completion = self._ids(self._text(origin, row, "completion"), add_special_tokens=False)
         end = self.tokenizer.eos_token_id
-        return self._joined(number, prompt, completion + ([] if end is None else [end]))
+        return self._joined(origin, prompt, completion + ([] if end is None else [end]))
 
-    def _messages(self, number: int, row: Row) -> Example:
+    def _messages(self, origin: Origin, row: Row) -> Example:
         """The last message is the completion; the chat template says where it begins."""
-        messages = row["messages"]
-        if not messages or not isinstance(messages, list) or messages[-1].get("role") != "assistant":
-            raise UserError(f"data.name={self.name} row {number + 1}: messages must end with one of role assistant")
+        messages = row.get("messages")
+        objects = isinstance(messages, list) and all(isinstance(m, dict) for m in messages)
+        if not messages or not objects or messages[-1].get("role") != "assistant":
+            raise UserError(f"{origin}: messages must end with one of role assistant")
         if not self.tokenizer.chat_template:
             raise UserError(f"data.name={self.name} has messages, but the model's tokenizer has no chat template")
-        before = self.tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
-        whole = self.tokenizer.apply_chat_template(messages, tokenize=False)
+        try:
+            before = self.tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+            whole = self.tokenizer.apply_chat_template(messages, tokenize=False)
+        except (TemplateError, TypeError, ValueError, KeyError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"{origin}: the model's chat template refuses the messages: {reason}") from error
         if not whole.startswith(before):
             raise UserError(
-                f"data.name={self.name} row {number + 1}: the chat template renders the last message apart from the "
+                f"{origin}: the chat template renders the last message apart from the "
                 "ones before it; use prompt and completion"
             )
-        return self._joined(number, self._ids(before, False), self._ids(whole[len(before) :], False))
+        return self._joined(origin, self._ids(before, False), self._ids(whole[len(before) :], False))
 
-    def _joined(self, number: int, prompt: list[int], completion: list[int]) -> Example:
+    def _joined(self, origin: Origin, prompt: list[int], completion: list[int]) -> Example:
         """Cut to ``max_tokens``: the prompt at its start, then the completion at its end."""
         completion = completion[: self.max_tokens]
         room = self.max_tokens - len(completion)
         prompt = prompt[len(prompt) - room :] if len(prompt) > room else prompt
         # The first token of all has nothing before it to be told from.
-        return self._example(number, prompt + completion, max(1, len(prompt)), 2)
+        if not completion:
+            raise UserError(f"{origin}: the completion is empty, so that there is no token to train on; take it out")
+        return self._example(origin, prompt + completion, max(1, len(prompt)), 2)
 
-    def _example(self, number: int, ids: list[int], target: int, least: int = 1) -> Example:
+    def _example(self, origin: Origin, ids: list[int], target: int, least: int = 1) -> Example:
         if len(ids) < least:
-            raise UserError(f"data.name={self.name} row {number + 1} is {len(ids)} tokens; give at least {least}")
+            raise UserError(f"{origin} is {len(ids)} tokens; give at least {least}")
         return Example(tuple(ids), target)
 
     def _ids(self, text: str, add_special_tokens: bool) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
 
-    def _text(self, number: int, row: Row, column: str) -> str:
-        if not isinstance(row[column], str):
-            raise UserError(
-                f"data.name={self.name} row {number + 1}: column {column} holds {type(row[column]).__name__}, not text"
-            )
-        text: str = row[column]
+    def _text(self, origin: Origin, row: Row, column: str) -> str:
+        text = row.get(column)
+        if text is None:
+            raise UserError(f"{origin}: column {column} is empty or missing; give its text, or take the row out")
+        if not isinstance(text, str):
+            raise UserError(f"{origin}: column {column} holds {type(text).__name__}, not text")
         return text
 
     def _need(self, columns: set[str], why: str) -> None:

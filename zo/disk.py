@@ -13,6 +13,7 @@ its checksum and is made anew from base and log.
 import json
 import mmap
 import os
+import re
 import struct
 import zlib
 from collections.abc import Callable
@@ -32,6 +33,8 @@ from zo.config import UserError
 PAGE = 4096
 MAGIC = b"ZOBLK1\n"
 _U32 = struct.Struct("<I")
+BLOCK_FILE = re.compile(r"\d{6,}\.(block|new|old)")
+"""Names of a store's files: a block, one that is being written, and one that is kept to be written over."""
 MADV_POPULATE_READ = 22
 """Of mman.h; Python 3.11 has no name for it."""
 BOUNCE_BYTES = 16 * 2**20

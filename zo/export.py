@@ -23,6 +23,7 @@ from torch.utils.dlpack import from_dlpack
 from transformers.core_model_loading import revert_weight_conversion
 
 from zo.config import UserError
+from zo.folder import check_replaceable, manifest
 from zo.hardware import name_accelerator
 from zo.log import sync_folder
 
@@ -151,19 +152,25 @@ def write_folder(
         to: the folder; missing or empty.
         card: what the card says.
         source: of the weights that the model itself does not hold.
-        replace: put the new folder in the place of a full one, which stays until the new one is whole.
+        replace: put the new folder in the place of one that this function wrote, which stays until the new one is
+            whole.
 
     Raises:
-        UserError: the folder is not empty, or the disk is too small, full or not writable; nothing is left behind.
+        UserError: the folder is not empty (with ``replace``: holds what zo did not write), or the disk is too small,
+            full or not writable; nothing is left behind.
     """
     name_accelerator()
-    to = to.expanduser().resolve()
+    to = to.expanduser()
+    if replace:
+        check_replaceable(to)
+    to = to.resolve()
     content = _Content(model)
     with _whole_or_nothing(to, content.size_bytes + ROOM_BYTES, replace) as beside:
         _write_weights(model, content, source, beside)
         if tokenizer is not None:
             tokenizer.save_pretrained(beside)
-        (beside / "README.md").write_text(model_card(card), encoding="utf-8")
+        names = [path.name for path in beside.iterdir()]
+        (beside / "README.md").write_text(f"{model_card(card)}\n{manifest(names)}\n", encoding="utf-8")
 
 
 class _Content:

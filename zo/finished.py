@@ -83,6 +83,11 @@ def _load(problem: Problem, config: Config, blocks: Path) -> Replica:
         return assemble(problem, config, Mesh("cuda" if torch.cuda.is_available() else "cpu"), blocks, writable=False)
 
 
+def trusting(config: Config, trust: bool) -> Config:
+    """Return the same run, with leave to run code that the model's folder or repository brings."""
+    return replace(config, model=replace(config.model, trust_remote_code=trust))
+
+
 def with_data(config: Config, name: str) -> Config:
     """The same run on other data: all of it is scored, none is held out of it."""
     data = replace(config.data, name=name, dev=name, dev_examples=10**9)

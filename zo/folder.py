@@ -15,10 +15,11 @@ import fcntl
 import json
 import os
 import platform
+import re
 import socket
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import version
@@ -31,13 +32,21 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from zo.config import Config, UserError
+from zo.disk import BLOCK_FILE
 from zo.log import Log, sync_folder
+from zo.redact import without_secrets_in
 
 RESULT_KEYS = ("model", "data", "batch", "estimator", "update", "run.seed")
 """Groups and keys that decide a run's bits, so that a resumed run must have the same."""
 SNAPSHOTS_KEPT = 2
-UNFINISHED = {"lock", "blocks"}
+UNFINISHED = {"lock", "blocks", "config.yaml.new", "steps.log.new"}
 """What a run that ended before its first step may leave."""
+OWN_FOLDERS = ("blocks", "snapshots", "model")
+RANK_FOLDER, SNAPSHOT = re.compile(r"rank-\d{5,}"), re.compile(r"step-\d{9,}\.safetensors")
+"""Names that a run gives: a rank's blocks, a snapshot."""
+MANIFEST = re.compile(r"<!-- Written by zo: (.*) -->")
+"""The line of a model card that names the files of its folder, with " / " between them."""
+WEIGHTS = re.compile(r"model(-\d{5,}-of-\d{5,})?\.safetensors(\.index\.json)?")
 LOCK_PATIENCE_S = 3.0
 """A process that was just killed may hold its lock a moment longer."""
 
@@ -58,12 +67,49 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _write_whole(path: Path, text: str) -> None:
     beside = path.with_name(path.name + ".new")
-    with open(beside, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.rename(beside, path)
+    try:
+        with open(beside, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(beside, path)
+    except OSError:
+        with suppress(OSError):
+            beside.unlink()
+        raise
     sync_folder(path.parent)
+
+
+def manifest(names: Iterable[str]) -> str:
+    """Return the line of a model card that names the files of its folder."""
+    return f"<!-- Written by zo: {' / '.join(sorted(names))} -->"
+
+
+def check_replaceable(folder: Path) -> None:
+    """Refuse to replace a folder unless zo wrote it, or it is missing or empty.
+
+    Raises:
+        UserError: it is a link or a file, or holds a file that its card does not name.
+    """
+    if folder.is_symlink():
+        raise UserError(f"{folder} is a symbolic link, and what it points to would be lost; move it away")
+    if not folder.exists():
+        return
+    if os.path.ismount(folder):
+        raise UserError(
+            f"{folder} is a mount point, which no folder can replace; use a folder in it: {folder / 'model'}"
+        )
+    if not folder.is_dir():
+        raise UserError(f"{folder} exists and is not an empty folder; choose a new one")
+    try:
+        found = MANIFEST.search((folder / "README.md").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = None
+    ours = {"README.md", *found[1].split(" / ")} if found else set()
+    for path in sorted(folder.iterdir()):
+        named = path.name in ours or (ours and WEIGHTS.fullmatch(path.name))
+        if not named or path.is_symlink() or path.is_dir():
+            raise UserError(f"{folder} would be replaced, and zo did not write {path.name} in it; move it elsewhere")
 
 
 class Tensors(Protocol):
@@ -167,11 +213,11 @@ class RunFolder:
         """
         try:
             content = yaml.safe_load(self.config_file.read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError) as error:
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             raise UserError(
                 f"run.dir={self.path} holds no run that can be read: {' '.join(str(error).split())}"
             ) from error
-        if not isinstance(content, dict) or "config" not in content:
+        if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
             raise UserError(f"run.dir={self.path} holds a damaged config.yaml; use another run.dir")
         return content
 
@@ -179,13 +225,19 @@ class RunFolder:
         """Refuse a folder that is no place for this run; nothing is written.
 
         Raises:
-            UserError: it holds another run (says which keys differ), or files that are no run.
+            UserError: it holds another run (says which keys differ), files that are no run, or links or files where
+                this run would replace or delete some.
         """
         if not self.holds_run:
-            if self.path.is_dir() and {path.name for path in self.path.iterdir()} - UNFINISHED:
-                raise UserError(f"run.dir={self.path} is not empty and holds no run; use a new or empty folder")
+            if foreign := next(self._foreign(), None):
+                raise UserError(
+                    f"run.dir={self.path} is not empty and holds no run ({foreign}); use a new or empty folder"
+                )
             return
-        before, now = flatten(self.read_config()["config"]), flatten(asdict(config))
+        self._check_links()
+        if config.export.at_end:
+            check_replaceable(self.model)
+        before, now = flatten(self.read_config()["config"]), flatten(without_secrets_in(asdict(config)))
         keys = [k for k in now if k.startswith(RESULT_KEYS)]
         if now["update.schedule"] != "constant":
             keys.append("run.steps")
@@ -195,6 +247,29 @@ class RunFolder:
                 f"run.dir={self.path} holds another run: {', '.join(differing)}; use another run.dir, or those values"
             )
 
+    def _foreign(self) -> Iterator[str]:
+        """Yield what lies in the folder that no start of a run leaves there."""
+        for path in sorted(self.path.iterdir()) if self.path.is_dir() else ():
+            if path.name not in UNFINISHED or path.is_symlink():
+                yield path.name
+        self._check_links()
+        for rank in sorted((self.path / "blocks").glob("*")):
+            if not RANK_FOLDER.fullmatch(rank.name) or not rank.is_dir():
+                yield f"blocks/{rank.name}"
+            else:
+                found = (path.name for path in sorted(rank.iterdir()))
+                yield from (f"blocks/{rank.name}/{name}" for name in found if not BLOCK_FILE.fullmatch(name))
+
+    def _check_links(self) -> None:
+        """Refuse links in place of folders that a run writes and deletes in."""
+        places = [self.path / name for name in OWN_FOLDERS]
+        for place in (*places, *places[0].glob("rank-*"), *places[0].glob("rank-*/*")):
+            if place.is_symlink():
+                raise UserError(
+                    f"run.dir={self.path}: {place.relative_to(self.path)} is a symbolic link, and a run deletes files "
+                    "there; move it away, or make run.dir itself the link"
+                )
+
     def create(self, config: Config, facts: Mapping[str, Any], header: Mapping[str, Any]) -> Log:
         """Begin a run here, or end its beginning where a crash cut it short.
 
@@ -203,7 +278,7 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            content = {"config": asdict(config), **facts}
+            content = without_secrets_in({"config": asdict(config), **facts})
             _write_whole(self.config_file, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
             return Log.create(self.log_file, dict(header))
         except OSError as error:
@@ -229,7 +304,7 @@ class RunFolder:
                 os.fsync(file.fileno())
             os.rename(beside, path)
             sync_folder(self.snapshots)
-            unfinished = list(self.snapshots.glob("*.new"))
+            unfinished = list(self.snapshots.glob("step-*.new"))
             for old in self._snapshot_files()[:-SNAPSHOTS_KEPT] + unfinished:
                 old.unlink()
         except (OSError, SafetensorError) as error:
@@ -240,7 +315,7 @@ class RunFolder:
             ) from error
 
     def _snapshot_files(self) -> list[Path]:
-        return sorted(self.snapshots.glob("step-*.safetensors"))
+        return sorted(path for path in self.snapshots.glob("step-*") if SNAPSHOT.fullmatch(path.name))
 
     def snapshot(self, newest: int, base: str) -> tuple[int, str, Callable[[str], Tensor]] | None:
         """Version, fingerprint and weights by name of the newest snapshot that the log covers, if there is one."""

@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -54,6 +54,18 @@ def split(arguments: Sequence[str], own: Sequence[str]) -> tuple[dict[str, str],
         else:
             rest.append(argument)
     return mine, rest
+
+
+def flag(own: Mapping[str, str], key: str, meaning: str) -> bool:
+    """Return a command's own argument that is true or false; false where it is not given.
+
+    Raises:
+        UserError: it is neither; ``meaning`` ends the message.
+    """
+    value = own.get(key, "false")
+    if value not in ("true", "false"):
+        raise UserError(f"{key}={value} is neither true nor false; {meaning}")
+    return value == "true"
 
 
 def asked_for_text(arguments: list[str], recipe: str, overrides: list[str], usage: str) -> str | None:

@@ -3,8 +3,11 @@
 import contextlib
 import json
 import math
+import os
+import shutil
 import sys
 import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -19,38 +22,87 @@ GIB = 2**30
 
 
 def finite_or_none(value: Any) -> Any:
-    """JSON has no word for a loss that is not a number: null stands for it."""
+    """JSON has no word for a loss that is not a number: null stands for it, in lists and groups too."""
+    if isinstance(value, dict):
+        return {key: finite_or_none(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [finite_or_none(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """Return a line's object, or ``None`` if it is not one that a run wrote."""
+    try:
+        values = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return None
+    return values if isinstance(values, dict) and type(values.get("step")) is int else None
+
+
+def _scores(values: Mapping[str, Any]) -> dict[str, float] | None:
+    """Return the scores of an evaluation's object, null as not-a-number; ``None`` if it has none."""
+    scores = values.get("eval")
+    if not isinstance(scores, dict) or not all(isinstance(v, int | float | None) for v in scores.values()):
+        return None
+    return {name: math.nan if value is None else float(value) for name, value in scores.items()}
 
 
 class MetricsFile:
     """``metrics.jsonl``: append-only, one object a line."""
 
-    def __init__(self, path: Path, last_step: int) -> None:
-        """Open for a run that goes on after ``last_step``; a torn last line and later steps are dropped."""
+    def __init__(self, path: Path, last_step: int, say: Callable[[str], None] = lambda line: None) -> None:
+        """Open for a run that goes on after ``last_step``; a torn last line and later steps are dropped.
+
+        Lines that cannot be read stay where they are; ``say`` is told of them once.
+
+        Raises:
+            UserError: the disk refuses.
+        """
         self._path = path
         self.scores: dict[int, dict[str, float]] = {}
         """Evaluations that the file has, by step."""
-        self._drop_after(last_step)
-        self._file: TextIO = open(path, "a", encoding="utf-8")  # noqa: SIM115
+        try:
+            if unreadable := self._drop_after(last_step):
+                first, many = unreadable[0], len(unreadable) > 1
+                say(
+                    f"{path}: line {first} {f'and {len(unreadable) - 1} more ' * many}cannot be read and is passed over"
+                )
+            self._file: TextIO = open(path, "a", encoding="utf-8")  # noqa: SIM115
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}; make room and start the command again") from error
 
-    def _drop_after(self, last_step: int) -> None:
+    def _drop_after(self, last_step: int) -> list[int]:
+        """Drop what later steps wrote; return the numbers of the lines that cannot be read."""
+        unreadable: list[int] = []
+        dropped: list[range] = []
+        """Bytes of the file."""
         if not self._path.exists():
-            return
-        kept = 0
+            return unreadable
+        end = 0
         with open(self._path, "rb") as file:
-            for line in file:
-                try:
-                    values: dict[str, Any] = json.loads(line) if line.endswith(b"\n") else {"step": last_step + 1}
-                except ValueError:
-                    break
-                if values["step"] > last_step:
-                    break
-                if "eval" in values:
-                    self.scores[values["step"]] = values["eval"]
-                kept += len(line)
-        with open(self._path, "rb+") as file:
-            file.truncate(kept)
+            for number, line in enumerate(file, 1):
+                values, start, end = _parse(line), end, end + len(line)
+                if not line.endswith(b"\n") or (values is not None and values["step"] > last_step):
+                    dropped.append(range(start, end))
+                elif values is None:
+                    unreadable.append(number)
+                elif (scores := _scores(values)) is not None:
+                    self.scores[values["step"]] = scores
+        if dropped and sum(map(len, dropped)) == end - dropped[0].start:
+            os.truncate(self._path, dropped[0].start)
+        elif dropped:
+            self._cut_out(dropped)
+        return unreadable
+
+    def _cut_out(self, dropped: Sequence[range]) -> None:
+        """Rewrite the file without some of its bytes."""
+        beside = self._path.with_name(self._path.name + ".new")
+        with open(self._path, "rb") as file, open(beside, "wb") as kept:
+            for gap in dropped:
+                kept.write(file.read(gap.start - file.tell()))
+                file.seek(gap.stop)
+            shutil.copyfileobj(file, kept)
+        os.rename(beside, self._path)
 
     def write(self, values: dict[str, Any]) -> None:
         """Add one object.
@@ -130,13 +182,10 @@ def _duration(seconds: float) -> str:
 
 
 def last_scores(path: Path, step: int) -> dict[str, float]:
-    """The newest evaluation in a ``metrics.jsonl`` up to a step; empty if there is none."""
-    scores: dict[str, float] = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            values = json.loads(line)
-        except ValueError:
-            break  # A line that a crash tore.
-        if "eval" in values and values["step"] <= step:
-            scores = values["eval"]
-    return scores
+    """Return the newest evaluation in a ``metrics.jsonl`` up to a step; empty if there is none."""
+    newest: dict[str, float] = {}
+    for line in path.read_bytes().split(b"\n") if path.exists() else ():
+        values = _parse(line)
+        if values is not None and values["step"] <= step and (scores := _scores(values)) is not None:
+            newest = scores
+    return newest

@@ -57,6 +57,11 @@ class Source:
         try:
             return kind.from_pretrained(str(folder) if folder.is_dir() else path, **self.hub)
         except (OSError, ValueError) as error:
+            if "trust_remote_code" in str(error):
+                raise UserError(
+                    f"{key}={path} brings code of its own, which runs only if you say so: read it, then start train.py "
+                    "with model.trust_remote_code=true, evaluate.py or export.py of a run with trust_remote_code=true"
+                ) from error
             raise UserError(f"{key}={path} cannot be read: {_first_line(error)}") from error
 
     def _task(self) -> str:

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from zo.base import Base, OwnBase
 from zo.config import Config, UserError
-from zo.data import Rows, build_data, pad_id
+from zo.data import build_data, pad_id
 from zo.disk import Engine
 from zo.model import Source
+from zo.rows import Rows
 from zo.tasks import Batch, Task
 
 

@@ -73,13 +73,18 @@ def as_config(node: DictConfig) -> Config:
 
 
 def config_of(tree: Mapping[str, Any]) -> Config:
-    """A checked configuration from nested keys, as a run's ``config.yaml`` holds them.
+    """Return a checked configuration from nested keys, as a run's ``config.yaml`` holds them.
+
+    ``model.trust_remote_code`` is always false in it: a folder that someone sends must not decide that code is run.
 
     Raises:
         UserError: a key or a value that this version does not know.
     """
+    # Stored values are resolved ones: an interpolation would read this machine's environment into what is written.
+    if "${" in str(tree):
+        raise UserError("the run's config.yaml holds an interpolation, ${...}, which no run writes; take it out")
     try:
-        node = OmegaConf.merge(_schema(), OmegaConf.create(dict(tree)))
+        node = OmegaConf.merge(_schema(), OmegaConf.create(dict(tree)), {"model": {"trust_remote_code": False}})
     except OmegaConfBaseException as error:
         raise UserError(
             f"the run's config.yaml does not fit this version of zo: {str(error).splitlines()[0]}"

@@ -25,7 +25,8 @@ class Reporter:
         self.scores: dict[str, float] = {}
         """The newest scores on held-out data."""
         self.progress = Progress(config.run.steps, log.version, mesh.rank == 0)
-        self.metrics = MetricsFile(folder.metrics_file, log.version) if mesh.rank == 0 else None
+        say = self.progress.say
+        self.metrics = MetricsFile(folder.metrics_file, log.version, say) if mesh.rank == 0 else None
         self._skipped_in_a_row = 0
         self._started, self._before, self._sent = 0.0, Traffic(), 0
 

@@ -12,6 +12,7 @@ import struct
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,7 @@ def tensors_of(path: Path) -> dict[str, Stored]:
     """What a safetensors file holds, from its header.
 
     Raises:
-        OSError: the file is missing, no safetensors, or shorter than its header says.
+        OSError: the file is missing, no safetensors, shorter than its header says, or its header contradicts itself.
     """
     size = path.stat().st_size
     with open(path, "rb") as file:
@@ -89,19 +90,44 @@ def tensors_of(path: Path) -> dict[str, Stored]:
             raise OSError(f"{path} is no safetensors file, or is cut short: {size} bytes")
         try:
             header = json.loads(file.read(length))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise OSError(f"{path} has a damaged header: {error}") from error
+    if not isinstance(header, dict):
+        raise OSError(f"{path} has a damaged header: it is not an object")
     header.pop("__metadata__", None)
+    _check_header(path, header)
     end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if size < end:
         raise OSError(f"{path} is cut short: {size} bytes, {end} by its header")
-    unknown = sorted({entry["dtype"] for entry in header.values()} - set(DTYPES))
-    if unknown:
-        raise OSError(f"{path} holds tensors of type {unknown[0]}, which are not plain weights")
     return {
         name: Stored(path, 8 + length + e["data_offsets"][0], DTYPES[e["dtype"]], tuple(e["shape"]))
         for name, e in header.items()
     }
+
+
+def _check_header(path: Path, header: Mapping[str, Any]) -> None:
+    """Raise :class:`OSError` unless every tensor of a safetensors header has a type, a shape and bytes of its own."""
+
+    def are_sizes(values: object) -> bool:
+        return isinstance(values, list) and all(type(v) is int and v >= 0 for v in values)
+
+    for name, entry in header.items():
+        whole = isinstance(entry, dict) and isinstance(entry.get("dtype"), str) and are_sizes(entry.get("shape"))
+        offsets: Any = entry.get("data_offsets") if whole else None
+        if not are_sizes(offsets) or len(offsets) != 2:
+            raise OSError(f"{path} has a damaged header: {name} lacks dtype, shape or data_offsets")
+        if entry["dtype"] not in DTYPES:
+            raise OSError(f"{path} holds tensors of type {entry['dtype']}, which are not plain weights")
+        size_bytes = prod(entry["shape"]) * DTYPES[entry["dtype"]].itemsize
+        if offsets[1] - offsets[0] != size_bytes:
+            raise OSError(
+                f"{path} has a damaged header: {name} of shape {entry['shape']} has {size_bytes} bytes, its "
+                f"data_offsets {offsets} say {offsets[1] - offsets[0]}"
+            )
+    extents = sorted((*entry["data_offsets"], name) for name, entry in header.items())
+    for (_, end, first), (start, _, second) in pairwise(e for e in extents if e[0] < e[1]):
+        if start < end:
+            raise OSError(f"{path} has a damaged header: {first} and {second} share bytes")
 
 
 class ShardBase:

@@ -26,7 +26,7 @@ from zo import hardware
 from zo.base import Base, rows_of
 from zo.budget import disk_bytes, file_bytes, slot_bytes, stored_bytes, within_slot
 from zo.config import UserError
-from zo.disk import PAGE, Engine, Header, checksum
+from zo.disk import BLOCK_FILE, PAGE, Engine, Header, checksum
 from zo.layout import WHOLE, Block, Layout, Slice, runs, views
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -335,7 +335,7 @@ class DiskStore:
         if self.writable and self._folder.is_dir():
             known = {self._path(self.layout.blocks[index]) for index in self._headers}
             for path in self._folder.iterdir():
-                if path not in known:
+                if path not in known and BLOCK_FILE.fullmatch(path.name):
                     path.unlink()
 
     def _path(self, block: Block) -> Path:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from zo import audit, estimator
 from zo.assemble import assemble, to_device
-from zo.config import Config, UserError
+from zo.config import Config, UserError, check_threads
 from zo.evaluate import evaluate
 from zo.export import write_folder
 from zo.finished import card_of, restore_snapshot
@@ -123,6 +123,7 @@ class Run:
             self.folder.check(config)
         self.is_writer = acquire_run_folder(mesh, self.folder, resources)
         if config.run.threads is not None:
+            check_threads(config.run.threads, os.cpu_count() or 1)
             torch.set_num_threads(config.run.threads)
         if config.profile.range:
             check_drawable()

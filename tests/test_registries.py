@@ -1,0 +1,30 @@
+"""Every implementation can be chosen, and nothing that has none: the names of keys are those of the registries."""
+
+import pytest
+
+from zo.config import EstimatorConfig, MemoryConfig, ModelConfig, UpdateConfig, UserError
+from zo.disk import ENGINES
+from zo.estimator import ESTIMATORS
+from zo.model import AUTO_CLASS
+from zo.perturbation import Z
+from zo.update import RULES, SCHEDULES
+
+CHOICES = {
+    "estimator.name": (EstimatorConfig, ESTIMATORS),
+    "estimator.distribution": (EstimatorConfig, Z),
+    "update.name": (UpdateConfig, RULES),
+    "update.schedule": (UpdateConfig, SCHEDULES),
+    "memory.disk_engine": (MemoryConfig, ENGINES),
+    "model.task": (ModelConfig, {"auto": None, **AUTO_CLASS}),
+}
+
+
+@pytest.mark.parametrize("key", CHOICES)
+def test_the_legal_names_of_a_key_are_those_of_its_registry(key):
+    group, registry = CHOICES[key]
+    field = key.partition(".")[2]
+    for name in registry:
+        assert getattr(group(**{field: name}), field) == name
+    with pytest.raises(UserError) as error:
+        group(**{field: "none such"})
+    assert str(error.value).partition("use one of ")[2].split(", ") == sorted(registry)
