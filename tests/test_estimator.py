@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from zo.estimator import ESTIMATORS, directions_of, estimate, float32, probes, row_losses
+from zo.kernels import visit
 from zo.log import Entry
-from zo.perturbation import Offset, rademacher, visit
+from zo.perturbation import Offset, Pass, rademacher
 from zo.update import SCHEDULES, learning_rate, sgd
 
 EPS = 1e-3
@@ -17,7 +18,7 @@ EPS = 1e-3
 def table_of(loss, rows, theta, address=0):
     """Losses of the probes of a function of parameters."""
     out = torch.empty(len(rows), theta.numel(), dtype=theta.dtype)
-    visit(theta, address, 3, "rademacher", [], rows, out)
+    visit(theta, address, Pass(3, "rademacher", offsets=tuple(rows)), out)
     return [float(loss(row)) for row in out]
 
 
@@ -49,7 +50,8 @@ def test_descends_a_quadratic(name, directions):
     for step in range(1, 401):
         rows = probes(name, step, directions, EPS)
         scalars, _ = estimate(name, table_of(loss, rows, theta), EPS)
-        visit(theta, 0, 3, "rademacher", [sgd(Entry(step, step, 1e-3 * directions, scalars), 0.0)])
+        change = sgd(Entry(step, step, 1e-3 * directions, scalars), 0.0)
+        visit(theta, 0, Pass(3, "rademacher", (change,)))
     assert loss(theta) < 0.5 * before
 
 

@@ -11,9 +11,10 @@ SOURCES = {path.stem: path for path in sorted((ROOT / "zo").glob("*.py"))}
 
 LAYERS = [
     {"philox", "config", "hardware"},
-    {"perturbation", "assets", "metrics", "mesh", "recipe", "disk", "timeline", "preemption"},
+    {"rounding", "assets", "metrics", "mesh", "recipe", "disk", "timeline", "preemption"},
+    {"perturbation"},
     {"kernels_cpu", "kernels_triton", "layout", "estimator", "tasks", "log", "launcher"},
-    {"base", "blocks", "binding", "update", "data", "folder", "export"},
+    {"kernels", "base", "blocks", "binding", "update", "data", "folder", "export"},
     {"store", "shards", "lockstep", "replay", "roll_call"},
     {"lanes", "model"},
     {"ring", "problem"},
