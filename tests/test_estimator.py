@@ -6,7 +6,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from zo.estimator import ESTIMATORS, directions_of, estimate, float32, probes, row_losses
+from zo.config import UserError
+from zo.estimator import ESTIMATORS, check_directions, directions_of, estimate, float32, probes, row_losses
 from zo.kernels import visit
 from zo.log import Entry
 from zo.perturbation import Offset, Pass, rademacher
@@ -93,3 +94,21 @@ def test_weight_decay_is_a_factor_of_its_own():
     change = sgd(Entry(1, 16, 0.1, (2.0, 4.0)), 0.5)
     assert change.decay == float32(0.95)
     assert change.coefficients == (float32(-0.1), float32(-0.2))
+
+
+def test_direction_numbers_that_would_wrap_are_refused():
+    """A wrapped number repeats the directions of the first steps, on each device in another way."""
+    assert directions_of(2**16 - 1, 2**16)[-1] < 2**32
+    check_directions(2**32 - 1, 1)
+    for steps, directions in ((2**16, 2**16), (2**32, 1), (20_000, 215_000)):
+        with pytest.raises(UserError, match=rf"^run\.steps={steps} x estimator\.directions={directions} [^\n]*$"):
+            check_directions(steps, directions)
+        with pytest.raises(UserError):
+            directions_of(steps, directions)
+    for wrong in (2**32, -1):
+        with pytest.raises(AssertionError):
+            rademacher(3, wrong, 0, 128)
+        with pytest.raises(AssertionError):
+            Pass(3, "rademacher", offsets=(Offset(wrong, 1.0),))
+    with pytest.raises(AssertionError):
+        rademacher(2**64, 0, 0, 128)

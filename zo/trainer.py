@@ -136,6 +136,7 @@ class Run:
             held: takes in the lock of the folder, which the caller lets go of.
         """
         self.config, self.mesh, self.command, self._asked = config, mesh, command, asked
+        estimator.check_directions(config.run.steps, config.estimator.directions)
         scales = estimator.ESTIMATORS[config.estimator.name].scales(config.estimator.directions)
         self.rows, self.columns = len(scales), config.batch.columns
         mesh.arrange(fit(config.mesh, mesh.ranks, self.rows, self.columns, mesh.local_ranks))
@@ -267,7 +268,9 @@ class Run:
         result = self.problem.objective(self.model, batch).to(torch.float64)
         mask = batch.get("attention_mask", batch.get("input_ids"))
         tokens = 0 if mask is None else (mask.sum() if mask is batch.get("attention_mask") else mask.numel())
-        return torch.cat((result.view(2), torch.as_tensor(tokens, device=result.device).to(torch.float64).view(1)))
+        # Filled by a kernel: a number that is copied to a GPU would be waited for.
+        count = tokens if isinstance(tokens, Tensor) else result.new_full((1,), tokens)
+        return torch.cat((result.view(2), count.to(result.device, torch.float64).view(1)))
 
     def _record(self, outcome: Outcome, step_s: float, before: Traffic, sent: int) -> dict[str, Any]:
         entry, now = self.log.entries[-1], self.replica.traffic()
