@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = {path.stem: path for path in sorted((ROOT / "zo").glob("*.py"))}
 
 LAYERS = [
-    {"philox", "config", "hardware"},
+    {"philox", "config", "hardware", "determinism"},
     {"rounding", "assets", "metrics", "mesh", "recipe", "disk", "timeline", "preemption"},
     {"perturbation"},
     {"kernels_cpu", "kernels_triton", "layout", "estimator", "tasks", "log", "launcher"},

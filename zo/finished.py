@@ -11,6 +11,7 @@ from torch import nn
 from zo import log as logs
 from zo.blocks import find_layout
 from zo.config import Config, UserError
+from zo.determinism import make_deterministic
 from zo.export import Card
 from zo.folder import RunFolder
 from zo.log import Log
@@ -80,6 +81,7 @@ def load_plain(config: Config) -> FinishedRun:
 
 def _load(problem: Problem, config: Config, blocks: Path) -> Weights:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    make_deterministic(device)
     with torch.no_grad():
         batches = [problem.batches(0, 0)] if not problem.dev_batches else list(problem.dev_batches[:1])
         on_device = [{k: v.to(device) for k, v in batch.items()} for batch in batches]

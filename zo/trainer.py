@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from zo import audit, estimator
 from zo.blocks import find_layout
 from zo.config import Config, UserError
+from zo.determinism import make_deterministic
 from zo.evaluate import evaluate
 from zo.export import write_folder
 from zo.finished import card_of, restore
@@ -106,6 +107,7 @@ class Trainer:
         device = self.config.run.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
+        make_deterministic(device)
         with ExitStack() as held, torch.no_grad():
             asked = held.enter_context(termination())
             mesh = Mesh(device, self.config.mesh.timeout_s)
