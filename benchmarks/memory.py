@@ -12,7 +12,8 @@ import torch
 from step_time import Zo, forwards
 from transformers import OPTConfig, OPTForCausalLM
 
-from zo.perturbation import Change, Offset, visit
+from zo.kernels import visit
+from zo.perturbation import Change, Offset, Pass
 
 MIB = 2**20
 
@@ -45,7 +46,7 @@ def main():
         # Loads numba and the compiled kernel: a constant of the process, reported apart.
         before = resident("VmRSS")
         tiny = torch.zeros(2, 1 << 18, dtype=model.dtype)
-        visit(tiny[0], 0, 1, "rademacher", [Change(1, (0,), (1.0,))], [Offset(1, 1.0)], tiny[1:])
+        visit(tiny[0], 0, Pass(1, "rademacher", (Change(1, (0,), (1.0,)),), (Offset(1, 1.0),)), tiny[1:])
         kernel = resident("VmRSS") - before
         before = resident("VmRSS")
         zo = Zo(model, "rademacher")

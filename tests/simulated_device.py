@@ -323,8 +323,8 @@ def simulated(seed):
 
         return noted
 
-    def visit(device, weights, address, seed, distribution, changes=(), offsets=(), out=None, rows=None):
-        device.access(weights, bool(changes), "replay")
+    def visit(device, weights, address, work, out=None, rows=None):
+        device.access(weights, bool(work.changes), "replay")
 
     patched = [
         (devices.DEVICES, "cpu", make),

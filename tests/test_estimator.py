@@ -6,9 +6,11 @@ from itertools import pairwise
 import pytest
 import torch
 
-from zo.estimator import ESTIMATORS, directions_of, estimate, float32, probes
+from zo.config import UserError
+from zo.estimator import ESTIMATORS, check_directions, directions_of, estimate, float32, probes
+from zo.kernels import visit
 from zo.log import Entry
-from zo.perturbation import Offset, rademacher, visit
+from zo.perturbation import Offset, Pass, rademacher
 from zo.table import LossTable
 from zo.update import SCHEDULES, learning_rate, sgd
 
@@ -18,7 +20,7 @@ EPS = 1e-3
 def table_of(loss, rows, theta, address=0):
     """The table of a function of parameters."""
     out = torch.empty(len(rows), theta.numel(), dtype=theta.dtype)
-    visit(theta, address, 3, "rademacher", [], rows, out)
+    visit(theta, address, Pass(3, "rademacher", offsets=tuple(rows)), out)
     return filled(rows, [float(loss(row)) for row in out])
 
 
@@ -55,7 +57,8 @@ def test_descends_a_quadratic(name, directions):
     for step in range(1, 401):
         rows = probes(name, step, directions, EPS)
         scalars, _ = estimate(name, table_of(loss, rows, theta), EPS)
-        visit(theta, 0, 3, "rademacher", [sgd(Entry(step, step, 1e-3 * directions, scalars), 0.0)])
+        change = sgd(Entry(step, step, 1e-3 * directions, scalars), 0.0)
+        visit(theta, 0, Pass(3, "rademacher", (change,)))
     assert loss(theta) < 0.5 * before
 
 
@@ -97,3 +100,21 @@ def test_weight_decay_is_a_factor_of_its_own():
     change = sgd(Entry(1, 16, 0.1, (2.0, 4.0)), 0.5)
     assert change.decay == float32(0.95)
     assert change.coefficients == (float32(-0.1), float32(-0.2))
+
+
+def test_direction_numbers_that_would_wrap_are_refused():
+    """A wrapped number repeats the directions of the first steps, on each device in another way."""
+    assert directions_of(2**16 - 1, 2**16)[-1] < 2**32
+    check_directions(2**32 - 1, 1)
+    for steps, directions in ((2**16, 2**16), (2**32, 1), (20_000, 215_000)):
+        with pytest.raises(UserError, match=rf"^run\.steps={steps} x estimator\.directions={directions} [^\n]*$"):
+            check_directions(steps, directions)
+        with pytest.raises(UserError):
+            directions_of(steps, directions)
+    for wrong in (2**32, -1):
+        with pytest.raises(AssertionError):
+            rademacher(3, wrong, 0, 128)
+        with pytest.raises(AssertionError):
+            Pass(3, "rademacher", offsets=(Offset(wrong, 1.0),))
+    with pytest.raises(AssertionError):
+        rademacher(2**64, 0, 0, 128)

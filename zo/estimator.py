@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf, isfinite
 
+from zo.config import UserError
 from zo.perturbation import Offset
 from zo.table import LossTable
 
@@ -51,8 +52,26 @@ ESTIMATORS = {
 """The estimators, by the name that ``estimator.name`` takes."""
 
 
+def check_directions(steps: int, directions: int) -> None:
+    """Refuse a run whose last direction has a number beyond the generator's 32-bit counter.
+
+    Raises:
+        UserError: ``steps * directions`` is 2**32 or more; a wrapped number would repeat an earlier direction.
+    """
+    if steps * directions >= 1 << 32:
+        raise UserError(
+            f"run.steps={steps} x estimator.directions={directions} is {steps * directions} directions, and a run has "
+            f"fewer than 2**32; use at most run.steps={((1 << 32) - 1) // directions} or fewer directions"
+        )
+
+
 def directions_of(step: int, directions: int) -> tuple[int, ...]:
-    """Numbers of the directions of step 1, 2, ...: never used twice in a run."""
+    """Return the numbers of the directions of step 1, 2, ...: never used twice in a run.
+
+    Raises:
+        UserError: a number would not fit 32 bits.
+    """
+    check_directions(step, directions)
     return tuple(range((step - 1) * directions, step * directions))
 
 

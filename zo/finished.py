@@ -10,6 +10,7 @@ import torch
 from zo import log as logs
 from zo.assemble import assemble
 from zo.config import Config, UserError
+from zo.determinism import make_deterministic
 from zo.export import Card
 from zo.folder import RunFolder
 from zo.log import Log
@@ -79,8 +80,10 @@ def load_plain(config: Config) -> FinishedRun:
 
 
 def _load(problem: Problem, config: Config, blocks: Path) -> Replica:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    make_deterministic(torch.device(device))
     with torch.no_grad():
-        return assemble(problem, config, Mesh("cuda" if torch.cuda.is_available() else "cpu"), blocks, writable=False)
+        return assemble(problem, config, Mesh(device), blocks, writable=False)
 
 
 def trusting(config: Config, trust: bool) -> Config:

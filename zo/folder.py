@@ -22,10 +22,11 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -52,9 +53,19 @@ LOCK_PATIENCE_S = 3.0
 
 
 def versions() -> dict[str, str]:
-    """Versions of what a result's bits depend on."""
-    libraries = {name: version(name) for name in ("zo", "torch", "transformers", "numba")}
-    return {"python": platform.python_version(), **libraries}
+    """Return the versions of what a result's bits depend on, and the GPU that this process computes with, if any."""
+    found = {"python": platform.python_version()}
+    found |= {name: version(name) for name in ("zo", "torch", "transformers", "numba")}
+    with suppress(PackageNotFoundError):
+        found["triton"] = version("triton")
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        found |= {"cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}
+        for package in ("nvidia-cublas", f"nvidia-cublas-cu{str(torch.version.cuda).split('.')[0]}"):
+            with suppress(PackageNotFoundError):
+                found["cublas"] = version(package)
+        found["gpu"] = f"{properties.name} (compute capability {properties.major}.{properties.minor})"
+    return found
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -5,7 +5,8 @@ them. Bits depend on addresses alone, so any number of threads may split a call.
 pool of Python threads was half as fast, and numba's own ``workqueue`` aborts when two Python threads enter it.
 """
 
-from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
 
 import numba
 import numpy as np
@@ -268,38 +269,43 @@ def _numpy(tensor: Tensor) -> np.ndarray:
     return (tensor if tensor.dtype == torch.float32 else tensor.view(torch.uint16)).detach().numpy()
 
 
-def visit_cpu(
-    weights: Tensor,
-    address: int,
-    seed: int,
-    distribution: str,
-    changes: Sequence[p.Change] = (),
-    offsets: Sequence[p.Offset] = (),
-    out: Tensor | None = None,
-    rows: p.Rows | None = None,
-) -> None:
-    """:func:`zo.perturbation.visit` for tensors on CPU, on as many threads as torch uses."""
-    if rows is not None and changes:
-        visit_cpu(weights, address, seed, distribution, changes)
-        changes = ()
-    count, width = weights.numel(), max((len(c.directions) for c in changes), default=0)
-    stored = _numpy(weights)
-    directions, coefficients = np.zeros((len(changes), width), u64), np.zeros((len(changes), width), f32)
-    for row, change in enumerate(changes):
+@lru_cache(maxsize=256)
+def _numbers(work: p.Pass) -> tuple[np.ndarray, ...]:
+    """A pass's numbers as the kernel takes them; read only.
+
+    Returns:
+        Steps, decays, directions and coefficients of the changes; directions and scales of the probes.
+    """
+    width = max((len(c.directions) for c in work.changes), default=0)
+    directions, coefficients = np.zeros((len(work.changes), width), u64), np.zeros((len(work.changes), width), f32)
+    for row, change in enumerate(work.changes):
         directions[row, : len(change.directions)] = change.directions
         coefficients[row, : len(change.coefficients)] = change.coefficients
-    arguments = (
-        u64(address),
-        u64(seed),
-        distribution == "gaussian",
-        32,
-        KINDS[weights.dtype],
-        np.array([c.step for c in changes], u64),
-        np.array([c.decay for c in changes], f32),
+    return (
+        np.array([c.step for c in work.changes], u64),
+        np.array([c.decay for c in work.changes], f32),
         directions,
         coefficients,
-        np.array([o.direction for o in offsets], u64),
-        np.array([o.scale for o in offsets], f32),
+        np.array([o.direction for o in work.offsets], u64),
+        np.array([o.scale for o in work.offsets], f32),
+    )
+
+
+def visit_cpu(
+    weights: Tensor, address: int, work: p.Pass, out: Tensor | None = None, rows: p.Rows | None = None
+) -> None:
+    """Compute :func:`zo.kernels.visit` for tensors on CPU, on as many threads as torch uses."""
+    if rows is not None and work.changes:
+        visit_cpu(weights, address, replace(work, offsets=()))
+        work = replace(work, changes=())
+    count, stored = weights.numel(), _numpy(weights)
+    arguments = (
+        u64(address),
+        u64(work.seed),
+        work.distribution == "gaussian",
+        32,
+        KINDS[weights.dtype],
+        *_numbers(work),
         np.zeros((0, 0), stored.dtype) if out is None else _numpy(out),
     )
     tiles = np.arange(-(-count // TILE)) if rows is None else _tiles_of(rows, count)

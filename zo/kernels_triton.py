@@ -2,21 +2,27 @@
 
 A program loads a tile of weights, applies every pending entry in registers, stores it, and writes the probes beside.
 Philox runs once a call, not once an element: the words of a vector of calls are laid side by side and widened to
-signs, normals or halves. Nothing is contracted (``enable_fp_fusion=False``), and the 16-bit types are rounded on their
-bits, so a GPU, a CPU and Triton's interpreter agree.
+signs, normals or halves. Nothing is contracted or flushed to zero (``OPTIONS``), and the 16-bit types are rounded on
+their bits, so a GPU, a CPU and Triton's interpreter agree.
 """
 
-from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime import driver
 
 from zo import perturbation as p
 from zo.philox import MULTIPLIER_0, MULTIPLIER_1, ROUNDS, WEYL_0, WEYL_1, Purpose
 
 TILE = 2048
+VECTOR = 16
+"""Elements that a segment's size is counted in where it can be, so that loads and stores are whole vectors."""
+OPTIONS = {"enable_fp_fusion": False, "enable_reflect_ftz": False}
+"""Of the compiler: no product is contracted with a sum, and no subnormal float32 becomes zero."""
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _MUL_0, _MUL_1 = tl.constexpr(MULTIPLIER_0), tl.constexpr(MULTIPLIER_1)
@@ -127,7 +133,7 @@ def _store(stored, place, inside, x, kind: tl.constexpr):  # type: ignore[no-unt
 
 @triton.jit
 def _round_stochastic(x, kind: tl.constexpr, seed_lo, seed_hi, address, step, tile: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Round float32 to numbers of the stored dtype; the equations are perturbation's."""
+    """Round float32 to numbers of the stored dtype; the equations are rounding's."""
     a, b, c, d = _words(seed_lo, seed_hi, address, 8, step, _ROUNDING, tile // 8)
     words = tl.reshape(_side_by_side(a, b, c, d, tile // 8), (tile // 2, 1))
     halves = (words >> (tl.arange(0, 2)[None, :] * 16).to(tl.uint32)) & 0xFFFF
@@ -147,12 +153,15 @@ def _round_stochastic(x, kind: tl.constexpr, seed_lo, seed_hi, address, step, ti
     return rounded.to(tl.float32, bitcast=True)
 
 
-@triton.jit
+# Nothing that changes within a run may choose a variant of the kernel: each takes seconds to compile. Pointers keep
+# Triton's rule (aligned to 16 bytes or not): where segments lie in their memory, a layout fixes once.
+@triton.jit(do_not_specialize=["units", "address", "num_changes", "num_directions", "num_probes"])
 def _visit(  # type: ignore[no-untyped-def]
-    stored, count, address, table, num_changes, num_directions, num_probes, out,
-    kind: tl.constexpr, gaussian: tl.constexpr, tile: tl.constexpr,
+    stored, units: tl.int64, address: tl.int64, table, num_changes: tl.int32, num_directions: tl.int32,
+    num_probes: tl.int32, out, unit: tl.constexpr, kind: tl.constexpr, gaussian: tl.constexpr, tile: tl.constexpr,
 ):  # fmt: skip
     """One tile. ``table``: seed lo, hi; a change's step, decay, then (direction, coefficient)s; (direction, scale)s."""
+    count = units * unit  # The product tells the compiler that whole vectors are inside or outside.
     first = tl.program_id(0).to(tl.int64) * tile
     place = first + tl.arange(0, tile).to(tl.int64)
     inside, here = place < count, address + first
@@ -184,11 +193,14 @@ def _visit(  # type: ignore[no-untyped-def]
         out += count
 
 
-def _table(seed: int, changes: Sequence[p.Change], offsets: Sequence[p.Offset], width: int) -> Tensor:
-    """All numbers of a launch as one int32 tensor, float32 ones by their bits."""
+@lru_cache(maxsize=256)
+def _numbers(work: p.Pass) -> tuple[Tensor, int]:
+    """All numbers of a pass as one int32 tensor, float32 ones by their bits; and the most directions of a change."""
+    changes, offsets = work.changes, work.offsets
+    width = max((len(c.directions) for c in changes), default=0)
     floats = [c for change in changes for c in (change.decay, *change.coefficients)] + [o.scale for o in offsets]
     bits = iter(torch.tensor(floats, dtype=torch.float32).view(torch.int32).tolist())
-    numbers = [seed & 0xFFFFFFFF, seed >> 32]
+    numbers = [work.seed & 0xFFFFFFFF, work.seed >> 32]
     for change in changes:
         numbers += [change.step, next(bits)]
         for direction in change.directions:
@@ -196,31 +208,41 @@ def _table(seed: int, changes: Sequence[p.Change], offsets: Sequence[p.Offset], 
         numbers += [0, 0] * (width - len(change.directions))
     for offset in offsets:
         numbers += [offset.direction, next(bits)]
-    return torch.tensor(numbers, dtype=torch.int64).to(torch.int32)
+    return torch.tensor(numbers, dtype=torch.int64).to(torch.int32), width
+
+
+@lru_cache(maxsize=256)
+def _table(work: p.Pass, device: torch.device, stream: int) -> Tensor:
+    """A pass's numbers on a device, uploaded once for all segments that it visits on one stream.
+
+    ``stream`` is part of the key because the upload is ordered before the launches of its own stream alone.
+    """
+    numbers, _ = _numbers(work)
+    return numbers if device.type == "cpu" else numbers.pin_memory().to(device, non_blocking=True)
+
+
+def arguments(
+    weights: Tensor, address: int, work: p.Pass, table: Tensor, out: Tensor | None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return what the kernel is launched with: its arguments, then its constants and the compiler's options.
+
+    The constants depend on the segment's size, its dtype and the distribution, so that a run's first step compiles
+    all the variants that it will ever need.
+    """
+    count, kind = weights.numel(), KINDS[weights.dtype]
+    unit = VECTOR if count % VECTOR == 0 else 1
+    stored, written = (t if kind == 0 else t.view(torch.int16) for t in (weights, weights if out is None else out))
+    sizes = (len(work.changes), _numbers(work)[1], len(work.offsets))
+    constants = {"unit": unit, "kind": kind, "gaussian": work.distribution == "gaussian", "tile": TILE}
+    return (stored, count // unit, address, table, *sizes, written), constants | OPTIONS
 
 
 def visit_triton(
-    weights: Tensor,
-    address: int,
-    seed: int,
-    distribution: str,
-    changes: Sequence[p.Change] = (),
-    offsets: Sequence[p.Offset] = (),
-    out: Tensor | None = None,
-    rows: p.Rows | None = None,
+    weights: Tensor, address: int, work: p.Pass, out: Tensor | None = None, rows: p.Rows | None = None
 ) -> None:
-    """:func:`zo.perturbation.visit` for tensors on a GPU; nothing waits for the device. All of ``out`` is written."""
-    count, kind = weights.numel(), KINDS[weights.dtype]
-    width = max((len(c.directions) for c in changes), default=0)
-    table = _table(seed, changes, offsets, width)
-    if weights.is_cuda:
-        table = table.pin_memory().to(weights.device, non_blocking=True)
-    target = weights if out is None else out
+    """Compute :func:`zo.kernels.visit` on a GPU; nothing waits for the device, and all of ``out`` is written."""
+    count = weights.numel()
     assert out is None or out.stride(0) == count
-    stored, written = (t if kind == 0 else t.view(torch.int16) for t in (weights, target))
-    grid = (triton.cdiv(count, TILE),)
-    sizes = (len(changes), width, len(offsets))
-    _visit[grid](
-        stored, count, address, table, *sizes, written,
-        kind=kind, gaussian=distribution == "gaussian", tile=TILE, enable_fp_fusion=False,
-    )  # fmt: skip
+    stream = driver.active.get_current_stream(weights.device.index) if weights.is_cuda else 0
+    positional, named = arguments(weights, address, work, _table(work, weights.device, stream), out)
+    _visit[(triton.cdiv(count, TILE),)](*positional, **named)

@@ -1,12 +1,12 @@
 """A perturbation is a function, not a state: z(seed, direction, address), and its fused use on a block.
 
-``visit`` is the one operation on weights that training has. On a run of parameters that starts at a flat address it
+The visit is the one operation on weights that training has. On a run of parameters that starts at a flat address it
 replays pending log entries in place and writes the probes beside, all in one pass over memory:
 
     for each change:  w <- round(decay * w + sum_k coefficient_k * z(direction_k))        (stored dtype)
     for each probe:   out_p = nearest(w + offset_p * z(direction_p))
 
-This file holds the equation in plain torch (any device, slow) and chooses the kernel that repeats it bit for bit.
+This file holds the equation in plain torch (any device, slow); ``kernels`` chooses what repeats it bit for bit.
 Every floating-point operation is a separate IEEE float32 operation: nothing is contracted, so devices agree.
 
 Sources: Spall 1992 and Sadegh & Spall 1998 (SPSA, Rademacher); Box & Muller 1958; Malladi et al. 2023 (MeZO).
@@ -14,11 +14,13 @@ Sources: Spall 1992 and Sadegh & Spall 1998 (SPSA, Rademacher); Box & Muller 195
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from zo.philox import Purpose, words
+from zo.rounding import round_stochastic, rounding_bits
 
 ALIGNMENT = 128
 """Addresses of parameters, slices and kernels' tiles are multiples of this: the signs that one Philox call makes."""
@@ -62,6 +64,38 @@ class Offset:
 
     direction: int
     scale: float
+
+
+@dataclass(frozen=True)
+class Pass:
+    """The arithmetic of one pass over memory, wherever the weights lie: the changes, then the probes of the result.
+
+    A value: what a kernel derives from it (its launch table) is kept under it and serves every segment of a step.
+    """
+
+    seed: int
+    """The run's seed, in [0, 2**64)."""
+    distribution: str
+    """``rademacher`` or ``gaussian``."""
+    changes: tuple[Change, ...] = ()
+    """Log entries to apply, oldest first; each is rounded to the stored dtype, stochastically below float32."""
+    offsets: tuple[Offset, ...] = ()
+    """The probes."""
+
+    def __post_init__(self) -> None:
+        """Check ranges: numbers that do not fit the counter would wrap, on each device in another way."""
+        assert 0 <= self.seed < 1 << 64, self.seed
+        numbers = [c.step for c in self.changes] + [d for c in self.changes for d in c.directions]
+        numbers += [o.direction for o in self.offsets]
+        assert all(0 <= number < 1 << 32 for number in numbers), (min(numbers), max(numbers))
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.seed, self.distribution, self.changes, self.offsets))
+
+    def __hash__(self) -> int:
+        """Return the hash, counted once: a long replay has thousands of changes."""
+        return self._hash
 
 
 @dataclass(frozen=True)
@@ -134,60 +168,12 @@ Z: dict[str, Callable[..., Tensor]] = {"rademacher": rademacher, "gaussian": gau
 """The distributions of z, by the name that ``estimator.distribution`` takes."""
 
 
-def rounding_bits(seed: int, step: int, address: int, count: int, device: torch.device | str = "cpu") -> Tensor:
-    """Sixteen random bits for each of ``count`` addresses from ``address``; int64 of shape ``[count]``.
-
-    Address a takes half ``a % 2`` (low half first) of word ``a % 8 // 2`` of call ``a // 8``.
-    """
-    first = address // 8
-    calls = torch.arange(first, (address + count + 7) // 8, dtype=torch.int64, device=device)
-    w = words(seed, calls, step, Purpose.ROUNDING)
-    return torch.stack((w & 0xFFFF, w >> 16), dim=-1).reshape(-1)[address - 8 * first :][:count]
-
-
-def round_stochastic(values: Tensor, random16: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round float32 values to ``dtype`` up or down with probability by distance.
-
-    Args:
-        values: float32, any shape. Not-a-number and infinity stay what they are.
-        random16: int64 of the same shape, each value in [0, 2**16).
-        dtype: ``torch.bfloat16`` or ``torch.float16``; ``torch.float32`` returns ``values``.
-
-    Returns:
-        Tensor of ``dtype``, the same shape. float16 magnitudes that would pass its largest number become infinite.
-    """
-    if dtype == torch.float32:
-        return values
-    bits = values.view(torch.int32).to(torch.int64) & 0xFFFFFFFF
-    sign, magnitude = bits & 0x80000000, bits & 0x7FFFFFFF
-    if dtype == torch.bfloat16:
-        rounded = torch.where(magnitude < 0x7F800000, magnitude + random16, magnitude) >> 16
-        # A not-a-number whose payload lies in the lost half must not become infinity.
-        rounded = torch.where(magnitude > 0x7F800000, 0x7FC0, rounded)
-    else:
-        normal = ((magnitude + (random16 >> 3)) >> 13) - (112 << 10)
-        # Below 2**-14 the spacing is 2**-24 whatever the exponent: count in units of it.
-        units = values.abs() * 2.0**24 + random16.to(torch.float32) * 2.0**-16
-        subnormal = torch.where(magnitude < 0x38800000, units, 0.0).to(torch.int64)
-        rounded = torch.where(magnitude < 0x38800000, subnormal, normal).clamp(max=0x7C00)
-        rounded = torch.where(magnitude > 0x7F800000, 0x7E00, rounded)
-    stored = rounded | (sign >> 16)
-    return torch.where(stored >= 0x8000, stored - 0x10000, stored).to(torch.int16).view(dtype)
-
-
 def visit_reference(
-    weights: Tensor,
-    address: int,
-    seed: int,
-    distribution: str,
-    changes: Sequence[Change] = (),
-    offsets: Sequence[Offset] = (),
-    out: Tensor | None = None,
-    rows: Rows | None = None,
+    weights: Tensor, address: int, work: Pass, out: Tensor | None = None, rows: Rows | None = None
 ) -> None:
-    """The equation of :func:`visit` in plain torch, on any device; the kernels must give the same bits."""
-    z, count, device = Z[distribution], weights.numel(), weights.device
-    for change in changes:
+    """Compute :func:`zo.kernels.visit` in plain torch, on any device; the kernels must give the same bits."""
+    z, seed, count, device = Z[work.distribution], work.seed, weights.numel(), weights.device
+    for change in work.changes:
         values = weights.to(torch.float32)
         if change.decay != 1.0:
             values = values * change.decay
@@ -196,48 +182,9 @@ def visit_reference(
                 values = values + z(seed, direction, address, count, device) * coefficient
         random16 = rounding_bits(seed, change.step, address, count, device)
         weights.copy_(round_stochastic(values, random16, weights.dtype))
-    for row, offset in enumerate(offsets):
+    for row, offset in enumerate(work.offsets):
         assert out is not None
         values = weights.to(torch.float32)
         if offset.scale != 0.0:
             values = values + z(seed, offset.direction, address, count, device) * offset.scale
         out[row].copy_(values)
-
-
-def visit(
-    weights: Tensor,
-    address: int,
-    seed: int,
-    distribution: str,
-    changes: Sequence[Change] = (),
-    offsets: Sequence[Offset] = (),
-    out: Tensor | None = None,
-    rows: Rows | None = None,
-) -> None:
-    """Replay ``changes`` on ``weights`` in place and write one probe a row of ``out``, in one pass over memory.
-
-    Args:
-        weights: contiguous, shape ``[n]``, float32, bfloat16 or float16; *modified in place* when there are changes.
-        address: flat address of ``weights[0]``, a multiple of ``ALIGNMENT``.
-        seed: the run's seed, in [0, 2**64).
-        distribution: ``rademacher`` or ``gaussian``.
-        changes: log entries to apply, oldest first; each is rounded to the stored dtype, stochastically below float32.
-        offsets: the probes.
-        out: shape ``[len(offsets), n]``, rows contiguous, dtype and device of ``weights``; *modified in place*.
-        rows: what will be read of ``out``; the rest of it may be left as it is. Changes apply to all of ``weights``.
-    """
-    assert address % ALIGNMENT == 0 and weights.is_contiguous() and weights.dtype in STORED_DTYPES
-    _kernel(weights.device.type)(weights, address, seed, distribution, changes, offsets, out, rows)
-
-
-def _kernel(device_type: str) -> Callable[..., None]:
-    # Imported on first use: numba takes a second to import, and Triton is absent where there is no GPU.
-    if device_type == "cpu":
-        from zo.kernels_cpu import visit_cpu
-
-        return visit_cpu
-    if device_type == "cuda":
-        from zo.kernels_triton import visit_triton
-
-        return visit_triton
-    return visit_reference

@@ -61,6 +61,7 @@ def words(seed: int, calls: Tensor, direction: int, purpose: Purpose) -> Tensor:
     Returns:
         int64 tensor of shape ``[*calls.shape, 4]``, each value in [0, 2**32).
     """
+    assert 0 <= seed < 1 << 64 and 0 <= direction <= MASK, (seed, direction)
     constant = torch.full_like(calls, direction), torch.full_like(calls, int(purpose))
     return philox4x32((calls & MASK, calls >> 32, *constant), (seed & MASK, seed >> 32))
 

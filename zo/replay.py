@@ -8,13 +8,18 @@ written in the same pass.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from torch import Tensor
 
-from zo.layout import Block, Segment, runs
+from zo.kernels import visit
+from zo.layout import Block, runs
 from zo.log import Log
-from zo.perturbation import Change, Offset, Rows, visit
+from zo.perturbation import Offset, Pass, Rows
 from zo.update import RULES
+
+PASSES_KEPT = 256
+"""Passes that are kept for the next block of a step: two (with decay and without) for each group of probes."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,7 @@ class Replay:
     def __init__(self, log: Log) -> None:
         """Replay ``log``; entries appended later are seen."""
         self.log, self.recipe = log, Recipe.of(log)
+        self._pass = lru_cache(PASSES_KEPT)(self._make_pass)
 
     def visit(
         self,
@@ -62,14 +68,12 @@ class Replay:
         Returns:
             The newest version, at which the weights stand now.
         """
-        seed, distribution, newest = self.recipe.seed, self.recipe.distribution, self.log.version
-        changes = self._changes(version, newest)
+        newest = self.log.version
         for i, segment in enumerate(block.trainable):
-            if changes or offsets:
+            work = self._pass(version, newest, segment.decays, tuple(offsets))
+            if work.changes or offsets:
                 rows = None if row_numbers is None else Rows(row_numbers, segment.parts[0].shape[1])
-                written = out[i] if offsets else None
-                here = _as_seen_by(segment, changes)
-                visit(masters[i], segment.start, seed, distribution, here, offsets, written, rows)
+                visit(masters[i], segment.start, work, out[i] if offsets else None, rows)
         return newest
 
     def catch_up(self, block: Block, image: Tensor, start: int, version: int, newest: int) -> int:
@@ -85,23 +89,20 @@ class Replay:
         Returns:
             ``newest``.
         """
-        if changes := self._changes(version, newest):
+        if version < newest:
             for segment, first, flat in runs(block, image, start):
                 if not segment.frozen:
-                    here = _as_seen_by(segment, changes)
-                    visit(flat, segment.start + first, self.recipe.seed, self.recipe.distribution, here)
+                    visit(flat, segment.start + first, self._pass(version, newest, segment.decays))
         return newest
 
     def changes_anything(self, block: Block, version: int, newest: int) -> bool:
         """Return whether entries ``version + 1 .. newest`` can alter a block's bytes."""
         return bool(block.trainable) and any(
-            change.decay != 1.0 or any(change.coefficients) for change in self._changes(version, newest)
+            change.decay != 1.0 or any(change.coefficients) for change in self._pass(version, newest, True).changes
         )
 
-    def _changes(self, version: int, newest: int) -> list[Change]:
+    def _make_pass(self, version: int, newest: int, decays: bool, offsets: tuple[Offset, ...] = ()) -> Pass:
         rule, weight_decay = RULES[self.recipe.rule], self.recipe.weight_decay
-        return [rule(entry, weight_decay) for entry in self.log.entries[version:newest]]
-
-
-def _as_seen_by(segment: Segment, changes: list[Change]) -> list[Change]:
-    return changes if segment.decays else [replace(change, decay=1.0) for change in changes]
+        changes = [rule(entry, weight_decay) for entry in self.log.entries[version:newest]]
+        seen = changes if decays else [replace(change, decay=1.0) for change in changes]
+        return Pass(self.recipe.seed, self.recipe.distribution, tuple(seen), offsets)

@@ -42,6 +42,13 @@ def acquire_run_folder(mesh: Mesh, folder: RunFolder, resources: ExitStack) -> b
     return lock is not None
 
 
+def differences(first: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
+    """Return in which versions another rank differs from the first, one a string; an unlike GPU comes last."""
+    keys = sorted(first.keys() | other.keys(), key=lambda key: (key == "gpu", key))
+    pairs = [(key, other.get(key, "none"), first.get(key, "none")) for key in keys]
+    return [f"{key} {theirs}, not {ours}" for key, theirs, ours in pairs if theirs != ours]
+
+
 def check_alike(mesh: Mesh, base: str, data: str) -> None:
     """See that all ranks have the same versions, base weights, training data and time.
 
@@ -53,9 +60,9 @@ def check_alike(mesh: Mesh, base: str, data: str) -> None:
     first = said[0]
     for rank, other in enumerate(said):
         names = f"rank {rank} (host {other['host']})", f"rank 0 (host {first['host']})"
-        different = [f"{k} {other['is'][k]}, not {v}" for k, v in first["is"].items() if other["is"][k] != v]
-        if different:
-            raise UserError(f"{names[0]} has {', '.join(different)} as {names[1]}; install the same on every node")
+        if different := differences(first["is"], other["is"]):
+            remedy = "use GPUs of one kind in a run" if "gpu" in different[-1][:3] else "install the same on every node"
+            raise UserError(f"{names[0]} has {', '.join(different)} as {names[1]}; {remedy}")
         for what, key in (("base weights", "base"), ("training data", "data")):
             if other[key] != first[key]:
                 raise UserError(

@@ -11,6 +11,7 @@ spacing is larger than the difference of two probes. Shapes: B sequences, T toke
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -64,14 +65,15 @@ class Task:
 
 def choice(info: ModelInfo, pad: int, word_ids: Sequence[int]) -> Task:
     """Decide between label words, one token each, at the end of a prompt."""
-    words = torch.tensor(word_ids)
+    # Once for each device: a copy in each forward would make the host wait for the device.
+    words = cache(lambda device: torch.tensor(word_ids, device=device))
 
     def collate(examples: Sequence[Example]) -> Batch:
         return _pad_left(examples, info, pad) | {"labels": torch.tensor([e.target for e in examples])}
 
     def terms(model: nn.Module, batch: Batch) -> Tensor:
         last = _last_logits(model, batch, info, 1)[:, -1]
-        return _decisions(last[:, words.to(last.device)], batch["labels"])
+        return _decisions(last[:, words(last.device)], batch["labels"])
 
     return Task("choice", collate, terms)
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from zo import audit, estimator
 from zo.assemble import assemble, to_device
 from zo.config import Config, UserError, check_threads
+from zo.determinism import make_deterministic
 from zo.evaluate import evaluate
 from zo.export import write_folder
 from zo.finished import card_of, restore_snapshot
@@ -89,6 +90,7 @@ class Trainer:
         device = self.config.run.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
+        make_deterministic(device)
         with ExitStack() as resources, torch.no_grad():
             asked = resources.enter_context(termination())
             mesh = Mesh(device, self.config.mesh.timeout_s)
@@ -111,6 +113,7 @@ class Run:
         """
         self.config, self.mesh = config, mesh
         settings = config.estimator
+        estimator.check_directions(config.run.steps, settings.directions)
         # The table of step 1 has the shape of every step's.
         self._first_table = LossTable(
             estimator.probes(settings.name, 1, settings.directions, settings.eps), config.batch.columns
@@ -208,7 +211,9 @@ class Run:
         result = self.problem.objective(self.replica.model, batch).to(torch.float64)
         mask = batch.get("attention_mask", batch.get("input_ids"))
         tokens = 0 if mask is None else (mask.sum() if mask is batch.get("attention_mask") else mask.numel())
-        return torch.cat((result.view(2), torch.as_tensor(tokens, device=result.device).to(torch.float64).view(1)))
+        # Filled by a kernel: a number that is copied to a GPU would be waited for.
+        count = tokens if isinstance(tokens, Tensor) else result.new_full((1,), tokens)
+        return torch.cat((result.view(2), count.to(result.device, torch.float64).view(1)))
 
     def _after_step(self) -> None:
         step, every, often = self.log.version, self.config.run.snapshot_every, self.config.mesh.check_every
