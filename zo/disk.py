@@ -227,8 +227,11 @@ class Header:
     """What a block's file says of its bytes."""
 
     block: str
+    """Name of the block: a power cut may leave a whole file under another block's name."""
     layout: str
     """Digest of the layout that the bytes are cut by."""
+    run: str
+    """Identity of the log whose entries were applied; empty at version 0."""
     version: int
     """The last entry applied."""
     size_bytes: int

@@ -108,7 +108,7 @@ class Replica:
         self.resident = isinstance(self.store, DeviceStore)
         """Whether all weights are in memory where the model computes."""
         if isinstance(self.store, DiskStore):
-            self.store.open(log.version)
+            self.store.open(log.version, log.identity)
         if isinstance(self.store, DeviceStore):
             self._place: Resident | Ring = Resident(self.store)
             self._bind_masters(self.store)
