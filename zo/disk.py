@@ -17,7 +17,7 @@ import struct
 import zlib
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -255,7 +255,12 @@ class Header:
         end = start + _U32.unpack_from(page, len(MAGIC))[0]
         if end + _U32.size > PAGE or _U32.unpack_from(page, end)[0] != zlib.crc32(page[:end]):
             return None
-        return cls(**json.loads(page[start:end]))
+        try:
+            header = cls(**json.loads(page[start:end]))
+        except (ValueError, TypeError, RecursionError):
+            return None
+        typed = all(type(getattr(header, field.name)) is field.type for field in fields(cls))
+        return header if typed and header.version >= 0 else None
 
 
 def checksum(image: Tensor) -> str:

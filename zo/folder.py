@@ -31,6 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from zo.config import Config, UserError
+from zo.disk import PAGE, Header
 from zo.log import Log, sync_folder
 
 RESULT_KEYS = ("model", "data", "batch", "estimator", "update", "run.seed")
@@ -203,13 +204,24 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            content = {"config": asdict(config), **facts}
+            content = {"config": asdict(config), **facts, "log_header": dict(header)}
             _write_whole(self.config_file, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
             return Log.create(self.log_file, dict(header))
         except OSError as error:
             raise UserError(
                 f"run.dir={self.path} cannot be written: {error.strerror}; choose another folder or make room"
             ) from error
+
+    def left_by_a_log(self) -> list[str]:
+        """Names of what only a run with a log writes."""
+        left = [path for path in (self.metrics_file, self.snapshots) if path.exists()]
+        for path in self.path.glob("blocks/*/*.block"):
+            with open(path, "rb") as file:
+                header = Header.parse(file.read(PAGE))
+            if header is not None and header.version:
+                left.append(path.parent.parent)
+                break
+        return [path.name for path in left]
 
     def save_snapshot(self, step: int, weights: Tensors, base: str, fingerprint: str) -> None:
         """Keep the weights of one version; the last two snapshots stay.

@@ -231,6 +231,7 @@ class Run:
                 self._after_step(metrics, progress)
                 loss, stops = outcome.loss, outcome.stops
             self.replica.settle()
+            self.log.check_in_place()
             if self.log.version < config.run.steps:
                 progress.say(
                     f"SIGTERM ended {self.folder.path} after step {self.log.version} of {config.run.steps}; the same "
