@@ -3,14 +3,18 @@
 import errno
 import json
 import os
+import random
 import resource
+import struct
 import subprocess
 import sys
+import zlib
+from pathlib import Path
 
 import pytest
 
 from zo.config import UserError
-from zo.log import Entry, Log, main, read
+from zo.log import Entry, Log, _header_bytes, main, read
 
 HEADER = {"directions": 2, "seed": 1, "base": "abc"}
 
@@ -52,13 +56,47 @@ def test_a_tail_torn_at_any_byte_costs_only_its_own_entry(tmp_path):
         assert path.read_bytes() == data
 
 
-def test_every_flipped_byte_ends_the_log_before_it(tmp_path):
+def test_a_flipped_byte_with_whole_steps_after_it_is_damage_and_the_last_entrys_a_torn_tail(tmp_path):
+    """Cutting at the damage would lose the steps after it without a word."""
     path = tmp_path / "steps.log"
-    data, start = written(path, 3), len(written(tmp_path / "none", 0))
-    size = (len(data) - start) // 3
+    data, start = written(path, 4), len(written(tmp_path / "none", 0))
+    size = (len(data) - start) // 4
     for at in range(start, len(data)):
-        path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
-        assert len(read(path)[1]) == (at - start) // size
+        flipped = data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+        path.write_bytes(flipped)
+        step = (at - start) // size + 1
+        if step == 4:
+            assert len(read(path)[1]) == 3
+            continue
+        for opened in (read, Log.open):
+            with pytest.raises(UserError, match=rf"step {step} is damaged .*--repair") as caught:
+                opened(path)
+            assert "\n" not in str(caught.value)
+        assert path.read_bytes() == flipped
+
+
+def test_repair_keeps_a_copy_and_cuts_before_the_damage(tmp_path, capsys):
+    path = tmp_path / "steps.log"
+    data, start = written(path, 5), len(written(tmp_path / "none", 0))
+    size = (len(data) - start) // 5
+    damaged = bytearray(data)
+    damaged[start + 2 * size + 3] ^= 8
+    path.write_bytes(damaged)
+    assert main([str(path), "--repair"]) == 0
+    assert "cut 3 steps" in capsys.readouterr().out
+    assert path.read_bytes() == data[: start + 2 * size]
+    assert (tmp_path / "steps.log.damaged").read_bytes() == damaged
+    assert len(Log.open(path).entries) == 2
+
+
+@pytest.mark.parametrize("tail", [b"\0" * 200, bytes(range(1, 200)), b"\xff" * 150])
+def test_a_tail_of_nothing_valid_is_cut_however_long(tmp_path, tail):
+    path = tmp_path / "steps.log"
+    data = written(path, 3)
+    path.write_bytes(data + tail)
+    log = Log.open(path)
+    assert (log.version, log.cut_bytes) == (3, len(tail))
+    assert path.read_bytes() == data
 
 
 def test_lost_and_exchanged_entries_are_noticed(tmp_path):
@@ -66,9 +104,60 @@ def test_lost_and_exchanged_entries_are_noticed(tmp_path):
     data, start = written(path, 3), len(written(tmp_path / "none", 0))
     size = (len(data) - start) // 3
     one, two, three = (data[start + i * size : start + (i + 1) * size] for i in range(3))
-    for body, kept in ((one + three, 1), (two + one + three, 0), (one + one + two, 1)):
+    for body in (two + three, one + one + two):
         path.write_bytes(data[:start] + body)
-        assert len(read(path)[1]) == kept
+        with pytest.raises(UserError, match="damaged"):
+            read(path)
+    path.write_bytes(data[:start] + one + three)
+    assert len(read(path)[1]) == 1
+
+
+def test_a_log_that_was_deleted_or_moved_takes_no_more_steps(tmp_path):
+    for change, said in ((Path.unlink, "was deleted"), (lambda p: p.rename(tmp_path / "elsewhere"), "was moved")):
+        path = tmp_path / "steps.log"
+        written(path, 2)
+        log = Log.open(path)
+        change(path)
+        with pytest.raises(UserError, match=said) as caught:
+            log.append(entry(3))
+        assert "\n" not in str(caught.value)
+        log.close()
+
+
+@pytest.mark.parametrize(
+    "changes", [{"directions": -1}, {"directions": "2"}, {"directions": 10**12}, {"seed": None}, {"directions": True}]
+)
+def test_a_header_that_no_run_writes_is_one_line(tmp_path, changes):
+    path = tmp_path / "steps.log"
+    path.write_bytes(_header_bytes(HEADER | changes))
+    with pytest.raises(UserError, match="header that cannot be used"):
+        read(path)
+
+
+def test_numbers_that_are_not_finite_are_damage(tmp_path):
+    path = tmp_path / "steps.log"
+    data = written(path, 1)
+    body = struct.pack("<QQd2f", 2, 32, 1.0, float("nan"), 0.0)
+    path.write_bytes(data + body + struct.pack("<I", zlib.crc32(body, struct.unpack("<I", data[-4:])[0])))
+    with pytest.raises(UserError, match="step 2 has a number that is not finite"):
+        read(path)
+
+
+def test_whatever_the_bytes_are_a_log_is_read_or_refused(tmp_path):
+    path, chance = tmp_path / "steps.log", random.Random(0)
+    whole = written(path, 6)
+    expected = read(path)[1]
+    for _ in range(2000):
+        data = bytearray(whole)
+        for _ in range(chance.randint(1, 3)):
+            at = chance.randrange(len(data))
+            data[at : at + chance.randint(0, 5)] = chance.randbytes(chance.randint(0, 5))
+        path.write_bytes(data)
+        try:
+            found = read(path)[1]
+        except UserError:
+            continue
+        assert found == expected[: len(found)]
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"ZOLOG1\n\xff\xff\xff\x7f{}"])

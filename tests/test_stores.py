@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import make_llama, make_tokenizer
+from logs import same_log
 from ranks import KILLED, kill_at, train
 from safetensors.torch import load_file
 from torch import nn
@@ -62,7 +63,7 @@ def test_a_store_is_not_part_of_the_result(overrides, expected, tmp_path, place)
     folder, summary = expected
     found = run([*overrides, *BITS, *place], tmp_path / "run")
     assert (found["fingerprint"], found["eval"]) == (summary["fingerprint"], summary["eval"])
-    assert (tmp_path / "run" / "steps.log").read_bytes() == (folder / "steps.log").read_bytes()
+    assert same_log(tmp_path / "run" / "steps.log", folder / "steps.log")
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -194,6 +195,36 @@ def test_a_block_cut_short_is_made_anew(overrides, expected, tmp_path):
     run(settings, tmp_path / "run", "run.steps=4")
     for path in block_files(tmp_path / "run"):
         os.truncate(path, path.stat().st_size - 4096)
+    assert run(settings, tmp_path / "run")["fingerprint"] == expected[1]["fingerprint"]
+
+
+def test_two_block_files_exchanged_are_made_anew(overrides, expected, tmp_path):
+    settings = [*overrides, *BITS, *DISK]
+    run(settings, tmp_path / "run", "run.steps=4")
+    sizes = {}
+    for path in block_files(tmp_path / "run"):
+        sizes.setdefault(path.stat().st_size, []).append(path)
+    one, other = next(paths for paths in sizes.values() if len(paths) > 1)[:2]
+    held = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(held)
+    assert run(settings, tmp_path / "run")["fingerprint"] == expected[1]["fingerprint"]
+
+
+def test_blocks_and_log_of_another_run_are_not_taken(overrides, expected, tmp_path):
+    settings = [*overrides, *BITS, *DISK]
+    run(settings, tmp_path / "run", "run.steps=4")
+    run([*settings, "update.lr=2e-3"], tmp_path / "other", "run.steps=4")
+    log = (tmp_path / "run" / "steps.log").read_bytes()
+    for path in block_files(tmp_path / "other"):
+        (tmp_path / "run" / "blocks" / "rank-00000" / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "run" / "steps.log").write_bytes((tmp_path / "other" / "steps.log").read_bytes())
+    with pytest.raises(UserError, match="is the log of another run"):
+        run(settings, tmp_path / "run")
+    (tmp_path / "run" / "steps.log").unlink()
+    with pytest.raises(UserError, match=r"steps\.log is missing"):
+        run(settings, tmp_path / "run")
+    (tmp_path / "run" / "steps.log").write_bytes(log)
     assert run(settings, tmp_path / "run")["fingerprint"] == expected[1]["fingerprint"]
 
 

@@ -18,7 +18,7 @@ import struct
 import zlib
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -230,8 +230,11 @@ class Header:
     """What a block's file says of its bytes."""
 
     block: str
+    """Name of the block: a power cut may leave a whole file under another block's name."""
     layout: str
     """Digest of the layout that the bytes are cut by."""
+    run: str
+    """Identity of the log whose entries were applied; empty at version 0."""
     version: int
     """The last entry applied."""
     size_bytes: int
@@ -255,7 +258,12 @@ class Header:
         end = start + _U32.unpack_from(page, len(MAGIC))[0]
         if end + _U32.size > PAGE or _U32.unpack_from(page, end)[0] != zlib.crc32(page[:end]):
             return None
-        return cls(**json.loads(page[start:end]))
+        try:
+            header = cls(**json.loads(page[start:end]))
+        except (ValueError, TypeError, RecursionError):
+            return None
+        typed = all(type(getattr(header, field.name)) is field.type for field in fields(cls))
+        return header if typed and header.version >= 0 else None
 
 
 def checksum(image: Tensor) -> str:

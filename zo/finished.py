@@ -13,7 +13,7 @@ from zo.config import Config, UserError
 from zo.determinism import make_deterministic
 from zo.export import Card
 from zo.folder import RunFolder
-from zo.log import Log
+from zo.log import Log, difference
 from zo.mesh import Mesh
 from zo.problem import Problem, build_problem
 from zo.recipe import config_of
@@ -63,8 +63,13 @@ def load_run(path: Path, change: Callable[[Config], Config] = lambda config: con
     config = change(config_of(content["config"]))
     problem = build_problem(config)
     replica = _load(problem, config, folder.blocks(0))
-    if replica.store.base != header["base"]:
+    if replica.store.base != header.get("base"):
         raise UserError(f"run={path}: the base model is not the one that its log began from; restore that model")
+    if (begun := content.get("log_header")) and (found := difference(header, begun)):
+        raise UserError(
+            f"run={path}: steps.log is of another run than config.yaml: {found[0]} is {found[1]} there and "
+            f"{found[2]} in config.yaml; put this run's log back"
+        )
     log = Log(header, entries)
     restore_snapshot(folder, replica, log)
     replica.open(log)

@@ -33,7 +33,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from zo.config import Config, UserError
-from zo.disk import BLOCK_FILE
+from zo.disk import BLOCK_FILE, PAGE, Header
 from zo.log import Log, sync_folder
 from zo.redact import without_secrets_in
 
@@ -60,7 +60,7 @@ def versions() -> dict[str, str]:
         found["triton"] = version("triton")
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-        found |= {"cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}
+        found |= {"cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}  # type: ignore[no-untyped-call]
         for package in ("nvidia-cublas", f"nvidia-cublas-cu{str(torch.version.cuda).split('.')[0]}"):
             with suppress(PackageNotFoundError):
                 found["cublas"] = version(package)
@@ -289,13 +289,24 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            content = without_secrets_in({"config": asdict(config), **facts})
+            content = without_secrets_in({"config": asdict(config), **facts}) | {"log_header": dict(header)}
             _write_whole(self.config_file, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
             return Log.create(self.log_file, dict(header))
         except OSError as error:
             raise UserError(
                 f"run.dir={self.path} cannot be written: {error.strerror}; choose another folder or make room"
             ) from error
+
+    def left_by_a_log(self) -> list[str]:
+        """Names of what only a run with a log writes."""
+        left = [path for path in (self.metrics_file, self.snapshots) if path.exists()]
+        for path in self.path.glob("blocks/*/*.block"):
+            with open(path, "rb") as file:
+                header = Header.parse(file.read(PAGE))
+            if header is not None and header.version:
+                left.append(path.parent.parent)
+                break
+        return [path.name for path in left]
 
     def save_snapshot(self, step: int, weights: Tensors, base: str, fingerprint: str) -> None:
         """Keep the weights of one version; the last two snapshots stay.

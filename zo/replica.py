@@ -86,7 +86,7 @@ class Replica:
     def open(self, log: Log) -> None:
         """Follow a log, from the version at which each block stands; blocks catch up when they are visited."""
         self.log, replay, store = log, Replay(log), self.store
-        store.open(log.version)
+        store.open(log.version, log.identity)
         self.cache = (
             ResidentCache(store)
             if isinstance(store, DeviceStore)

@@ -7,6 +7,7 @@ a node's disk may be lost. When ranks meet, the longest log is every rank's, and
 import platform
 import socket
 import time
+import uuid
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -14,7 +15,7 @@ from typing import Any
 
 from zo.config import Config, UserError
 from zo.folder import Lock, RunFolder, lock_owner, versions
-from zo.log import Entry, Log
+from zo.log import Entry, Log, difference
 from zo.mesh import Mesh
 
 CLOCKS_APART_S = 10.0
@@ -94,8 +95,9 @@ def open_log(
     with mesh.agreed():
         if keeps and folder.log_file.exists():
             log = _matching(folder, header)
-    lengths = mesh.collect(-1 if log is None else log.version)
-    source = lengths.index(max(lengths))
+    copies = mesh.collect(None if log is None else [log.version, log.header])
+    source = max(range(len(copies)), key=lambda rank: copies[rank][0] if copies[rank] else -1)
+    header = _header_of_all(mesh, folder, keeps, copies, header)
     longest = mesh.broadcast([asdict(e) for e in log.entries] if log and mesh.rank == source else [], source)
     entries = [Entry(**{**e, "scalars": tuple(e["scalars"])}) for e in longest]
     with mesh.agreed():
@@ -112,12 +114,50 @@ def open_log(
     return log
 
 
+def _header_of_all(
+    mesh: Mesh, folder: RunFolder, keeps: bool, copies: list[Any], header: dict[str, Any]
+) -> dict[str, Any]:
+    """The header that all copies of the log have, or a new run's."""
+    held = {rank: copy[1] for rank, copy in enumerate(copies) if copy}
+    if not held:
+        with mesh.agreed():
+            if keeps and (left := folder.left_by_a_log()):
+                raise UserError(
+                    f"{folder.log_file} is missing, and {', '.join(left)} of its run are there; put the log back, or "
+                    "use another run.dir"
+                )
+        made: dict[str, Any] = mesh.broadcast({"run": uuid.uuid4().hex, **header})
+        return made
+    first, *others = held
+    for rank in others:
+        if found := difference(held[rank], held[first]) or difference(held[first], held[rank]):
+            raise UserError(
+                f"the logs of ranks {first} and {rank} are of two runs: {found[0]} is {found[2]} and {found[1]}; move "
+                "one of them away"
+            )
+    agreed: dict[str, Any] = held[first]
+    return agreed
+
+
 def _matching(folder: RunFolder, header: Mapping[str, Any]) -> Log:
     log = Log.open(folder.log_file)
-    for key, what in (("base", "base model"), ("data", "training data")):
-        if log.header[key] != header[key]:
+    if found := difference(log.header, header):
+        log.close()
+        key, there, here = found
+        if what := {"base": "base model", "data": "training data"}.get(key):
             raise UserError(
-                f"run.dir={folder.path} began from another {what}: its log names {log.header[key][:12]}, this one is "
-                f"{header[key][:12]}; restore it, or use a new run.dir"
+                f"run.dir={folder.path} began from another {what}: its log names {str(there)[:12]}, this one is "
+                f"{here[:12]}; restore it, or use a new run.dir"
             )
+        raise UserError(
+            f"{folder.log_file} is the log of another run: {key} is {there!r} there and {here!r} now; put this run's "
+            "log back, or use another run.dir"
+        )
+    begun = folder.read_config().get("log_header")
+    if begun and (found := difference(log.header, begun)):
+        log.close()
+        raise UserError(
+            f"{folder.log_file} is the log of another run than config.yaml: {found[0]} is {found[1]} there and "
+            f"{found[2]} in config.yaml; put this run's log back, or use another run.dir"
+        )
     return log

@@ -28,6 +28,7 @@ from zo.budget import disk_bytes, file_bytes, slot_bytes, stored_bytes, within_s
 from zo.config import UserError
 from zo.disk import BLOCK_FILE, PAGE, Engine, Header, checksum
 from zo.layout import WHOLE, Block, Layout, Slice, runs, views
+from zo.log import sync_folder
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Of malloc.h: how much the heap may keep at its end; from which size on an allocation has pages of its own."""
@@ -162,7 +163,7 @@ class DeviceStore:
                     found.append(flat[offset : offset + segment.numel])
         return found
 
-    def open(self, newest: int) -> None:
+    def open(self, newest: int, run: str) -> None:
         """See :class:`Store`; all weights are at version 0, or a snapshot's."""
 
     def fill(self, get: Callable[[str], Tensor], version: int) -> str:
@@ -240,7 +241,7 @@ class HostStore:
         self._images[block.index].copy_(within_slot(slot, self.slice.within(block)))
         self.versions[block.index] = version
 
-    def open(self, newest: int) -> None:
+    def open(self, newest: int, run: str) -> None:
         """See :class:`Store`; all weights are at version 0, or a snapshot's."""
 
     def fill(self, get: Callable[[str], Tensor], version: int) -> str:
@@ -289,7 +290,9 @@ class DiskStore:
         self._digest = f"{layout.digest} slice {slice.index} of {slice.of}"
         self.buffers: Sequence[Tensor] = ()
         self.corrupt: list[str] = []
-        """Names of blocks whose file was found damaged, and made anew from base and log."""
+        """Names of blocks whose file was found corrupt, and that are rebuilt from base and log."""
+        self._run: str | None = None
+        """Identity of the run, once its log is known."""
         self._base, self._engine, self._folder = base, engine, folder
         self._headers: dict[int, Header] = {}
         self._spare: dict[int, Path] = {}
@@ -324,13 +327,20 @@ class DiskStore:
         self.base = fingerprint.hexdigest()
         return checksums
 
-    def open(self, newest: int) -> None:
-        """Go on with what an earlier process wrote, as far as a log of ``newest`` entries explains it."""
+    def open(self, newest: int, run: str) -> None:
+        """Go on with the blocks that an earlier process of the same run wrote.
+
+        Args:
+            newest: entries of the log; a block of a later version is not used.
+            run: identity of the log (:attr:`zo.log.Log.identity`); a block of another run is not used.
+        """
+        self._run = run
         for block in self.layout.blocks:
             header = self._header(block)
             if header is None or header.version > newest:
                 continue
-            if header.version or header.checksum == self._checksums[block.index]:
+            # Before the first step there is no log: such a block is held against the base itself.
+            if header.run == run if header.version else header.checksum == self._checksums[block.index]:
                 self._headers[block.index], self.versions[block.index] = header, header.version
         if self.writable and self._folder.is_dir():
             known = {self._path(self.layout.blocks[index]) for index in self._headers}
@@ -348,8 +358,8 @@ class DiskStore:
                 header = Header.parse(file.read(PAGE))
         except OSError:
             return None
-        size = len(self.slice.within(block))
-        ours = header is not None and (header.layout, header.size_bytes) == (self._digest, size)
+        expected = block.name, self._digest, len(self.slice.within(block))
+        ours = header is not None and (header.block, header.layout, header.size_bytes) == expected
         return header if ours else None
 
     def _framed(self, block: Block, slot: Tensor) -> Tensor:
@@ -369,17 +379,23 @@ class DiskStore:
         """See :class:`Store`; a file that is damaged gives way to the base, so to a replay of the whole log."""
         image, header = within_slot(slot, self.slice.within(block)), self._headers.get(block.index)
         if header is not None:
+            framed = self._framed(block, slot)
             try:
-                self._engine.read(self._path(block), 0, self._framed(block, slot))
-                if checksum(image) == header.checksum:
+                self._engine.read(self._path(block), 0, framed)
+                # The whole header, as it is now: another block's file may have come to stand under this name.
+                if Header.parse(framed[:PAGE].numpy().tobytes()) == header and checksum(image) == header.checksum:
                     return header.version
             except OSError:
                 pass  # As good as damaged.
-            self.corrupt.append(block.name)
-            del self._headers[block.index]
-            self.versions[block.index] = 0
+            self._give_up(block)
         self._read_anew(block, image)
         return 0
+
+    def _give_up(self, block: Block) -> None:
+        """Count a block's file as corrupt; the block stands at version 0 from now on."""
+        self.corrupt.append(block.name)
+        del self._headers[block.index]
+        self.versions[block.index] = 0
 
     def _read_anew(self, block: Block, image: Tensor) -> None:
         try:
@@ -401,10 +417,12 @@ class DiskStore:
             self.versions[block.index] = version
             return
         image = within_slot(slot, own)
-        header = Header(block.name, self._digest, version, len(own), checksum(image))
+        run = self._run if version else ""
+        assert run is not None  # Versions begin with a log.
+        header = Header(block.name, self._digest, run, version, len(own), checksum(image))
         under = framed[:PAGE].clone()  # The end of the slice before, or nothing.
         framed[:PAGE] = torch.frombuffer(bytearray(header.page()), dtype=torch.uint8)
-        beside = self._spare.pop(file_bytes(block, self.slice), path.with_suffix(".new"))
+        beside = self._file_to_write(block)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._engine.write(beside, framed)
@@ -423,10 +441,26 @@ class DiskStore:
             ) from error
         self._headers[block.index], self.versions[block.index] = header, version
 
+    def _file_to_write(self, block: Block) -> Path:
+        """The file to write a block to before it is renamed: a retired one of its size, or a new one."""
+        spare = self._spare.pop(file_bytes(block, self.slice), None)
+        if spare is not None:
+            try:
+                # Until the folder is synced, a power cut may bring the old name back, to what is written now.
+                sync_folder(self._folder)
+                return spare
+            except OSError:  # Some file systems cannot sync a folder.
+                spare.unlink(missing_ok=True)
+        return self._path(block).with_suffix(".new")
+
     def peek(self, block: Block, start: int, image: Tensor) -> int:
         """See :class:`DeviceStore`."""
-        if block.index not in self._headers:
+        header = self._headers.get(block.index)
+        if header is not None and self._header(block) != header:
+            self._give_up(block)
+            header = None
+        if header is None:
             self._base.read(block, self.layout, image, start)
             return 0
         self._engine.read(self._path(block), PAGE + start - self.slice.within(block).start, image)
-        return self._headers[block.index].version
+        return header.version

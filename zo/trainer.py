@@ -170,6 +170,7 @@ class Run:
                 self.reporter.end_step(loss, skipped, table.tokens)
                 self._after_step()
             self.replica.drain()
+            self.log.check_in_place()
             if self.log.version < config.run.steps:
                 self.reporter.progress.say(
                     f"SIGTERM ended {self.folder.path} after step {self.log.version} of {config.run.steps}; the same "
