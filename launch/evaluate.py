@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> None:
 
     from zo.evaluate import evaluate
     from zo.finished import load_plain, load_run, with_data
-    from zo.mesh import Mesh
+    from zo.process_group import Mesh
 
     if path:
         finished = load_run(path, lambda c: with_data(c, own["data"]) if "data" in own else c)

@@ -11,9 +11,9 @@ SOURCES = {path.stem: path for path in sorted((ROOT / "zo").glob("*.py"))}
 
 LAYERS = [
     {"philox", "config", "hardware"},
-    {"perturbation", "assets", "metrics", "mesh", "recipe", "disk", "timeline", "preemption"},
-    {"kernels_cpu", "kernels_triton", "layout", "estimator", "tasks", "log", "launcher"},
-    {"base", "blocks", "binding", "update", "data", "folder", "export"},
+    {"perturbation", "assets", "metrics", "mesh", "failure", "recipe", "disk", "timeline", "preemption"},
+    {"kernels_cpu", "kernels_triton", "layout", "estimator", "tasks", "log", "launcher", "slices"},
+    {"base", "blocks", "binding", "update", "data", "folder", "export", "process_group"},
     {"store", "shards", "lockstep", "replay", "roll_call"},
     {"lanes", "model"},
     {"ring", "problem"},
@@ -53,8 +53,8 @@ def test_only_replay_writes_parameters():
     assert users(r"import .*\bvisit\b(?!_)") == {"replay"}
 
 
-def test_only_the_mesh_speaks_to_torch_distributed():
-    assert users(r"torch\.distributed|init_process_group") == {"mesh"}
+def test_only_two_modules_speak_to_torch_distributed():
+    assert users(r"torch\.distributed|init_process_group") == {"process_group", "slices"}
 
 
 def test_only_the_streamers_lanes_know_streams():

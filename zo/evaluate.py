@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from zo.mesh import Mesh
+from zo.process_group import Mesh
 from zo.replica import Replica
 from zo.tasks import Batch, Task
 

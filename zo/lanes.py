@@ -17,7 +17,7 @@ from torch import Tensor
 
 from zo.disk import PAGE, Engine
 from zo.layout import Block
-from zo.mesh import Slices
+from zo.slices import Slices
 from zo.store import DiskStore, HostStore, allocate, lock_pages, slot_bytes, within_slot
 from zo.timeline import Timeline
 

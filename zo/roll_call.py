@@ -15,7 +15,7 @@ from typing import Any
 from zo.config import Config, UserError
 from zo.folder import Lock, RunFolder, lock_owner, versions
 from zo.log import Entry, Log
-from zo.mesh import Mesh
+from zo.process_group import Mesh
 
 CLOCKS_APART_S = 10.0
 """torchrun takes a node for dead whose clock is 15 s from another's."""

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from zo.binding import Binding
 from zo.layout import Block
-from zo.mesh import Slices
 from zo.perturbation import Offset
 from zo.replay import Replay
 from zo.ring import Place
+from zo.slices import Slices
 from zo.store import allocate
 from zo.timeline import Timeline
 

@@ -27,10 +27,11 @@ from zo.export import write_folder
 from zo.finished import card_of, restore
 from zo.folder import RunFolder, versions
 from zo.log import Entry, Log
-from zo.mesh import Mesh, fit, owners
+from zo.mesh import fit, owners
 from zo.metrics import MetricsFile, Progress, finite_or_none, memory
 from zo.preemption import termination
 from zo.problem import Problem, build_problem, own_problem
+from zo.process_group import Mesh
 from zo.replica import Replica, Traffic, Weights
 from zo.roll_call import check_alike, keep, open_log
 from zo.selfcheck import move_resident, self_check
