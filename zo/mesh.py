@@ -5,7 +5,10 @@ The slice axis cuts the ranks of each node into groups that keep one copy of the
 contributes the cells it owns and puts all of them in the same places, so nothing depends on who computed one.
 """
 
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from zo.config import MeshConfig, UserError
 
@@ -81,3 +84,84 @@ def owners(shape: Shape, rows: int, columns: int) -> list[int]:
         return [r // tall * shape.data + c // wide for r in range(rows) for c in range(columns)]
     ranks = shape.perturb * shape.data
     return [rank for rank in range(ranks) for _ in share(rows * columns, ranks, rank)]
+
+
+@lru_cache(8)
+def places(owners: tuple[int, ...], ranks: int) -> tuple[int, tuple[int, ...]]:
+    """Return where values lie once every rank's, padded to the same number, are put one after another.
+
+    Args:
+        owners: for every value, the rank that has it.
+        ranks: of the run.
+
+    Returns:
+        The most values that one rank has, and for every value its rank times one more than that
+        (each rank adds a flag behind its values) plus its number among the rank's. Takes
+        ``len(owners) + ranks`` operations.
+    """
+    taken, numbers = [0] * ranks, []
+    for rank in owners:
+        numbers.append(taken[rank])
+        taken[rank] += 1
+    most = max(taken)
+    return most, tuple(rank * (most + 1) + number for rank, number in zip(owners, numbers, strict=True))
+
+
+def idle_report(
+    shape: Shape,
+    rows_of: Callable[[int], int],
+    directions: int,
+    sequences: int,
+    micro: int,
+) -> str | None:
+    """Return a line that says which ranks have no cell, or fewer than others, and what fills them.
+
+    Args:
+        shape: of the mesh.
+        rows_of: rows of the loss table for a number of directions.
+        directions: a step.
+        sequences: a step.
+        micro: sequences of a micro-batch.
+
+    Returns:
+        ``None`` where every rank has the same number of cells.
+    """
+    ranks, rows, columns = shape.perturb * shape.data, rows_of(directions), sequences // micro
+    cells = Counter(owners(shape, rows, columns))
+    counts = sorted({cells[rank] for rank in range(ranks)})
+    if len(counts) == 1:
+        return None
+    if counts[0] == 0:
+        idle = ranks - len(cells)
+        found = f"{idle} of {ranks} ranks {'has' if idle == 1 else 'have'} no cell"
+    else:
+        found = f"ranks have {counts[0]} or {counts[-1]} cells each, and those with fewer wait"
+    fills = _fills(ranks, rows_of, directions, sequences, micro)
+    remedy = " or ".join(f"{setting} ({total} cells)" for setting, total in fills)
+    return (
+        f"{found}: the loss table has {_lines(rows, 'row')} (probes) x {_lines(columns, 'column')} "
+        f"(micro-batches) for {ranks} ranks; {remedy} would give each the same, in a new run, for "
+        "they change the result"
+    )
+
+
+def _lines(count: int, name: str) -> str:
+    return f"{count} {name}{'s' * (count != 1)}"
+
+
+def _fills(
+    ranks: int, rows_of: Callable[[int], int], directions: int, sequences: int, micro: int
+) -> Sequence[tuple[str, int]]:
+    """Return settings near the given ones whose number of cells is a multiple of the ranks'."""
+    found, rows, columns = [], rows_of(directions), sequences // micro
+    divisors = [m for m in range(1, sequences + 1) if sequences % m == 0]
+    # The largest micro-batch that is not larger than now costs the least; else the next larger one.
+    for m in sorted(divisors, key=lambda m: (m > micro, abs(m - micro))):
+        if rows * (sequences // m) % ranks == 0:
+            found.append((f"batch.micro={m}", rows * (sequences // m)))
+            break
+    for more in range(directions + 1, directions + ranks + 1):
+        if rows_of(more) * columns % ranks == 0:
+            found.append((f"estimator.directions={more}", rows_of(more) * columns))
+            break
+    return found

@@ -22,7 +22,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from zo.config import UserError
 from zo.failure import Peers
-from zo.mesh import Shape
+from zo.mesh import Shape, places
 from zo.slices import Slices
 
 
@@ -110,18 +110,15 @@ class Mesh:
         local = torch.stack(list(mine)).to("cpu", torch.float64) if mine else torch.zeros(0, width, dtype=torch.float64)
         if self.ranks == 1:
             return local, flag
-        most = max(owners.count(rank) for rank in range(self.ranks)) + 1
+        most, at = places(tuple(owners), self.ranks)
+        most += 1
         padded = torch.zeros(most, width, dtype=torch.float64)
         padded[: len(local)], padded[-1] = local, float(flag)
         gathered = torch.empty(self.ranks * most, width, dtype=torch.float64)
         with self.together():
             dist.all_gather_single(gathered, padded)
         self.scalar_bytes += padded.nbytes
-        taken, places = [0] * self.ranks, []
-        for rank in owners:
-            places.append(rank * most + taken[rank])
-            taken[rank] += 1
-        return gathered[places], bool(gathered[most - 1 :: most].any())
+        return gathered[list(at)], bool(gathered[most - 1 :: most].any())
 
     def broadcast(self, value: Any, source: int = 0) -> Any:
         """One rank's value on every rank; what JSON can carry."""

@@ -27,7 +27,7 @@ from zo.export import write_folder
 from zo.finished import card_of, restore
 from zo.folder import RunFolder, versions
 from zo.log import Entry, Log
-from zo.mesh import fit, owners
+from zo.mesh import fit, idle_report, owners
 from zo.metrics import MetricsFile, Progress, finite_or_none, memory
 from zo.preemption import termination
 from zo.problem import Problem, build_problem, own_problem
@@ -209,7 +209,8 @@ class Run:
         """Train, evaluate, export."""
         config, begun = self.config, time.monotonic()
         progress = Progress(config.run.steps, self.log.version, self.mesh.rank == 0)
-        progress.say(self._summary())
+        for line in filter(None, (self._summary(), self._idle())):
+            progress.say(line)
         if config.estimator.distribution == "gaussian" and config.update.lr >= FIRST_ORDER_LR:
             progress.say(
                 f"update.lr={config.update.lr} looks like a rate for gradients; full fine-tuning by Gaussian "
@@ -376,6 +377,11 @@ class Run:
             f"{len(layout.blocks)} blocks, {self.config.model.dtype} on {self.mesh.device}, store {memory.store}, "
             f"table {self.rows} x {self.columns} on mesh {shape.perturb} x {shape.data} x {shape.slice}"
         )
+
+    def _idle(self) -> str | None:
+        settings, batch = self.config.estimator, self.config.batch
+        scales = estimator.ESTIMATORS[settings.name].scales
+        return idle_report(self.mesh.shape, lambda q: len(scales(q)), settings.directions, batch.sequences, batch.micro)
 
     def _draw_timeline(self) -> None:
         """The trace and the picture of the profiled steps."""
