@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> None:
 
     from zo.evaluate import evaluate
     from zo.finished import load_plain, load_run, trusting, with_data
-    from zo.mesh import Mesh
+    from zo.process_group import Mesh
 
     if path:
         finished = load_run(path, lambda c: trusting(with_data(c, own["data"]) if "data" in own else c, trust))

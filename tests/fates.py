@@ -19,8 +19,8 @@ MOMENTS = {
     "log's append": ("zo.log", "Log._write", False),
     "in the append": ("os", "pwrite", False),
     "write-back": ("zo.store", "{store}.keep", True),
-    "gather": ("zo.mesh", "Slices.gather", True),
-    "scalars": ("zo.mesh", "Mesh.gather", False),
+    "gather": ("zo.slices", "Slices.gather", True),
+    "scalars": ("zo.process_group", "Mesh.gather", False),
 }
 SETTINGS = (
     ("host", 2, 2),

@@ -39,9 +39,9 @@ def on_rank(rank, function, *arguments):
 
 
 MOMENTS = {
-    "in a gather of slices": ("zo.mesh", "Slices.gather", 40, True),
-    "between ranks' visits": ("zo.mesh", "Slices.earliest", 30, False),
-    "in the scalars": ("zo.mesh", "Mesh.gather", 3, True),
+    "in a gather of slices": ("zo.slices", "Slices.gather", 40, True),
+    "between ranks' visits": ("zo.slices", "Slices.earliest", 30, False),
+    "in the scalars": ("zo.process_group", "Mesh.gather", 3, True),
     "in a write-back": ("zo.store", "HostStore.keep", 7, True),
 }
 

@@ -53,8 +53,8 @@ def test_only_replay_writes_parameters():
     assert users(r"import .*\bvisit\b(?!_)") == {"replay"}
 
 
-def test_only_the_mesh_speaks_to_torch_distributed():
-    assert users(r"torch\.distributed|init_process_group") == {"mesh"}
+def test_only_two_modules_speak_to_torch_distributed():
+    assert users(r"torch\.distributed|init_process_group") == {"process_group", "slices"}
 
 
 def test_only_the_streamers_lanes_know_streams():

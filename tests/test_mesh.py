@@ -2,6 +2,10 @@
 
 import json
 import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,8 +13,10 @@ from logs import same_log
 from ranks import context, lives, train
 
 from zo.config import MeshConfig, UserError
-from zo.mesh import Shape, fit
+from zo.mesh import Shape, fit, idle_report, places
 from zo.table import owners, share
+
+ROOT = Path(__file__).resolve().parent.parent
 
 Q2 = ["estimator.directions=2", "model.dtype=bfloat16", "update.weight_decay=0.1"]
 MESHES = [(2, 1, 1), (1, 2, 1), (2, 2, 1), (2, 1, 2), (1, 2, 2), (2, 2, 4), (4, 1, 2)]
@@ -181,3 +187,89 @@ def test_four_ranks_hold_one_copy_together():
     total = results[0][2]
     assert total > 250e6
     assert 0.9 * total < sum(held for _, held, _ in results) < 1.1 * total
+
+
+SPSA, ONE_SIDED = (lambda q: 2 * q), (lambda q: q + 1)
+
+
+@pytest.mark.parametrize("rows_of", [SPSA, ONE_SIDED])
+@pytest.mark.parametrize("ranks", range(1, 13))
+@pytest.mark.parametrize(("sequences", "micro"), [(16, 16), (16, 8), (12, 3), (7, 7), (8, 1)])
+def test_idle_ranks_are_counted_and_the_remedy_fills_them(rows_of, ranks, sequences, micro):
+    """Every number in the line is tried: a remedy that leaves a rank idle would be worse than none."""
+    for directions in (1, 2, 3):
+        for perturb in (p for p in range(1, ranks + 1) if ranks % p == 0):
+            shape = Shape(perturb, ranks // perturb, ranks)
+            of_cells = owners(shape, rows_of(directions), sequences // micro)
+            counts = {of_cells.count(rank) for rank in range(ranks)}
+            said = idle_report(shape, rows_of, directions, sequences, micro)
+            if len(counts) == 1:
+                assert said is None
+                continue
+            idle = sum(rank not in of_cells for rank in range(ranks))
+            if idle:
+                assert said.startswith(f"{idle} of {ranks} ranks ha")
+            else:
+                assert said.startswith(f"ranks have {min(counts)} or {max(counts)} cells each")
+            remedies = re.findall(r"(batch\.micro|estimator\.directions)=(\d+) \((\d+) cells\)", said)
+            assert remedies
+            for key, value, cells in remedies:
+                q, m = (int(value), micro) if key == "estimator.directions" else (directions, int(value))
+                assert sequences % m == 0
+                assert rows_of(q) * (sequences // m) == int(cells)
+                assert idle_report(shape, rows_of, q, sequences, m) is None
+
+
+def test_idle_ranks_of_a_large_recipe_by_name():
+    said = idle_report(Shape(2, 4, 8), SPSA, 1, 16, 16)
+    assert said == (
+        "6 of 8 ranks have no cell: the loss table has 2 rows (probes) x 1 column (micro-batches) for 8 ranks; "
+        "batch.micro=4 (8 cells) or estimator.directions=4 (8 cells) would give each the same, in a new run, for they "
+        "change the result"
+    )
+
+
+def test_a_run_says_once_that_ranks_have_no_cell(overrides, tmp_path):
+    """As a user reads it: on stderr, from rank 0 alone."""
+    settings = [*overrides, "batch.micro=4", "memory.store=host", "mesh.slice=4", "run.steps=2", "eval.every=0"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4", "--standalone"]
+    done = subprocess.run(
+        [*launcher, "launch/train.py", *settings, f"run.dir={tmp_path}/run"],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PET_LOCAL_ADDR": "localhost"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("2 of 4 ranks have no cell: the loss table has 2 rows (probes) x 1 column") == 1
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+def test_values_are_found_again_in_what_ranks_gathered(ranks):
+    """Against a plain simulation: each rank sends its values in order, padded, and a flag behind them."""
+    for of_cells in ([i % ranks for i in range(7)], [0] * 5, [ranks - 1, 0, 0], []):
+        sent = [[i for i, owner in enumerate(of_cells) if owner == rank] for rank in range(ranks)]
+        most, at = places(tuple(of_cells), ranks)
+        assert most == max(map(len, sent))
+        gathered = [value for row in sent for value in [*row, *[None] * (most + 1 - len(row))]]
+        assert [gathered[i] for i in at] == list(range(len(of_cells)))
+
+
+def test_values_of_a_large_run_are_placed_in_one_pass():
+    """Counting each rank's values by a search compares every rank with every value: 32 million times here."""
+
+    class Counted(int):
+        comparisons = 0
+        __hash__ = int.__hash__
+
+        def __eq__(self, other):
+            Counted.comparisons += 1
+            return int(self) == int(other)
+
+    of_cells = tuple(Counted(rank) for rank in owners(Shape(2000, 2), 2000, 2) + owners(Shape(2, 1000), 2, 2000))
+    most, at = places.__wrapped__(of_cells, 4000)
+    assert most == 3
+    assert len(set(at)) == len(of_cells) == 8000
+    assert Counted.comparisons < 10 * len(of_cells)

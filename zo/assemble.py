@@ -4,8 +4,8 @@ from pathlib import Path
 
 from zo.blocks import find_layout
 from zo.config import Config
-from zo.mesh import Mesh
 from zo.problem import Problem
+from zo.process_group import Mesh
 from zo.replica import Replica
 from zo.selfcheck import move_resident, self_check
 from zo.tasks import Batch

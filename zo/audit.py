@@ -14,7 +14,7 @@ from torch import Tensor
 
 from zo.config import RankError
 from zo.layout import GRAIN, Block, spans
-from zo.mesh import Mesh
+from zo.process_group import Mesh
 from zo.replay import Replay
 from zo.replica import Replica
 

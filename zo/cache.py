@@ -20,9 +20,9 @@ from zo.config import MemoryConfig
 from zo.device import Device
 from zo.disk import PAGE
 from zo.layout import Block
-from zo.mesh import Slices
 from zo.replay import Replay
 from zo.ring import Load, Ring
+from zo.slices import Slices
 from zo.store import DeviceStore, DiskStore, HostStore, return_freed_memory
 from zo.timeline import Timeline
 from zo.transfer import Ordered, Queue, Slot, Staging, Transfer

@@ -75,6 +75,11 @@ def directions_of(step: int, directions: int) -> tuple[int, ...]:
     return tuple(range((step - 1) * directions, step * directions))
 
 
+def rows_of(name: str) -> Callable[[int], int]:
+    """Return the number of rows of an estimator's table as a function of the number of directions."""
+    return lambda directions: len(ESTIMATORS[name].scales(directions))
+
+
 def probes(name: str, step: int, directions: int, eps: float) -> list[Offset]:
     """The rows of one step's table, as points around the parameters."""
     numbers = directions_of(step, directions)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from zo.mesh import Mesh
+from zo.process_group import Mesh
 from zo.replica import Replica
 from zo.tasks import Batch, Task
 

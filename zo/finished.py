@@ -14,8 +14,8 @@ from zo.determinism import make_deterministic
 from zo.export import Card
 from zo.folder import RunFolder
 from zo.log import Log, difference
-from zo.mesh import Mesh
 from zo.problem import Problem, build_problem
+from zo.process_group import Mesh
 from zo.recipe import config_of
 from zo.replica import Replica
 from zo.store import DiskStore

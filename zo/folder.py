@@ -50,6 +50,8 @@ MANIFEST = re.compile(r"<!-- Written by zo: (.*) -->")
 WEIGHTS = re.compile(r"model(-\d{5,}-of-\d{5,})?\.safetensors(\.index\.json)?")
 LOCK_PATIENCE_S = 3.0
 """A process that was just killed may hold its lock a moment longer."""
+SIGN_PATIENCE_S = 2.0
+"""How long the first rank of a node looks for the sign of rank 0's lock before it takes the folder for its own."""
 
 
 def versions() -> dict[str, str]:
@@ -155,6 +157,7 @@ class Lock:
             said = {"host": socket.gethostname(), "pid": os.getpid(), "token": self.token}
             os.ftruncate(self._descriptor, 0)
             os.pwrite(self._descriptor, json.dumps(said).encode(), 0)
+            os.fsync(self._descriptor)  # Other machines see it from here on.
         except OSError as error:
             raise UserError(
                 f"run.dir={folder} cannot be written: {error.strerror}; choose another folder or make room"
@@ -183,14 +186,72 @@ class Lock:
                     return descriptor
             os.close(descriptor)
 
+    def show(self) -> None:
+        """Make the file by which other machines find that this folder is theirs too (see :func:`shares`).
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        try:
+            for old in self._path.parent.glob("lock.*"):
+                old.unlink(missing_ok=True)
+            descriptor = os.open(_sign(self._path.parent, self.token), os.O_WRONLY | os.O_CREAT, 0o644)
+            os.fsync(descriptor)
+            os.close(descriptor)
+            sync_folder(self._path.parent)
+        except OSError as error:
+            raise UserError(
+                f"run.dir={self._path.parent} cannot be written: {error.strerror}; choose another folder or make room"
+            ) from error
+
+    def hide(self) -> None:
+        """Take away what :meth:`show` made."""
+        with suppress(OSError):
+            _sign(self._path.parent, self.token).unlink()
+
     def release(self) -> None:
         """Let go of it, and of a folder that nothing came into."""
+        self.hide()
         with suppress(OSError):
             self._path.unlink()
         os.close(self._descriptor)
         if self._made:
             with suppress(OSError):
                 self._path.parent.rmdir()
+
+
+def _sign(folder: Path, token: str) -> Path:
+    return folder / f"lock.{token}"
+
+
+def shares(folder: Path, token: str) -> bool:
+    """Return whether this machine sees, as ``folder``, the one in which the lock of ``token`` was shown.
+
+    A network file system keeps what it once read: that a file or the folder is not there, or what a file that another
+    machine holds open had in it. So the sign is a file whose name is new with each lock, made, synced and closed before
+    anyone hears of it: no machine can remember that it is not there. The folder may be remembered as missing, but to
+    make it asks the server; and if that succeeds it is another folder, for the sign's is there. Looked for again and
+    again until ``SIGN_PATIENCE_S`` are over, for file systems that promise less; then the folder is another one.
+    """
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        pass
+    except OSError:
+        return False  # Taking the lock says why.
+    else:
+        with suppress(OSError):
+            folder.rmdir()
+        return False
+    until = time.monotonic() + SIGN_PATIENCE_S
+    while True:
+        # To open a file asks the server where a look at its attributes may not.
+        with suppress(OSError):
+            os.close(os.open(_sign(folder, token), os.O_RDONLY))
+            return True
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.1)
 
 
 def lock_owner(folder: Path) -> dict[str, Any]:
@@ -261,7 +322,8 @@ class RunFolder:
     def _foreign(self) -> Iterator[str]:
         """Yield what lies in the folder that no start of a run leaves there."""
         for path in sorted(self.path.iterdir()) if self.path.is_dir() else ():
-            if path.name not in UNFINISHED or path.is_symlink():
+            sign = path.name.startswith("lock.")
+            if path.is_symlink() or not (sign or path.name in UNFINISHED):
                 yield path.name
         self._check_links()
         for rank in sorted((self.path / "blocks").glob("*")):

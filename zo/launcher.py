@@ -9,6 +9,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from zo.config import RankError, UserError
+from zo.preemption import end_with_agent
 from zo.recipe import DEFAULT, FOLDER, keys, recipe_names, resolve
 
 DONE, RANK_LOST, USER_ERROR = 0, 1, 2
@@ -21,6 +22,7 @@ def run(command: Callable[[list[str]], None]) -> int:
     """
     rank = int(os.environ.get("RANK", 0))
     try:
+        end_with_agent()
         share_cores()
         command(sys.argv[1:])
     except UserError as error:

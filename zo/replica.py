@@ -20,9 +20,9 @@ from zo.disk import ENGINES, Engine
 from zo.layout import WHOLE, Block, Layout, Slice, views
 from zo.lockstep import Lockstep
 from zo.log import Log
-from zo.mesh import Slices
 from zo.perturbation import Offset
 from zo.replay import Replay
+from zo.slices import Slices
 from zo.store import DeviceStore, DiskStore, Fingerprint, HostStore
 from zo.streamer import Streamer
 from zo.timeline import Timeline

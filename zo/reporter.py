@@ -3,12 +3,14 @@
 import time
 from typing import Any
 
+from zo import estimator
 from zo.cache import Traffic
 from zo.config import Config, UserError
 from zo.folder import RunFolder
 from zo.log import Log
-from zo.mesh import Mesh
+from zo.mesh import idle_report
 from zo.metrics import MetricsFile, Progress, memory
+from zo.process_group import Mesh
 from zo.replica import Replica
 from zo.table import LossTable
 
@@ -39,6 +41,10 @@ class Reporter:
             f"table {table.rows} x {table.columns} on mesh {shape.perturb} x {shape.data} x {shape.slice}; "
             f"{self.replica.budget()}"
         )
+        settings, batch = config.estimator, config.batch
+        rows_of = estimator.rows_of(settings.name)
+        if idle := idle_report(shape, rows_of, settings.directions, batch.sequences, batch.micro):
+            self.progress.say(idle)
         if config.estimator.distribution == "gaussian" and config.update.lr >= FIRST_ORDER_LR:
             self.progress.say(
                 f"update.lr={config.update.lr} looks like a rate for gradients; full fine-tuning by Gaussian "

@@ -14,9 +14,9 @@ from dataclasses import asdict
 from typing import Any
 
 from zo.config import Config, UserError
-from zo.folder import Lock, RunFolder, lock_owner, versions
+from zo.folder import Lock, RunFolder, lock_owner, shares, versions
 from zo.log import Entry, Log, difference
-from zo.mesh import Mesh
+from zo.process_group import Mesh
 
 CLOCKS_APART_S = 10.0
 """torchrun takes a node for dead whose clock is 15 s from another's."""
@@ -35,12 +35,27 @@ def acquire_run_folder(mesh: Mesh, folder: RunFolder, resources: ExitStack) -> b
         if mesh.rank == 0:
             lock = Lock(folder.path)
             resources.callback(lock.release)
+            if mesh.nodes > 1:
+                lock.show()
     token = mesh.broadcast(lock.token if lock else None)
     with mesh.agreed():
-        if mesh.rank and mesh.first_of_node and lock_owner(folder.path).get("token") != token:
-            lock = Lock(folder.path)
-            resources.callback(lock.release)
+        if mesh.rank and mesh.first_of_node and not shares(folder.path, token):
+            lock = _own_lock(folder, token)
+            if lock is not None:
+                resources.callback(lock.release)
+    if mesh.rank == 0 and lock is not None:
+        lock.hide()  # All have looked.
     return lock is not None
+
+
+def _own_lock(folder: RunFolder, token: str) -> Lock | None:
+    """Take the lock of a node's own folder; ``None`` where it turns out that rank 0 has it."""
+    try:
+        return Lock(folder.path)
+    except UserError:
+        if lock_owner(folder.path).get("token") == token:
+            return None
+        raise
 
 
 def differences(first: Mapping[str, str], other: Mapping[str, str]) -> list[str]:

@@ -15,9 +15,9 @@ from zo.binding import Binding
 from zo.budget import PROBES_AT_ONCE, scratch_bytes
 from zo.cache import BlockCache
 from zo.layout import Block
-from zo.mesh import Slices
 from zo.perturbation import Offset
 from zo.replay import Replay
+from zo.slices import Slices
 from zo.store import allocate
 from zo.timeline import Timeline
 

@@ -28,10 +28,11 @@ from zo.export import write_folder
 from zo.finished import card_of, restore_snapshot
 from zo.folder import RunFolder, versions
 from zo.log import Entry, Log
-from zo.mesh import Mesh, fit
+from zo.mesh import fit
 from zo.metrics import finite_or_none
 from zo.preemption import termination
 from zo.problem import Problem, build_problem, own_problem
+from zo.process_group import Mesh
 from zo.reporter import Reporter
 from zo.roll_call import acquire_run_folder, check_alike, open_log
 from zo.table import LossTable
