@@ -12,7 +12,9 @@ SOURCES = {path.stem: path for path in sorted((ROOT / "zo").glob("*.py"))}
 LAYERS = [
     {"philox", "config", "hardware"},
     {"perturbation", "assets", "metrics", "mesh", "recipe", "disk", "timeline", "preemption"},
-    {"kernels_cpu", "kernels_triton", "layout", "estimator", "tasks", "log", "launcher"},
+    {"kernels_cpu", "kernels_triton", "layout", "estimator", "tasks", "log", "launcher", "host_memory"},
+    {"fingerprint"},
+    {"snapshot"},
     {"base", "blocks", "binding", "update", "data", "folder", "export"},
     {"store", "shards", "lockstep", "replay", "roll_call"},
     {"lanes", "model"},

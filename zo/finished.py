@@ -29,9 +29,14 @@ def restore(folder: RunFolder, weights: Weights, log: Log) -> None:
     """
     store = weights.store
     if not isinstance(store, DiskStore) and (snapshot := folder.snapshot(log.version, store.base)) is not None:
-        step, fingerprint, get = snapshot
-        if store.fill(get, step) != fingerprint:
-            raise UserError(f"{folder.snapshots} holds a damaged snapshot of step {step}; delete that file and go on")
+        try:
+            fingerprint = weights.fingerprint(store.fill(snapshot.read, snapshot.version))
+        except OSError as error:
+            raise UserError(f"{snapshot.path} cannot be read ({error}); delete that file and go on") from error
+        if fingerprint != snapshot.fingerprint:
+            raise UserError(
+                f"{folder.snapshots} holds a damaged snapshot of step {snapshot.version}; delete that file and go on"
+            )
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from zo.disk import PAGE, Engine
+from zo.host_memory import allocate, lock_pages
 from zo.layout import Block
 from zo.mesh import Slices
-from zo.store import DiskStore, HostStore, allocate, lock_pages, slot_bytes, within_slot
+from zo.store import DiskStore, HostStore, slot_bytes, within_slot
 from zo.timeline import Timeline
 
 CatchUp = Callable[[Tensor, int, int], int]

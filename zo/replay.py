@@ -92,6 +92,18 @@ class Replay:
                     visit(flat, segment.start + first, self.recipe.seed, self.recipe.distribution, here)
         return newest
 
+    def changes_anything(self, block: Block, version: int, newest: int) -> bool:
+        """Return True if entries ``version + 1 .. newest`` can alter the block's bytes.
+
+        They do not where nothing of it is trained, or where every scalar is zero and nothing decays.
+        """
+        if not block.trainable:
+            return False
+        decays = any(segment.decays for segment in block.trainable)
+        return any(
+            any(change.coefficients) or (decays and change.decay != 1.0) for change in self._changes(version, newest)
+        )
+
     def _changes(self, version: int, newest: int) -> list[Change]:
         rule, weight_decay = RULES[self.recipe.rule], self.recipe.weight_decay
         return [rule(entry, weight_decay) for entry in self.log.entries[version:newest]]

@@ -10,17 +10,19 @@ from torch import Tensor, nn
 
 from zo.base import Base
 from zo.binding import Binding
+from zo.blocks import tied
 from zo.config import MemoryConfig
 from zo.disk import ENGINES, Engine
+from zo.fingerprint import Fingerprint
 from zo.lanes import GpuLanes, Lanes
-from zo.layout import WHOLE, Block, Layout, Slice, views
+from zo.layout import WHOLE, Block, Layout, Part, Placed, Slice, Spec, views
 from zo.lockstep import Lockstep
 from zo.log import Log
 from zo.mesh import Slices
 from zo.perturbation import Offset
 from zo.replay import Replay
 from zo.ring import Resident, Ring
-from zo.store import DeviceStore, DiskStore, Fingerprint, HostStore
+from zo.store import DeviceStore, DiskStore, HostStore
 from zo.streamer import Streamer
 from zo.timeline import Timeline
 
@@ -79,22 +81,60 @@ class Weights:
         """What the weights of version 0 can be read from once more."""
         self.slices = slices
         own_slice = Slice(slices.index, slices.of) if slices else WHOLE
+        placed = {name for g in layout.groups for part in g.parts for name in part.parameter.spec.names}
+        self.resident = [_spec(model, names) for names in tied(model, trainable=False) if names[0] not in placed]
+        """The frozen parameters that no store holds."""
         self.model, self.memory, self.device, self.timeline = model, memory, device, Timeline(device)
         self.binding = Binding(model, layout, device)
         self.store: DeviceStore | HostStore | DiskStore
         if memory.store == "device":
             self.store = DeviceStore(layout, source, device)
-            self.lanes: Lanes | None = None
-            return
-        if memory.store == "host":
+        elif memory.store == "host":
             self.store = HostStore(layout, source, memory.pin, own_slice)
         else:
             self.store = DiskStore(layout, source, engine, folder, writable, own_slice)
+        self.found = Fingerprint(layout, self.resident)
+        """Digests of what this rank holds of the weights at version 0; of all of them, once :meth:`meet` was called."""
+        self.found.take_over(self.store.found)
+        self._add_resident(source)
+        self.lanes: Lanes | None = None
+        if slices is None:
+            self.meet()
+        if isinstance(self.store, DeviceStore):
+            return
         own = engine if memory.store == "disk" else None
         if device.type == "cuda":
             self.lanes = GpuLanes(self.store, own, self.timeline, device, memory.pin, slices)
         else:
             self.lanes = Lanes(self.store, own, self.timeline, slices)
+
+    def _add_resident(self, source: Base) -> None:
+        for spec in self.resident:
+            block = Block(0, (), (Part(Placed(spec, 0)),))
+            image = torch.empty(block.size_bytes, dtype=torch.uint8)
+            source.read(block, Layout((block,), (block,)), image)
+            self.found.add_parameter(spec, image[: spec.size_bytes].view(spec.dtype))
+        source.forget()
+
+    def meet(self) -> None:
+        """Bring the ranks' digests of the base together: ``store.base``; ranks that share slices call it together."""
+        if self.slices is not None:
+            self.slices.combine(self.found.digests)
+        self.store.base = self.found.hexdigest()
+
+    def fingerprint(self, found: Fingerprint) -> str:
+        """Return the fingerprint of weights of which each rank that shares slices gives the digests that it has."""
+        whole = Fingerprint(self.store.layout, self.resident)
+        whole.take_over(self.found, frozen=True)
+        whole.take_over(found)
+        if self.slices is not None:
+            self.slices.combine(whole.digests)
+        return whole.hexdigest()
+
+
+def _spec(model: nn.Module, names: tuple[str, ...]) -> Spec:
+    parameter = model.get_parameter(names[0])
+    return Spec(names, tuple(parameter.shape), parameter.dtype, frozen=True)
 
 
 class Replica:
@@ -103,7 +143,7 @@ class Replica:
     def __init__(self, weights: Weights, log: Log) -> None:
         """Take up the weights where they stand; blocks catch up when they are visited."""
         self.layout, self.store, self.log = weights.store.layout, weights.store, log
-        self.timeline, self.lanes = weights.timeline, weights.lanes
+        self.timeline, self.lanes, self._weights = weights.timeline, weights.lanes, weights
         self._binding, self.sliced, replay = weights.binding, weights.slices is not None, Replay(log)
         self.resident = isinstance(self.store, DeviceStore)
         """Whether all weights are in memory where the model computes."""
@@ -143,12 +183,21 @@ class Replica:
         """Every block's weights at the newest version, one block at a time."""
         return self.streamer.masters()
 
-    def fingerprint(self) -> str:
-        """SHA-256 of all parameters at the newest version (see :class:`zo.store.Fingerprint`)."""
-        found = Fingerprint(self.layout)
+    def fingerprint(self, each: Callable[[Block, Sequence[Tensor]], None] | None = None) -> str:
+        """Hash all parameters at the newest version; ranks that share slices call it together.
+
+        Args:
+            each: is given every block and its flat tensors in turn.
+
+        Returns:
+            See :class:`zo.fingerprint.Fingerprint`.
+        """
+        found = Fingerprint(self.layout, share=self.store.slice)
         for block, masters in self.masters():
-            found.add(block, masters)
-        return found.hexdigest()
+            found.add_segments(block, masters)
+            if each is not None:
+                each(block, masters)
+        return self._weights.fingerprint(found)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every parameter with its weights at the newest version, whole, valid until the next is asked for."""
@@ -193,13 +242,14 @@ class Replica:
     def close(self, give_back: bool = False) -> None:
         """End the lanes and take the hooks off the model; with store ``device`` it holds its weights.
 
-        ``give_back``: it holds them whatever the store.
+        ``give_back``: it holds them whatever the store; those of another store on CPU.
         """
         self.lockstep.detach()
         if isinstance(self.store, DeviceStore):
             self._bind_masters(self.store)
         elif give_back:
-            self._binding.fill((name, tensor.clone()) for name, tensor in self.tensors())
+            # In host memory: the model may be larger than the device's.
+            self._binding.fill((name, tensor.to("cpu", copy=True)) for name, tensor in self.tensors())
         if self.lanes is not None:
             self.settle()
             self.lanes.close()

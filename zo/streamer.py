@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from zo.binding import Binding
+from zo.host_memory import allocate
 from zo.layout import Block
 from zo.mesh import Slices
 from zo.perturbation import Offset
 from zo.replay import Replay
 from zo.ring import Place
-from zo.store import allocate
 from zo.timeline import Timeline
 
 SLOTS = 2

@@ -26,6 +26,7 @@ from zo.evaluate import evaluate
 from zo.export import write_folder
 from zo.finished import card_of, restore
 from zo.folder import RunFolder, versions
+from zo.host_memory import return_freed_memory, return_memory_at_once
 from zo.log import Entry, Log
 from zo.mesh import Mesh, fit, owners
 from zo.metrics import MetricsFile, Progress, finite_or_none, memory
@@ -34,7 +35,6 @@ from zo.problem import Problem, build_problem, own_problem
 from zo.replica import Replica, Traffic, Weights
 from zo.roll_call import check_alike, keep, open_log
 from zo.selfcheck import move_resident, self_check
-from zo.store import return_freed_memory, return_memory_at_once
 from zo.tasks import Batch
 from zo.timeline import check_drawable
 from zo.update import learning_rate
@@ -160,6 +160,8 @@ class Run:
             self.weights = Weights(
                 self.model, layout, self.problem.base, config.memory, mesh.device, blocks, slices=mesh.slices
             )
+        if mesh.slices is not None:
+            self.weights.meet()
         move_resident(self.model, mesh.device)
         self.log = self._open_log()
         self.replica = Replica(self.weights, self.log)
@@ -314,11 +316,10 @@ class Run:
             return_freed_memory()
         # The blocks that a disk store holds are snapshots already.
         if every and step % every == 0 and store != "disk" and (self.keeps or self.replica.sliced):
-            fingerprint = self.replica.fingerprint()
             if self.keeps:
-                self.folder.save_snapshot(step, self.replica, self.weights.store.base, fingerprint)
+                self.folder.save_snapshot(step, self.replica, self.weights.store.base)
             else:
-                self.replica.pass_over()
+                self.replica.fingerprint()
         often = self.config.mesh.check_every
         if often and step % often == 0:
             audit.check(self.weights, self.replica, self.mesh, step // often)
