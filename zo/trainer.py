@@ -201,6 +201,7 @@ class Run:
     def _resume(self, progress: Progress) -> None:
         """Start from the newest snapshot, if there is one, and say where the run goes on."""
         restore(self.folder, self.weights, self.log)
+        self.audit = audit.Audit(self.weights, self.replica) if self.config.mesh.check_every else None
         if self.log.cut_bytes:
             progress.say(f"cut {self.log.cut_bytes} bytes of an unfinished entry from the log")
         if self.log.version:
@@ -321,8 +322,8 @@ class Run:
             else:
                 self.replica.fingerprint()
         often = self.config.mesh.check_every
-        if often and step % often == 0:
-            audit.check(self.weights, self.replica, self.mesh, step // often)
+        if self.audit is not None and step % often == 0:
+            self.audit.check(self.mesh)
         for name in self.replica.damaged():
             progress.say(f"block {name} was damaged on disk; it was made anew from the base and the log")
         if step in self.config.profile.range[-1:]:
