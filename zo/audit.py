@@ -20,6 +20,7 @@ from zo.layout import GRAIN, Block, spans
 from zo.mesh import Mesh
 from zo.replay import Replay
 from zo.replica import Replica, Weights
+from zo.store import DiskStore
 
 SAMPLE_BYTES = 64 * GRAIN
 """Bytes of each rank that are looked at, at most."""
@@ -64,13 +65,26 @@ class Audit:
         """Copy the first samples; the weights must be good here: the base's, or a snapshot's that was checked."""
         self._weights, self._replica, self._replay = weights, replica, Replay(replica.log)
         replica.settle()
-        first = [sample(weights, number) for number in range(HELD)]
-        self._held = deque(self._copied(taken) for taken in first if taken is not None)
-        self._next = HELD
+        self._held: deque[Copy] = deque()
+        self._next = 0
+        # What an earlier process left on disk is good only once a visit has held it against its checksum.
+        while not isinstance(weights.store, DiskStore) and self._next < HELD:
+            self._hold(self._copied(sample(weights, self._next)))
 
-    def _copied(self, taken: Sample) -> Copy:
+    def _copied(self, taken: Sample | None) -> Copy | None:
+        """Copy what is stored; nothing where the disk refuses, which the next visit mends."""
+        if taken is None:
+            return None
         image = torch.zeros(taken.size_bytes, dtype=torch.uint8)
-        return Copy(taken, image, self._weights.store.peek(taken.block, taken.start, image))
+        try:
+            return Copy(taken, image, self._weights.store.peek(taken.block, taken.start, image))
+        except OSError:
+            return None
+
+    def _hold(self, copy: Copy | None) -> None:
+        self._next += 1
+        if copy is not None:
+            self._held.append(copy)
 
     def _newest(self, copy: Copy) -> Copy:
         """Bring a copy to the newest version, in place."""
@@ -86,16 +100,16 @@ class Audit:
         """
         self._replica.settle()
         damaged, found, block = "", "", ""
-        if self._held:
+        if len(self._held) >= HELD:
             held = self._newest(self._held.popleft())
-            if _checksum(held) != _checksum(self._newest(self._copied(held.sample))):
+            stored = self._copied(held.sample)
+            if stored is not None and _checksum(held) != _checksum(self._newest(stored)):
                 damaged = held.sample.block.name
-            taken = sample(self._weights, self._next)
-            assert taken is not None
-            fresh = self._newest(self._copied(taken))
-            self._held.append(fresh)
-            found, block = _checksum(fresh), taken.block.name
-        self._next += 1
+        fresh = self._copied(sample(self._weights, self._next))
+        if fresh is not None:
+            fresh = self._newest(fresh)
+            found, block = _checksum(fresh), fresh.sample.block.name
+        self._hold(fresh)
         said = mesh.collect([self._weights.store.slice.index, damaged, found, block])
         _judge([tuple(row) for row in said], self._replica.log.version)
 
@@ -110,7 +124,7 @@ def _judge(said: list[tuple[int, str, str, str]], version: int) -> None:
     wrong = {rank: damaged for rank, (_, damaged, _, _) in enumerate(said) if damaged}
     differing: list[int] = []
     for index in sorted({row[0] for row in said}) if not wrong else ():
-        of_slice = {rank: found for rank, (at, _, found, _) in enumerate(said) if at == index}
+        of_slice = {rank: found for rank, (at, _, found, _) in enumerate(said) if at == index and found}
         votes = Counter(of_slice.values()).most_common()
         if len(votes) > 1 and votes[0][1] > votes[1][1]:
             wrong |= {rank: said[rank][3] for rank, found in of_slice.items() if found != votes[0][0]}
