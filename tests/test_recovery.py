@@ -15,7 +15,7 @@ MOMENTS = {
     "after the log's append": ("zo.log", "Log.append", 3, False),
     "in the middle of the log's append": ("os", "pwrite", 4, False),
     "after config.yaml, before the log": ("zo.log", "Log.create", 1, True),
-    "while a snapshot is written": ("zo.folder", "save_file", 2, False),
+    "while a snapshot is written": ("zo.snapshot", "Writer.write", 9, False),
     "before a snapshot": ("zo.log", "Log.append", 6, False),
 }
 

@@ -41,6 +41,8 @@ def assemble(problem: Problem, config: Config, mesh: Mesh, folder: Path, writabl
         replica = Replica(
             model, layout, problem.base, config.memory, mesh.device, folder, writable=writable, slices=mesh.slices
         )
+    if mesh.slices is not None:
+        replica.exchange_digests()
     move_resident(model, mesh.device)
     return replica
 

@@ -19,11 +19,12 @@ from zo.budget import STAGING_BUFFERS, slot_bytes, within_slot
 from zo.config import MemoryConfig
 from zo.device import Device
 from zo.disk import PAGE
+from zo.host_memory import return_freed_memory
 from zo.layout import Block
 from zo.replay import Replay
 from zo.ring import Load, Ring
 from zo.slices import Slices
-from zo.store import DeviceStore, DiskStore, HostStore, return_freed_memory
+from zo.store import DeviceStore, DiskStore, HostStore
 from zo.timeline import Timeline
 from zo.transfer import Ordered, Queue, Slot, Staging, Transfer
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from zo.config import UserError
-from zo.store import allocate
+from zo.host_memory import allocate
 
 Stream = Any
 """A queue of the device; opaque outside this file."""

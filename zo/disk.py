@@ -131,6 +131,7 @@ class DeepNvme:
         # Enough in flight to keep a disk busy; deeper queues gave nothing here.
         self._reader, self._writer = (make(2**20, 32, False, True, 1) for _ in range(2))
         self._bounce: Tensor | None = None
+        self._locked_bytes = 0
 
     def allocate(self, size_bytes: int) -> Tensor:
         """Locked pages.
@@ -138,12 +139,15 @@ class DeepNvme:
         Raises:
             UserError: the process may not lock that much.
         """
-        if (allowed := hardware.lockable_bytes()) < size_bytes:
+        # Locked tensors stay locked: the engine lets go of them at its end.
+        needed = self._locked_bytes + padded(size_bytes)
+        if (allowed := hardware.lockable_bytes()) < needed:
             raise UserError(
-                f"memory.disk_engine=deepnvme needs {size_bytes} bytes of host memory that is locked, and this process "
+                f"memory.disk_engine=deepnvme needs {needed} bytes of host memory that is locked, and this process "
                 f"may lock {int(allowed)}; raise it (ulimit -l unlimited; Docker: --ulimit memlock=-1), or use "
                 "memory.disk_engine=mmap"
             )
+        self._locked_bytes = needed
         made: Tensor = self._reader.new_cpu_locked_tensor(padded(size_bytes), torch.empty(0, dtype=torch.uint8))
         return made.zero_()[:size_bytes]
 

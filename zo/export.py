@@ -63,7 +63,7 @@ class Card:
     versions: Mapping[str, str]
     """Version by library."""
     fingerprint: str
-    """SHA-256 of all trainable parameters in address order."""
+    """BLAKE3 hash of all parameters in address order (see :mod:`zo.fingerprint`)."""
 
 
 TEXT = """# {title}
@@ -85,7 +85,7 @@ The base model's licence and limits still hold.
 
 {versions}
 
-The weights' fingerprint, SHA-256 of all trainable parameters in address order, is `{fingerprint}`; equal fingerprints
+The weights' fingerprint, a BLAKE3 hash of all parameters in address order, is `{fingerprint}`; equal fingerprints
 mean equal bits. To check it, run the command above with these versions, on the same kind of device and any number of
 ranks: the JSON object that it prints as its last line holds the same `fingerprint`.
 """

@@ -30,10 +30,15 @@ def restore_snapshot(folder: RunFolder, replica: Replica, log: Log) -> None:
     store = replica.store
     if store.is_durable or (snapshot := folder.snapshot(log.version, store.base)) is None:
         return
-    step, fingerprint, get = snapshot
     assert not isinstance(store, DiskStore)
-    if store.fill(get, step) != fingerprint:
-        raise UserError(f"{folder.snapshots} holds a damaged snapshot of step {step}; delete that file and go on")
+    try:
+        fingerprint = replica.combine(store.fill(snapshot.read, snapshot.version))
+    except OSError as error:
+        raise UserError(f"{snapshot.path} cannot be read ({error}); delete that file and go on") from error
+    if fingerprint != snapshot.fingerprint:
+        raise UserError(
+            f"{folder.snapshots} holds a damaged snapshot of step {snapshot.version}; delete that file and go on"
+        )
 
 
 @dataclass(frozen=True)

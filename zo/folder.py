@@ -19,8 +19,8 @@ import re
 import socket
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, suppress
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -28,14 +28,15 @@ from typing import Any, Protocol
 
 import torch
 import yaml
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor
 
 from zo.config import Config, UserError
 from zo.disk import BLOCK_FILE, PAGE, Header
+from zo.layout import Block, Layout
 from zo.log import Log, sync_folder
 from zo.redact import without_secrets_in
+from zo.snapshot import Snapshot, Writer
 
 RESULT_KEYS = ("model", "data", "batch", "estimator", "update", "run.seed")
 """Groups and keys that decide a run's bits, so that a resumed run must have the same."""
@@ -125,14 +126,13 @@ def check_replaceable(folder: Path) -> None:
             raise UserError(f"{folder} would be replaced, and zo did not write {path.name} in it; move it elsewhere")
 
 
-class Tensors(Protocol):
-    """Whatever yields weights."""
+class Passing(Protocol):
+    """Weights that pass by a block at a time."""
 
-    is_resident: bool
-    """Whether what it yields stays valid."""
+    layout: Layout
 
-    def tensors(self) -> Iterable[tuple[str, Tensor]]:
-        """Every parameter by its first name."""
+    def fingerprint(self, each: Callable[[Block, Sequence[Tensor]], None] | None = None) -> str:
+        """Hash all weights, and give every block to ``each`` on the way."""
         ...
 
 
@@ -370,8 +370,8 @@ class RunFolder:
                 break
         return [path.name for path in left]
 
-    def save_snapshot(self, step: int, weights: Tensors, base: str, fingerprint: str) -> None:
-        """Keep the weights of one version; the last two snapshots stay.
+    def save_snapshot(self, step: int, weights: Passing, base: str) -> None:
+        """Keep the weights of one version; the last two snapshots stay. No more than a block is in memory.
 
         Raises:
             UserError: the disk refuses; earlier snapshots and the log are untouched.
@@ -380,18 +380,14 @@ class RunFolder:
         beside = path.with_suffix(".new")
         try:
             self.snapshots.mkdir(exist_ok=True)
-            metadata = {"version": str(step), "base": base, "fingerprint": fingerprint}
-            resident = weights.is_resident
-            tensors = {name: t if resident else t.to("cpu", copy=True) for name, t in weights.tensors()}
-            save_file(tensors, beside, metadata)
-            with open(beside, "rb+") as file:
-                os.fsync(file.fileno())
+            with closing(Writer(beside, weights.layout, {"version": str(step), "base": base})) as writer:
+                writer.finish(weights.fingerprint(writer.write))
             os.rename(beside, path)
             sync_folder(self.snapshots)
             unfinished = list(self.snapshots.glob("step-*.new"))
             for old in self._snapshot_files()[:-SNAPSHOTS_KEPT] + unfinished:
                 old.unlink()
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             beside.unlink(missing_ok=True)
             raise UserError(
                 f"run.dir={self.path}: snapshot of step {step} cannot be written: {error}; the log is safe: make "
@@ -401,14 +397,13 @@ class RunFolder:
     def _snapshot_files(self) -> list[Path]:
         return sorted(path for path in self.snapshots.glob("step-*") if SNAPSHOT.fullmatch(path.name))
 
-    def snapshot(self, newest: int, base: str) -> tuple[int, str, Callable[[str], Tensor]] | None:
-        """Version, fingerprint and weights by name of the newest snapshot that the log covers, if there is one."""
+    def snapshot(self, newest: int, base: str) -> Snapshot | None:
+        """Return the newest snapshot that a log of ``newest`` entries from this base covers, if there is one."""
         for path in reversed(self._snapshot_files()):
             try:
-                file = safe_open(path, framework="pt")
-                facts = file.metadata() or {}  # type: ignore[no-untyped-call]
-                if facts.get("base") == base and int(facts["version"]) <= newest:
-                    return int(facts["version"]), facts["fingerprint"], file.get_tensor
+                found = Snapshot(path)
+                if found.base == base and found.version <= newest:
+                    return found
             except (SafetensorError, OSError, KeyError):
                 continue  # A damaged snapshot is worth nothing: an older one, or the base, and the log are.
         return None

@@ -34,6 +34,11 @@ class Spec:
     frozen: bool = False
     """Read at a visit, never perturbed, never written; it has no address in the space of z."""
 
+    @property
+    def size_bytes(self) -> int:
+        """Stored size in bytes, without padding."""
+        return prod(self.shape) * self.dtype.itemsize
+
 
 @dataclass(frozen=True)
 class Placed:

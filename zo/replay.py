@@ -96,10 +96,15 @@ class Replay:
         return newest
 
     def changes_anything(self, block: Block, version: int, newest: int) -> bool:
-        """Return whether entries ``version + 1 .. newest`` can alter a block's bytes."""
-        return bool(block.trainable) and any(
-            change.decay != 1.0 or any(change.coefficients) for change in self._pass(version, newest, True).changes
-        )
+        """Return True if entries ``version + 1 .. newest`` can alter the block's bytes.
+
+        They do not where nothing of it is trained, or where every scalar is zero and nothing decays.
+        """
+        if not block.trainable:
+            return False
+        decays = any(segment.decays for segment in block.trainable)
+        changes = self._pass(version, newest, decays).changes
+        return any(any(change.coefficients) or change.decay != 1.0 for change in changes)
 
     def _make_pass(self, version: int, newest: int, decays: bool, offsets: tuple[Offset, ...] = ()) -> Pass:
         rule, weight_decay = RULES[self.recipe.rule], self.recipe.weight_decay

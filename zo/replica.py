@@ -12,18 +12,20 @@ from torch import Tensor, nn
 
 from zo.base import Base
 from zo.binding import Binding
+from zo.blocks import tied
 from zo.budget import Budget, budget
 from zo.cache import BlockCache, ResidentCache, SlotCache, Traffic
 from zo.config import MemoryConfig
 from zo.device import device_of
 from zo.disk import ENGINES, Engine
-from zo.layout import WHOLE, Block, Layout, Slice, views
+from zo.fingerprint import Fingerprint
+from zo.layout import WHOLE, Block, Layout, Part, Placed, Slice, Spec, views
 from zo.lockstep import Lockstep
 from zo.log import Log
 from zo.perturbation import Offset
 from zo.replay import Replay
 from zo.slices import Slices
-from zo.store import DeviceStore, DiskStore, Fingerprint, HostStore
+from zo.store import DeviceStore, DiskStore, HostStore
 from zo.streamer import Streamer
 from zo.timeline import Timeline
 
@@ -74,7 +76,11 @@ class Replica:
         """The source of the weights of version 0, if it can be read once more."""
         self.model, self.layout, self.device, self.slices = model, layout, device, slices
         self._memory, self._device = memory, device_of(device)
-        self.timeline, self.binding = Timeline(self._device), Binding(model, layout, device)
+        self.timeline = Timeline(self._device)
+        placed = {name for g in layout.groups for part in g.parts for name in part.parameter.spec.names}
+        self.resident = [_spec(model, names) for names in tied(model, trainable=False) if names[0] not in placed]
+        """The frozen parameters that no store holds."""
+        self.binding = Binding(model, layout, device)
         own = Slice(slices.index, slices.of) if slices else WHOLE
         stores: dict[str, Callable[[], DeviceStore | HostStore | DiskStore]] = {
             "device": lambda: DeviceStore(layout, source, device),
@@ -82,6 +88,25 @@ class Replica:
             "disk": lambda: DiskStore(layout, source, engine, folder, writable, own),
         }
         self.store = stores[memory.store]()
+        self._found = Fingerprint(layout, self.resident)
+        self._found.take_over(self.store.found)
+        self._add_resident(source)
+        if slices is None:
+            self.exchange_digests()
+
+    def _add_resident(self, source: Base) -> None:
+        for spec in self.resident:
+            block = Block(0, (), (Part(Placed(spec, 0)),))
+            image = torch.empty(block.size_bytes, dtype=torch.uint8)
+            source.read(block, Layout((block,), (block,)), image)
+            self._found.add_parameter(spec, image[: spec.size_bytes].view(spec.dtype))
+        source.forget()
+
+    def exchange_digests(self) -> None:
+        """Complete the fingerprint of version 0, ``store.base``; ranks that share slices call it together."""
+        if self.slices is not None:
+            self.slices.combine(self._found.digests)
+        self.store.base = self._found.hexdigest()
 
     def open(self, log: Log) -> None:
         """Follow a log, from the version at which each block stands; blocks catch up when they are visited."""
@@ -99,11 +124,10 @@ class Replica:
 
     def budget(self) -> Budget:
         """Return the memory that this rank allocated."""
-        memory, placed = self._memory, {n for g in self.layout.groups for p in g.parts for n in p.parameter.spec.names}
-        elsewhere = [p for name, p in self.model.named_parameters() if name not in placed]
-        resident_bytes = sum(t.nbytes for t in (*self.model.buffers(), *elsewhere))
+        memory = self._memory
+        buffers = sum(b.nbytes for b in self.model.buffers()) + sum(spec.size_bytes for spec in self.resident)
         on_host = self._device.shares_host_memory
-        return budget(self.layout, memory.store, memory.slots, self.store.slice, on_host, resident_bytes)
+        return budget(self.layout, memory.store, memory.slots, self.store.slice, on_host, buffers)
 
     def table(self, probes: Sequence[Offset], rows: Sequence[int], forwards: Sequence[Callable[[], T]]) -> list[T]:
         """Run forwards of a loss table, in one pass over the model for all of them and the ranks that share slices.
@@ -133,12 +157,30 @@ class Replica:
         """Yield every block and its flat tensors at the newest version, one block at a time."""
         return self.streamer.weights()
 
-    def fingerprint(self) -> str:
-        """Return the fingerprint of all parameters at the newest version (see :class:`zo.store.Fingerprint`)."""
-        found = Fingerprint(self.layout)
+    def fingerprint(self, each: Callable[[Block, Sequence[Tensor]], None] | None = None) -> str:
+        """Hash all parameters at the newest version; ranks that share slices call it together.
+
+        Args:
+            each: is given every block and its flat tensors in turn.
+
+        Returns:
+            See :class:`zo.fingerprint.Fingerprint`.
+        """
+        found = Fingerprint(self.layout, share=self.store.slice)
         for block, weights in self.weights():
-            found.add(block, weights)
-        return found.hexdigest()
+            found.add_segments(block, weights)
+            if each is not None:
+                each(block, weights)
+        return self.combine(found)
+
+    def combine(self, found: Fingerprint) -> str:
+        """Return the fingerprint of weights of which each rank that shares slices has some digests."""
+        whole = Fingerprint(self.layout, self.resident)
+        whole.take_over(self._found, frozen=True)
+        whole.take_over(found)
+        if self.slices is not None:
+            self.slices.combine(whole.digests)
+        return whole.hexdigest()
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every parameter, whole, at the newest version; unless resident, valid until the next is asked for."""
@@ -184,3 +226,8 @@ class Replica:
         if give_back and not self.is_resident:
             self.binding.fill((name, tensor.to("cpu", copy=True)) for name, tensor in self.tensors())
         self.cache.close()
+
+
+def _spec(model: nn.Module, names: tuple[str, ...]) -> Spec:
+    parameter = model.get_parameter(names[0])
+    return Spec(names, tuple(parameter.shape), parameter.dtype, frozen=True)

@@ -38,6 +38,12 @@ class Slices:
             dist.all_reduce(agreed, dist.ReduceOp.MIN, self._visits)
         return None if agreed.item() == none else int(agreed)
 
+    def combine(self, digests: Tensor) -> None:
+        """Fill in the rows of ``digests``, uint8 of any shape, that other ranks have; a row not known is zeros."""
+        with self._peers.together():
+            # Whoever has a row has the same one, so the largest byte of all ranks is the byte of those that do.
+            dist.all_reduce(digests, dist.ReduceOp.MAX, self._visits)
+
     def gather(self, image: Tensor) -> None:
         """Fill ``image``, uint8 of shape ``[of * n]`` on the device, from the ``n`` bytes that each rank has of it."""
         n = image.numel() // self.of

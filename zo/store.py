@@ -10,83 +10,27 @@ block comes to where it is computed with, and how it goes back; nothing else of 
 With ``mesh.slice`` a host or disk store holds one slice of every block, and the ranks of a node hold one copy together.
 """
 
-import ctypes
-import hashlib
 import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from zo import hardware
-from zo.base import Base, rows_of
+from zo.base import Base
 from zo.budget import disk_bytes, file_bytes, slot_bytes, stored_bytes, within_slot
 from zo.config import UserError
 from zo.disk import BLOCK_FILE, PAGE, Engine, Header, checksum
-from zo.layout import WHOLE, Block, Layout, Slice, runs, views
+from zo.fingerprint import Fingerprint
+from zo.host_memory import allocate, return_freed_memory, return_memory_at_once
+from zo.layout import WHOLE, Block, Layout, Placed, Slice, runs, spans, views
 from zo.log import sync_folder
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-"""Of malloc.h: how much the heap may keep at its end; from which size on an allocation has pages of its own."""
-
-
-def allocate(size_bytes: int, device: torch.device) -> Tensor:
-    """Zeroed memory for weights: uint8 of shape ``[size_bytes]``."""
-    if device.type == "cpu":
-        # numpy asks the kernel for huge pages and torch does not: a tenth of a visit's time, and of a forward's.
-        return torch.from_numpy(np.zeros(size_bytes, np.uint8))
-    return torch.zeros(size_bytes, dtype=torch.uint8, device=device)
-
-
-def return_freed_memory() -> None:
-    """Give what was freed back to the system: glibc keeps freed tensors below 32 MiB, once a model's own."""
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
-        trim(0)
-
-
-def return_memory_at_once() -> None:
-    """Give large tensors back to the system when they are freed, for the rest of the process.
-
-    glibc would come to keep those below 32 MiB: 600 MiB after three steps of OPT-1.3B at 512 tokens, half of what the
-    process needs.
-    """
-    if set_option := getattr(ctypes.CDLL(None), "mallopt", None):
-        set_option(M_MMAP_THRESHOLD, 4 * 2**20)
-        set_option(M_TRIM_THRESHOLD, 2**20)
-
-
-class Fingerprint:
-    """SHA-256 of all parameters in address order, as little-endian bytes; equal means equal bits.
-
-    Blocks may come in another order than addresses: what comes early waits (biases and norms, which are small).
-    """
-
-    def __init__(self, layout: Layout) -> None:
-        """Of a model with this layout."""
-        self._digest = hashlib.sha256()
-        self._due = sorted((part.start, part.numel) for b in layout.blocks for s in b.trainable for part in s.parts)
-        self._due.reverse()
-        self._early: dict[int, Tensor] = {}
-
-    def add(self, block: Block, segments: Sequence[Tensor]) -> None:
-        """Take in a block's parameters, one flat tensor a segment on any device."""
-        for part, view in views(block, segments):
-            if part.parameter.spec.frozen:
-                continue
-            # Not Tensor.numpy on the values: numpy has no bfloat16.
-            self._early[part.start] = view.detach().cpu().contiguous().view(-1).view(torch.uint8)
-            while self._due and self._due[-1][0] in self._early:
-                self._digest.update(self._early.pop(self._due.pop()[0]).numpy().data)
-        self._early = {start: values.clone() for start, values in self._early.items()}
-
-    def hexdigest(self) -> str:
-        """Of all that was added, which must be everything."""
-        assert not self._due
-        return self._digest.hexdigest()
+ReadTrainable = Callable[[Placed, int, Tensor], None]
+"""Fills a flat tensor on CPU with a parameter's elements from a number on."""
 
 
 class Store(Protocol):
@@ -96,7 +40,9 @@ class Store(Protocol):
     slice: Slice
     """What of every block is stored here."""
     base: str
-    """Fingerprint of the weights at version 0."""
+    """Fingerprint of the weights at version 0, once :class:`zo.replica.Weights` has it of all ranks."""
+    found: Fingerprint
+    """Digests of what this store holds of the weights at version 0."""
     versions: list[int]
     """For each block, the last entry applied to what is stored."""
     writable: bool
@@ -135,7 +81,7 @@ class DeviceStore:
         self.layout = layout
         self.corrupt: list[str] = []
         self.versions = [0] * len(layout.blocks)
-        whole, fingerprint = Layout(layout.groups, layout.groups), Fingerprint(layout)
+        whole, self.base, self.found = Layout(layout.groups, layout.groups), "", Fingerprint(layout)
         self.groups: list[list[Tensor]] = []
         """The flat tensors of each group of the layout."""
         for group in layout.groups:
@@ -149,8 +95,7 @@ class DeviceStore:
         self.segments = [self._within(block) for block in layout.blocks]
         """The same memory as the flat tensors of each block."""
         for block, segments in zip(layout.blocks, self.segments, strict=True):
-            fingerprint.add(block, segments)
-        self.base = fingerprint.hexdigest()
+            self.found.add_segments(block, segments)
         return_freed_memory()
 
     def _within(self, block: Block) -> list[Tensor]:
@@ -166,16 +111,26 @@ class DeviceStore:
     def open(self, newest: int, run: str) -> None:
         """See :class:`Store`; all weights are at version 0, or a snapshot's."""
 
-    def fill(self, get: Callable[[str], Tensor], version: int) -> str:
-        """Take over weights, by name, that stand at one version: a snapshot's; return their fingerprint."""
-        fingerprint = Fingerprint(self.layout)
+    def fill(self, read: ReadTrainable, version: int) -> Fingerprint:
+        """Take over a snapshot's trainable weights, which stand at one version.
+
+        Args:
+            read: fills a flat tensor on CPU with a parameter's elements from a number on.
+            version: theirs.
+
+        Returns:
+            Digests of the weights as they are now, as far as this store holds them.
+        """
+        found = Fingerprint(self.layout)
         for block, flat in zip(self.layout.blocks, self.segments, strict=True):
             for part, view in views(block, flat):
                 if not part.parameter.spec.frozen:
-                    view.copy_(rows_of(part, get(part.parameter.name)))
-            fingerprint.add(block, flat)
+                    values = torch.empty(part.numel, dtype=view.dtype)
+                    read(part.parameter, part.start - part.parameter.start, values)
+                    view.copy_(values.view(part.shape))
+            found.add_segments(block, flat)
             self.versions[block.index] = version
-        return fingerprint.hexdigest()
+        return found
 
     def peek(self, block: Block, start: int, image: Tensor) -> int:
         """Copy some of a block's stored bytes, from ``start``, to host memory; return their version."""
@@ -197,6 +152,7 @@ class HostStore:
         Raises:
             UserError: too little host memory, or it cannot be locked.
         """
+        return_memory_at_once()
         self.layout, self.slice = layout, slice
         self.versions = [0] * len(layout.blocks)
         needed, free = stored_bytes(layout, slice), hardware.available_host_bytes()
@@ -208,19 +164,15 @@ class HostStore:
         memory = allocate(needed, torch.device("cpu"))
         self.buffers = [memory]
         self.corrupt: list[str] = []
-        self._images, start, fingerprint = [], 0, Fingerprint(layout)
+        self._images, start, self.base, self.found = [], 0, "", Fingerprint(layout)
         for block in layout.blocks:
             own = slice.within(block)
             self._images.append(memory[start : start + len(own)])
             start += len(own)
-            # A slice alone has no fingerprint: the block passes by whole.
-            image = self._images[-1] if slice.of == 1 else torch.empty(block.size_bytes, dtype=torch.uint8)
-            base.read(block, layout, image)
-            fingerprint.add(block, block.carve(image))
-            if slice.of > 1:
-                self._images[-1].copy_(image[own.start : own.stop])
+            base.read(block, layout, self._images[-1], own.start)
+            self.found.add(block, self._images[-1], own.start)
+            self.found.complete(base.read)
         base.forget()
-        self.base = fingerprint.hexdigest()
         return_freed_memory()
 
     def allocate(self, size_bytes: int) -> Tensor:
@@ -244,20 +196,23 @@ class HostStore:
     def open(self, newest: int, run: str) -> None:
         """See :class:`Store`; all weights are at version 0, or a snapshot's."""
 
-    def fill(self, get: Callable[[str], Tensor], version: int) -> str:
+    def fill(self, read: ReadTrainable, version: int) -> Fingerprint:
         """See :class:`DeviceStore`."""
-        fingerprint = Fingerprint(self.layout)
+        found = Fingerprint(self.layout)
+
+        def read_image(block: Block, layout: Layout, image: Tensor, start: int) -> None:
+            for part, first, flat in spans(block, image, start):
+                if not part.parameter.spec.frozen:
+                    read(part.parameter, part.start - part.parameter.start + first, flat)
+
         for block, kept in zip(self.layout.blocks, self._images, strict=True):
             own = self.slice.within(block)
-            image = torch.zeros(block.size_bytes, dtype=torch.uint8)
-            image[own.start : own.stop] = kept
-            for part, view in views(block, block.carve(image)):
-                if not part.parameter.spec.frozen:
-                    view.copy_(rows_of(part, get(part.parameter.name)))
-            fingerprint.add(block, block.carve(image))
-            kept.copy_(image[own.start : own.stop])
+            read_image(block, self.layout, kept, own.start)
+            found.add(block, kept, own.start)
+            found.complete(read_image)
             self.versions[block.index] = version
-        return fingerprint.hexdigest()
+        found.take_over(self.found, frozen=True)
+        return found
 
     def peek(self, block: Block, start: int, image: Tensor) -> int:
         """See :class:`DeviceStore`."""
@@ -285,6 +240,7 @@ class DiskStore:
         Raises:
             UserError: the disk has too little room, or refuses.
         """
+        return_memory_at_once()
         self.layout, self.writable, self.slice = layout, writable, slice
         self.versions = [0] * len(layout.blocks)
         self._digest = f"{layout.digest} slice {slice.index} of {slice.of}"
@@ -314,17 +270,19 @@ class DiskStore:
 
     def _read_base(self) -> list[str]:
         """One pass over the base; blocks that are slow to make are kept on disk at version 0."""
-        checksums, fingerprint = [], Fingerprint(self.layout)
+        checksums: list[str] = []
+        self.base, self.found = "", Fingerprint(self.layout)
         slot = self._engine.allocate(slot_bytes(max(b.size_bytes for b in self.layout.blocks), self.slice.of))
         for block in self.layout.blocks:
-            image, own = slot[PAGE : PAGE + block.size_bytes], self.slice.within(block)
-            self._base.read(block, self.layout, image)
-            checksums.append(checksum(image[own.start : own.stop]))
-            fingerprint.add(block, block.carve(image))
+            own = self.slice.within(block)
+            image = within_slot(slot, own)
+            self._base.read(block, self.layout, image, own.start)
+            checksums.append(checksum(image))
+            self.found.add(block, image, own.start)
+            self.found.complete(self._base.read)
             if self.writable and self._base.costly(block) and block.index not in self._on_disk:
                 self.keep(block, slot, 0)
         self._base.forget()
-        self.base = fingerprint.hexdigest()
         return checksums
 
     def open(self, newest: int, run: str) -> None:

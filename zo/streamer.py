@@ -14,11 +14,11 @@ from torch import Tensor
 from zo.binding import Binding
 from zo.budget import PROBES_AT_ONCE, scratch_bytes
 from zo.cache import BlockCache
+from zo.host_memory import allocate
 from zo.layout import Block
 from zo.perturbation import Offset
 from zo.replay import Replay
 from zo.slices import Slices
-from zo.store import allocate
 from zo.timeline import Timeline
 
 

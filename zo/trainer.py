@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zo import audit, estimator
+from zo import estimator
 from zo.assemble import assemble, to_device
+from zo.audit import Audit
 from zo.config import Config, UserError, check_threads
 from zo.determinism import make_deterministic
 from zo.evaluate import evaluate
@@ -136,6 +137,7 @@ class Run:
         self.log = self._open_log(command)
         restore_snapshot(self.folder, self.replica, self.log)
         self.replica.open(self.log)
+        self.audit = Audit(self.replica) if config.mesh.check_every else None
         self.reporter = Reporter(config, mesh, self.folder, self.log, self.replica)
 
     def _open_log(self, command: str) -> Log:
@@ -222,13 +224,12 @@ class Run:
         # The blocks of a durable store are snapshots already.
         sliced = self.mesh.slices is not None
         if every and step % every == 0 and not self.replica.store.is_durable and (self.is_writer or sliced):
-            fingerprint = self.replica.fingerprint()
             if self.is_writer:
-                self.folder.save_snapshot(step, self.replica, self.replica.store.base, fingerprint)
+                self.folder.save_snapshot(step, self.replica, self.replica.store.base)
             else:
-                self.replica.pass_over()
-        if often and step % often == 0:
-            audit.check(self.replica, self.mesh, step // often)
+                self.replica.fingerprint()
+        if self.audit is not None and step % often == 0:
+            self.audit.check(self.mesh)
         self._evaluate()
 
     def _evaluate(self) -> None:

@@ -1,0 +1,144 @@
+"""Snapshots pass by a block at a time, and a disk that fills leaves what was there before."""
+
+import os
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_llama
+from ranks import context, train
+from safetensors.torch import load_file
+
+from zo.base import OwnBase
+from zo.blocks import find_layout
+from zo.config import MemoryConfig, UserError
+from zo.finished import restore
+from zo.folder import RunFolder
+from zo.log import Log
+from zo.replica import Replica, Weights
+
+HEADER = {"directions": 1, "seed": 1, "distribution": "rademacher", "rule": "sgd", "weight_decay": 0.0}
+
+
+def held_bytes(name="RssAnon"):
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(name))
+
+
+def peak_of_a_snapshot(folder, found):
+    """Anonymous memory is sampled by a thread: the peak that the system keeps counts the page cache's mappings too."""
+    import threading
+
+    from transformers import OPTConfig, OPTForCausalLM
+
+    from zo.base import RandomBase
+    from zo.host_memory import return_freed_memory, return_memory_at_once
+
+    return_memory_at_once()
+    torch.set_num_threads(1)
+    sizes = {"hidden_size": 512, "ffn_dim": 2048, "word_embed_proj_dim": 512, "num_attention_heads": 8}
+    with torch.device("meta"):
+        model = OPTForCausalLM(OPTConfig(**sizes, num_hidden_layers=24, vocab_size=8192))
+    layout = find_layout(model, "layer")
+    memory = MemoryConfig(store="host", slots=2)
+    weights = Weights(model, layout, lambda e: RandomBase(model, 0), memory, torch.device("cpu"), Path())
+    replica, run = Replica(weights, Log(HEADER)), RunFolder(folder)
+    replica.pass_over()  # Slots are in memory once they are touched.
+    return_freed_memory()
+    before, peak, ends = held_bytes(), [0], threading.Event()
+
+    def watch():
+        while not ends.wait(0.001):
+            peak[0] = max(peak[0], held_bytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    run.save_snapshot(0, replica, weights.store.base)
+    ends.set()
+    watcher.join()
+    largest, total = max(b.size_bytes for b in layout.blocks), sum(b.size_bytes for b in layout.blocks)
+    written = (folder / "snapshots" / "step-000000000.safetensors").stat().st_size
+    replica.close()
+    found.put((peak[0] - before, largest, total, written))
+
+
+def test_a_snapshot_takes_no_more_memory_than_two_blocks(tmp_path):
+    found = context.Queue()
+    process = context.Process(target=peak_of_a_snapshot, args=(tmp_path, found))
+    process.start()
+    taken, largest, total, written = found.get(timeout=120)
+    process.join()
+    assert total > 300e6
+    assert written > 0.95 * total
+    assert taken < 2 * largest + 30e6
+
+
+@pytest.mark.parametrize("unit", ["layer", "module"])
+@torch.no_grad()
+def test_a_snapshot_is_the_weights_and_any_store_takes_them_over(tmp_path, monkeypatch, unit):
+    from zo import blocks
+
+    monkeypatch.setattr(blocks, "CHUNK_BYTES", 16_384)
+
+    def model():
+        made = make_llama(vocab_size=900, tie_word_embeddings=False).to(torch.bfloat16)
+        made.model.norm.float()
+        return made
+
+    def replica_of(made, store):
+        memory = MemoryConfig(store=store)
+        weights = Weights(made, find_layout(made, unit), lambda e: OwnBase(made), memory, torch.device("cpu"), Path())
+        return weights, Replica(weights, Log(HEADER))
+
+    expected = {name: parameter.data.clone() for name, parameter in model().named_parameters()}
+    weights, replica = replica_of(model(), "host")
+    run = RunFolder(tmp_path)
+    run.save_snapshot(0, replica, weights.store.base)
+    saved = load_file(tmp_path / "snapshots" / "step-000000000.safetensors")
+    assert saved.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in saved.items())
+    replica.close()
+    for store in ("host", "device"):
+        weights, replica = replica_of(model(), store)
+        for image in getattr(weights.store, "_images", ()):
+            image.zero_()
+        for segments in getattr(weights.store, "segments", ()):
+            for flat in segments:
+                flat.zero_()
+        restore(run, weights, replica.log)
+        assert replica.fingerprint() == weights.store.base
+        replica.close(give_back=True)
+        assert all(torch.equal(p, expected[n]) for n, p in replica._weights.model.named_parameters())
+        assert all(p.device.type == "cpu" for p in replica._weights.model.parameters())
+
+
+@pytest.mark.parametrize("slices", [1, 2])
+def test_a_run_goes_on_from_a_snapshot_alone(overrides, tmp_path, slices):
+    """Slices are read from the one file; were a snapshot's bytes in the wrong place, the fingerprint would tell."""
+    settings = [*overrides, "run.snapshot_every=2", "memory.store=host", "model.dtype=bfloat16"]
+    expected = train([*settings, f"run.dir={tmp_path}/long", "run.steps=6"])
+    mesh = [*settings, f"run.dir={tmp_path}/run", f"mesh.slice={slices}"]
+    train([*mesh, "run.steps=4"], ranks=slices)
+    assert train([*mesh, "run.steps=6"], ranks=slices)["fingerprint"] == expected["fingerprint"]
+
+
+@torch.no_grad()
+def test_a_disk_that_fills_in_a_snapshot_leaves_the_older_ones(tmp_path):
+    made = make_llama()
+    memory = MemoryConfig(store="host")
+    weights = Weights(made, find_layout(made), lambda e: OwnBase(made), memory, torch.device("cpu"), Path())
+    replica, run = Replica(weights, Log(HEADER)), RunFolder(tmp_path)
+    run.save_snapshot(0, replica, weights.store.base)
+    older = tmp_path / "snapshots" / "step-000000000.safetensors"
+    before, limits = older.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"snapshot of step 1 cannot be written: .*the log is safe: make room"):
+            run.save_snapshot(1, replica, weights.store.base)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert os.listdir(tmp_path / "snapshots") == [older.name]
+    assert older.read_bytes() == before
+    run.save_snapshot(2, replica, weights.store.base)
+    replica.close()
