@@ -25,6 +25,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from zo.config import UserError
 from zo.hardware import name_accelerator
 from zo.log import sync_folder
+from zo.preemption import unfinished
 
 SHARD_BYTES = 5_000_000_000
 """Weights converted and written at once, at most, unless one layer has more; the hub's usual size of a file."""
@@ -235,7 +236,8 @@ def _whole_or_nothing(to: Path, bytes_needed: int, replace: bool) -> Iterator[Pa
                 f"({bytes_free / 2**30:.2f} GiB); make room, or choose a folder on another disk"
             )
         beside.mkdir()
-        yield beside
+        with unfinished(beside):
+            yield beside
         for path in (*beside.rglob("*"), beside):
             sync_folder(path)  # Files too: fsync is the same.
         if replace and to.exists():
