@@ -6,11 +6,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from zo.preemption import end_on_signals
+
+if __name__ == "__main__":
+    end_on_signals()  # Before the imports, which take seconds.
+
 from zo.config import UserError
 from zo.launcher import asked_for_text, existing_run, run, split
 from zo.recipe import DEFAULT, load_config
 
-USAGE = "usage: launch/evaluate.py run=DIR [data=FILE_OR_ID], or [recipe=NAME] model.name=... [key=value ...]"
+USAGE = (
+    "usage: launch/evaluate.py run=DIR [data=FILE_OR_ID] [run.device=cpu|cuda], or "
+    "[recipe=NAME] model.name=... [key=value ...]"
+)
 
 BATCHES_AT_ONCE = 2
 """Batches that one pass over a model serves."""
@@ -18,7 +26,9 @@ BATCHES_AT_ONCE = 2
 
 def main(arguments: list[str]) -> None:
     """Print the scores as one JSON object."""
-    own, overrides = split(arguments, ("recipe", "run", "data"))
+    own, overrides = split(arguments, ("recipe", "run", "data", "run.device"))
+    if "run" not in own:
+        overrides += [f"run.device={own['run.device']}"] if "run.device" in own else []
     if text := asked_for_text(arguments, own.get("recipe", DEFAULT), overrides, USAGE):
         print(text)
         return
@@ -32,11 +42,13 @@ def main(arguments: list[str]) -> None:
     config = None if path else load_config(own.get("recipe", DEFAULT), overrides)
 
     from zo.evaluate import evaluate
-    from zo.finished import load_plain, load_run, with_data
+    from zo.finished import load_plain, load_run, with_data, with_device
     from zo.mesh import Mesh
 
     if path:
-        finished = load_run(path, lambda c: with_data(c, own["data"]) if "data" in own else c)
+        finished = load_run(
+            path, lambda c: with_device(with_data(c, own["data"]) if "data" in own else c, own.get("run.device"))
+        )
     else:
         finished = load_plain(with_data(config, own["data"]) if "data" in own else config)
     problem = finished.problem
@@ -48,7 +60,10 @@ def main(arguments: list[str]) -> None:
     scores = evaluate(finished.model, replica, problem.task, problem.dev_batches, mesh, at_once=BATCHES_AT_ONCE)
     fingerprint = replica.fingerprint()
     replica.close()
-    print(json.dumps({"run": own.get("run"), "steps": finished.steps, "eval": scores, "fingerprint": fingerprint}))
+    mesh.barrier()
+    if mesh.rank == 0:
+        print(json.dumps({"run": own.get("run"), "steps": finished.steps, "eval": scores, "fingerprint": fingerprint}))
+    mesh.close()
 
 
 if __name__ == "__main__":

@@ -1,19 +1,25 @@
 """Write a run's model as a Hugging Face folder: launch/export.py run=DIR to=DIR [push=USER/NAME] [public=true]."""
 
+import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from zo.preemption import end_on_signals
+
+if __name__ == "__main__":
+    end_on_signals()  # Before the imports, which take seconds.
+
 from zo.config import UserError
 from zo.launcher import existing_run, run, split
 
-USAGE = "usage: launch/export.py run=DIR to=DIR [push=USER/NAME] [public=true|false]"
+USAGE = "usage: launch/export.py run=DIR to=DIR [push=USER/NAME] [public=true|false] [run.device=cpu|cuda]"
 
 
 def main(arguments: list[str]) -> None:
     """Rebuild the weights from base model and log, write the folder, and push it if asked to."""
-    own, rest = split(arguments, ("run", "to", "push", "public"))
+    own, rest = split(arguments, ("run", "to", "push", "public", "run.device"))
     if "--help" in rest or "-h" in rest:
         print(USAGE)
         return
@@ -21,15 +27,17 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"{rest[0] + ' is no argument; ' if rest else ''}{USAGE}")
     if own.get("public", "false") not in ("true", "false"):
         raise UserError(f"public={own['public']} is neither true nor false; without it a pushed repository is private")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("a model is exported by one process; start it with python launch/export.py, without torchrun")
     path, to = existing_run(own["run"]), Path(own["to"]).expanduser()
 
     from zo.export import push, write_folder
-    from zo.finished import card_of, load_run
+    from zo.finished import card_of, load_run, with_device
     from zo.metrics import last_scores
 
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise UserError(f"to={to} exists and is not an empty folder; choose a new one")
-    finished = load_run(path)
+    finished = load_run(path, lambda config: with_device(config, own.get("run.device")))
     scores = last_scores(path / "metrics.jsonl", finished.steps)
     card = card_of(finished.content, finished.header, finished.steps, scores, finished.replica.fingerprint())
     write_folder(finished.model, finished.problem.tokenizer, to, card, source=finished.replica)

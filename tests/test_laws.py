@@ -10,8 +10,9 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = {path.stem: path for path in sorted((ROOT / "zo").glob("*.py"))}
 
 LAYERS = [
-    {"philox", "config", "hardware"},
-    {"perturbation", "assets", "metrics", "mesh", "recipe", "disk", "timeline", "preemption"},
+    {"philox", "config", "preemption"},
+    {"hardware"},
+    {"perturbation", "assets", "metrics", "mesh", "recipe", "disk", "timeline"},
     {"kernels_cpu", "kernels_triton", "layout", "estimator", "tasks", "log", "launcher"},
     {"base", "blocks", "binding", "update", "data", "folder", "export"},
     {"store", "shards", "lockstep", "replay", "roll_call"},

@@ -1,5 +1,6 @@
 """A run that is there: its model, rebuilt as base, newest snapshot and the rest of the log, for scores or export."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,9 @@ from zo.blocks import find_layout
 from zo.config import Config, UserError
 from zo.export import Card
 from zo.folder import RunFolder
+from zo.hardware import choose_device
 from zo.log import Log
+from zo.metrics import Progress
 from zo.problem import Problem, build_problem
 from zo.recipe import config_of
 from zo.replica import Replica, Weights
@@ -61,8 +64,7 @@ def load_run(path: Path, change: Callable[[Config], Config] = lambda config: con
     content = folder.read_config()
     header, entries = logs.read(folder.log_file)
     config = change(config_of(content["config"]))
-    problem = build_problem(config)
-    weights = _load(problem, config, folder.blocks(0))
+    problem, weights = _load(config, folder.blocks(0))
     if weights.store.base != header["base"]:
         raise UserError(f"run={path}: the base model is not the one that its log began from; restore that model")
     log = Log(header, entries)
@@ -72,30 +74,38 @@ def load_run(path: Path, change: Callable[[Config], Config] = lambda config: con
 
 def load_plain(config: Config) -> FinishedRun:
     """A model that no run has changed."""
-    problem = build_problem(config)
-    weights = _load(problem, config, Path())
+    problem, weights = _load(config, Path())
     log = Log({"directions": 1, "seed": 0, "distribution": "rademacher", "rule": "sgd", "weight_decay": 0.0})
     return FinishedRun(problem, weights.model, Replica(weights, log), weights.device, {}, {}, 0)
 
 
-def _load(problem: Problem, config: Config, blocks: Path) -> Weights:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def _load(config: Config, blocks: Path) -> tuple[Problem, Weights]:
+    device, say = choose_device(config.run.device), Progress(0, 0, int(os.environ.get("RANK", 0)) == 0).say
+    say(f"reading {config.model.name} and {config.data.name}")
+    problem = build_problem(config)
     with torch.no_grad():
+        say("checking that forwards block by block give the same bits as plain ones")
         batches = [problem.batches(0, 0)] if not problem.dev_batches else list(problem.dev_batches[:1])
         on_device = [{k: v.to(device) for k, v in batch.items()} for batch in batches]
         forwards = [lambda model, batch=b: problem.objective(model, batch) for b in on_device]
         models = [problem.narrow, problem.skeleton] if problem.narrow is not None else [problem.skeleton]
         whole = self_check(models, forwards, device, config.estimator.distribution, config.memory.unit)
         layout, model = find_layout(problem.skeleton, config.memory.unit, whole), problem.build()
+        say(f"loading weights ({sum(b.size_bytes for b in layout.blocks) / 2**30:.2f} GiB)")
         weights = Weights(model, layout, problem.base, config.memory, device, blocks, writable=False)
         move_resident(model, device)
-    return weights
+    return problem, weights
 
 
 def with_data(config: Config, name: str) -> Config:
     """The same run on other data: all of it is scored, none is held out of it."""
     data = replace(config.data, name=name, dev=name, dev_examples=10**9)
     return replace(config, data=data)
+
+
+def with_device(config: Config, device: str | None) -> Config:
+    """Return the same run on another device, if one is given."""
+    return replace(config, run=replace(config.run, device=device)) if device else config
 
 
 def card_of(

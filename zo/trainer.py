@@ -26,10 +26,11 @@ from zo.evaluate import evaluate
 from zo.export import write_folder
 from zo.finished import card_of, restore
 from zo.folder import RunFolder, versions
+from zo.hardware import choose_device
 from zo.log import Entry, Log
 from zo.mesh import Mesh, fit, owners
 from zo.metrics import MetricsFile, Progress, finite_or_none, memory
-from zo.preemption import termination
+from zo.preemption import go_on_with, termination
 from zo.problem import Problem, build_problem, own_problem
 from zo.replica import Replica, Traffic, Weights
 from zo.roll_call import check_alike, keep, open_log
@@ -103,9 +104,7 @@ class Trainer:
             UserError: what the user can mend; the run's log stays whole.
             RankError: another rank is gone, or its weights are not what they should be; the log stays whole too.
         """
-        device = self.config.run.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = choose_device(self.config.run.device).type
         with ExitStack() as held, torch.no_grad():
             asked = held.enter_context(termination())
             mesh = Mesh(device, self.config.mesh.timeout_s)
@@ -145,6 +144,7 @@ class Run:
         with mesh.agreed():
             self.folder.check(config)
         self.keeps = keep(mesh, self.folder, held)
+        go_on_with(f"no completed step is lost: the same command with run.dir={self.folder.path} goes on")
         if config.run.threads is not None:
             torch.set_num_threads(config.run.threads)
 
@@ -152,10 +152,15 @@ class Run:
             check_drawable()
         if config.memory.store != "device":
             return_memory_at_once()
+        say = Progress(0, 0, mesh.rank == 0).say
+        if own is None:
+            say(f"reading {config.model.name} and {config.data.name}")
         self.problem = own or build_problem(config)
+        say("checking that forwards block by block give the same bits as plain ones")
         layout = find_layout(self.problem.skeleton, config.memory.unit, self._self_check())
         self.model = self.problem.build()
         blocks = self.folder.blocks(mesh.rank)
+        say(f"loading weights ({sum(b.size_bytes for b in layout.blocks) / 2**30:.2f} GiB)")
         with mesh.agreed():
             self.weights = Weights(
                 self.model, layout, self.problem.base, config.memory, mesh.device, blocks, slices=mesh.slices
@@ -229,7 +234,8 @@ class Run:
                 progress.step(values, self.scores)
                 self._watch(outcome, progress)
                 self._after_step(metrics, progress)
-                loss, stops = outcome.loss, outcome.stops
+                # Ranks agree on it in a step's collective; alone there is nobody to ask.
+                loss, stops = outcome.loss, outcome.stops or (self.mesh.ranks == 1 and self._asked.is_set())
             self.replica.settle()
             if self.log.version < config.run.steps:
                 progress.say(
