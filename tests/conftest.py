@@ -82,6 +82,7 @@ def overrides(tiny_model, reviews):
         "data.dev_examples=10",
         "batch.sequences=4",
         "batch.micro=2",
+        "batch.max_tokens=64",
         "update.lr=1e-3",
         "update.schedule=constant",
         "update.warmup_steps=0",

@@ -254,12 +254,15 @@ def test_a_sequence_classifier_from_rows_to_folder(command, reviews, tmp_path, t
     tokenizer.save_pretrained(tmp_path / "base")
     settings = [f"model.name={tmp_path}/base", "model.task=sequence-classification", f"data.name={reviews}"]
     settings += ["batch.sequences=4", "batch.micro=2", "run.steps=3", "eval.every=3", "update.lr=1e-3"]
+    settings.append("batch.max_tokens=64")
     code, out, err = command("train", *settings, f"run.dir={tmp_path}/run")
     assert code == 0, err
     assert set(json.loads(out)["eval"]) == {"accuracy", "loss"}
     trained = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "model")
     assert trained.config.id2label == {0: "great", 1: "terrible"}
-    code, out, err = command("evaluate", f"model.name={tmp_path}/run/model", f"data={reviews}", "batch.micro=2")
+    code, out, err = command(
+        "evaluate", f"model.name={tmp_path}/run/model", f"data={reviews}", "batch.micro=2", "batch.max_tokens=64"
+    )
     assert code == 0, err
 
 
