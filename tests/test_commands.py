@@ -176,6 +176,7 @@ def test_another_base_model_or_other_data_in_the_same_place_is_refused(
         assert "base model" in err
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_when_there_is_room(overrides, tmp_path):
     """A limit on the size of files stands for the full disk: the kernel refuses in the middle of a write."""
     settings = [*overrides, f"run.dir={tmp_path}/run", "run.steps=6", "eval.every=0"]
@@ -208,6 +209,7 @@ Log.append = fills_the_disk
     assert json.loads(resumed.stdout)["fingerprint"] == json.loads(alone.stdout)["fingerprint"]
 
 
+@pytest.mark.slow
 def test_torchrun_makes_one_folder_and_speaks_once(overrides, tmp_path):
     """The default folder's name holds the time: ranks that each made one would train apart."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", ROOT / "launch" / "train.py"]
@@ -306,6 +308,7 @@ def test_a_sweep_under_torchrun_is_refused(command, monkeypatch):
     assert "sweep with python" in err
 
 
+@pytest.mark.slow
 def test_a_sweep_makes_one_run_each_and_hydra_writes_nothing(overrides, tmp_path):
     settings = [*overrides, "run.steps=1", "eval.every=0", "update.lr=1e-4,1e-5"]
     settings = [s for s in settings if s != "update.lr=1e-3"]

@@ -13,6 +13,8 @@ from ranks import KILLED, kill_at, lives, train
 
 from zo.log import read
 
+pytestmark = pytest.mark.slow  # Whole runs, most of them in processes of their own.
+
 ROOT = Path(__file__).resolve().parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 SLICED = ["memory.store=host", "mesh.slice=2"]

@@ -132,6 +132,7 @@ def test_too_little_host_memory_is_one_line_and_exit_code_2(reviews, tokenizer, 
     train = str(ROOT / "launch" / "train.py")
     argv = [train, f"model.name={tmp_path}/model", f"data.name={reviews}", "data.template='{text} it was'"]
     argv += ["data.label_words=[terrible,great]", "batch.sequences=2", "batch.micro=2", "run.steps=1", "run.threads=1"]
+    argv.append("batch.max_tokens=64")
     argv += [f"run.dir={tmp_path}/run", f"memory.store={store}"]
     code = LIMITED.format(root=str(ROOT), room=700 * 2**20, argv=argv)
     run = subprocess.run(

@@ -17,6 +17,8 @@ from zo import Trainer, blocks, load_config, trainer
 from zo.config import UserError
 from zo.log import read
 
+pytestmark = pytest.mark.slow  # Whole runs, most of them in processes of their own.
+
 BITS = ["model.dtype=bfloat16", "update.weight_decay=0.1", "run.steps=6"]
 SIZES = {"vocab_size": 24, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "eos_token_id": 2}
 MODELS = {

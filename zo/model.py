@@ -179,7 +179,7 @@ class Source:
 
     def _attentions(self, hf_config: Any) -> list[str]:
         """Return the values of ``model.attention`` that the model's class supports, by its own flags."""
-        auto = AUTO_CLASS[self.task]
+        auto: Any = AUTO_CLASS[self.task]
         kind: Any = auto._model_mapping.get(type(hf_config), None)
         kind = kind[0] if isinstance(kind, list | tuple) else kind
         flags = {"sdpa": "_supports_sdpa", "flex_attention": "_supports_flex_attn"}
