@@ -6,13 +6,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from zo.preemption import end_on_signals
+
+if __name__ == "__main__":
+    end_on_signals()  # Before the imports, which take seconds.
+
 from zo.config import UserError
 from zo.launcher import asked_for_text, existing_run, flag, run, split
 from zo.recipe import DEFAULT, load_config
 
 USAGE = (
-    "usage: launch/evaluate.py run=DIR [data=FILE_OR_ID] [trust_remote_code=true], or [recipe=NAME] model.name=... "
-    "[key=value ...]"
+    "usage: launch/evaluate.py run=DIR [data=FILE_OR_ID] [run.device=cpu|cuda] [trust_remote_code=true], or "
+    "[recipe=NAME] model.name=... [key=value ...]"
 )
 
 BATCHES_AT_ONCE = 2
@@ -21,7 +26,10 @@ BATCHES_AT_ONCE = 2
 
 def main(arguments: list[str]) -> None:
     """Print the scores as one JSON object."""
-    own, overrides = split(arguments, ("recipe", "run", "data", "trust_remote_code"))
+    own, overrides = split(arguments, ("recipe", "run", "data", "run.device", "trust_remote_code"))
+    device = own.get("run.device")
+    if "run" not in own and device is not None:
+        overrides.append(f"run.device={device}")
     if text := asked_for_text(arguments, own.get("recipe", DEFAULT), overrides, USAGE):
         print(text)
         return
@@ -36,24 +44,25 @@ def main(arguments: list[str]) -> None:
     config = None if path else load_config(own.get("recipe", DEFAULT), overrides)
 
     from zo.evaluate import evaluate
-    from zo.finished import load_plain, load_run, trusting, with_data
-    from zo.process_group import Mesh
+    from zo.finished import adapted, load_plain, load_run
 
     if path:
-        finished = load_run(path, lambda c: trusting(with_data(c, own["data"]) if "data" in own else c, trust))
+        finished = load_run(path, lambda config: adapted(config, own.get("data"), device, trust))
     else:
-        config = trusting(config, trust or config.model.trust_remote_code)
-        finished = load_plain(with_data(config, own["data"]) if "data" in own else config)
+        finished = load_plain(adapted(config, own.get("data"), device, trust or config.model.trust_remote_code))
     problem = finished.problem
     if problem.task is None or not problem.dev_batches:
         raise UserError(
             "there is nothing to score on: data.dev_examples is 0, or the data is synthetic; give data=FILE"
         )
-    mesh, replica = Mesh(finished.replica.device.type), finished.replica
+    mesh, replica = finished.mesh, finished.replica
     scores = evaluate(replica, problem.task, problem.dev_batches, mesh, at_once=BATCHES_AT_ONCE)
     fingerprint = replica.fingerprint()
     replica.close()
-    print(json.dumps({"run": own.get("run"), "steps": finished.steps, "eval": scores, "fingerprint": fingerprint}))
+    mesh.barrier()
+    if mesh.rank == 0:
+        print(json.dumps({"run": own.get("run"), "steps": finished.steps, "eval": scores, "fingerprint": fingerprint}))
+    mesh.close()
 
 
 if __name__ == "__main__":

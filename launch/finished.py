@@ -9,6 +9,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from zo.preemption import end_on_signals
+
+if __name__ == "__main__":
+    end_on_signals()  # Before the imports, which take seconds.
+
 from zo.config import UserError
 from zo.folder import RunFolder
 from zo.launcher import run, split

@@ -82,6 +82,7 @@ def overrides(tiny_model, reviews):
         "data.dev_examples=10",
         "batch.sequences=4",
         "batch.micro=2",
+        "batch.max_tokens=64",
         "update.lr=1e-3",
         "update.schedule=constant",
         "update.warmup_steps=0",
@@ -90,3 +91,24 @@ def overrides(tiny_model, reviews):
         "eval.every=2",
         "export.at_end=false",
     ]
+
+
+@pytest.fixture(scope="session")
+def why_no_deepnvme():
+    """Words of the disk engine where libaio's headers or a compiler are missing for it, else ``""``."""
+    from zo.config import UserError
+    from zo.disk import ENGINES
+
+    try:
+        ENGINES["deepnvme"]()
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+@pytest.fixture(autouse=True)
+def skip_without_deepnvme(request):
+    """Skip a case whose parameters name the engine on a machine that lacks what it is compiled with, and say so."""
+    case = getattr(request.node, "callspec", None)
+    if case and "deepnvme" in repr(case.params) and (why := request.getfixturevalue("why_no_deepnvme")):
+        pytest.skip(why)

@@ -13,7 +13,7 @@ from zo.blocks import find_layout
 from zo.config import MemoryConfig, RankError
 from zo.log import Entry, Log
 from zo.mesh import Mesh
-from zo.replica import Replica, Weights
+from zo.replica import Replica
 
 HEADER = {"directions": 1, "seed": 1, "distribution": "rademacher", "rule": "sgd", "weight_decay": 0.0}
 
@@ -22,10 +22,10 @@ def started(store, steps=0, **memory):
     model = make_llama()
     memory = MemoryConfig(store=store, **memory)
     log = Log(HEADER, [Entry(i + 1, i + 1, 1e-3, (1.0,)) for i in range(steps)])
-    weights = Weights(model, find_layout(model), lambda e: OwnBase(model), memory, torch.device("cpu"), Path())
-    replica = Replica(weights, log)
+    replica = Replica(model, find_layout(model), lambda e: OwnBase(model), memory, torch.device("cpu"), Path())
+    replica.open(log)
     replica.pass_over()
-    return weights, replica, Audit(weights, replica)
+    return replica, Audit(replica)
 
 
 def go_on(replica, steps):
@@ -37,16 +37,16 @@ def go_on(replica, steps):
 
 @torch.no_grad()
 def replayed_elements(steps, monkeypatch):
-    _, replica, audits = started("host", steps)
+    replica, audits = started("host", steps)
     counted, original = [], replay.visit
     costs = []
     for _ in range(3 * HELD):
         monkeypatch.setattr(replay, "visit", original)
         go_on(replica, 2)
 
-        def counting(weights, address, seed, distribution, changes=(), *rest):
-            counted.append(weights.numel() * len(changes))
-            original(weights, address, seed, distribution, changes, *rest)
+        def counting(weights, address, work, *rest):
+            counted.append(weights.numel() * len(work.changes))
+            original(weights, address, work, *rest)
 
         counted.clear()
         monkeypatch.setattr(replay, "visit", counting)
@@ -69,13 +69,13 @@ def test_an_audit_of_a_long_log_replays_no_more_than_one_of_a_short_log(monkeypa
 @torch.no_grad()
 def test_a_bit_that_flips_between_audits_is_found(store):
     """One rank alone, whose base cannot be read again: its own copies tell."""
-    weights, replica, audits = started(store)
+    replica, audits = started(store)
     go_on(replica, 3)
     audits.check(Mesh())
-    replica.settle()
-    for image in getattr(weights.store, "_images", ()):
+    replica.drain()
+    for image in getattr(replica.store, "_images", ()):
         image[:1] ^= 1
-    for segments in getattr(weights.store, "segments", ()):
+    for segments in getattr(replica.store, "segments", ()):
         segments[0][:1] += 1
 
     def audit_every_copy():

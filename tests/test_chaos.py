@@ -5,6 +5,8 @@ import pytest
 from logs import same_log
 from ranks import train
 
+pytestmark = pytest.mark.slow  # Whole runs, most of them in processes of their own.
+
 
 @pytest.mark.parametrize("seed", [1, 4])
 def test_a_run_ends_with_the_same_bits_whoever_dies(overrides, tmp_path, seed):

@@ -201,6 +201,7 @@ def test_another_base_model_or_other_data_in_the_same_place_is_refused(
         assert "base model" in err
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_when_there_is_room(overrides, tmp_path):
     """A limit on the size of files stands for the full disk: the kernel refuses in the middle of a write."""
     settings = [*overrides, f"run.dir={tmp_path}/run", "run.steps=6", "eval.every=0"]
@@ -233,6 +234,7 @@ Log.append = fills_the_disk
     assert json.loads(resumed.stdout)["fingerprint"] == json.loads(alone.stdout)["fingerprint"]
 
 
+@pytest.mark.slow
 def test_torchrun_makes_one_folder_and_speaks_once(overrides, tmp_path):
     """The default folder's name holds the time: ranks that each made one would train apart."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", ROOT / "launch" / "train.py"]
@@ -279,12 +281,15 @@ def test_a_sequence_classifier_from_rows_to_folder(command, reviews, tmp_path, t
     tokenizer.save_pretrained(tmp_path / "base")
     settings = [f"model.name={tmp_path}/base", "model.task=sequence-classification", f"data.name={reviews}"]
     settings += ["batch.sequences=4", "batch.micro=2", "run.steps=3", "eval.every=3", "update.lr=1e-3"]
+    settings.append("batch.max_tokens=64")
     code, out, err = command("train", *settings, f"run.dir={tmp_path}/run")
     assert code == 0, err
     assert set(json.loads(out)["eval"]) == {"accuracy", "loss"}
     trained = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "model")
     assert trained.config.id2label == {0: "great", 1: "terrible"}
-    code, out, err = command("evaluate", f"model.name={tmp_path}/run/model", f"data={reviews}", "batch.micro=2")
+    code, out, err = command(
+        "evaluate", f"model.name={tmp_path}/run/model", f"data={reviews}", "batch.micro=2", "batch.max_tokens=64"
+    )
     assert code == 0, err
 
 
@@ -328,6 +333,7 @@ def test_a_sweep_under_torchrun_is_refused(command, monkeypatch):
     assert "sweep with python" in err
 
 
+@pytest.mark.slow
 def test_a_sweep_makes_one_run_each_and_hydra_writes_nothing(overrides, tmp_path):
     settings = [*overrides, "run.steps=1", "eval.every=0", "update.lr=1e-4,1e-5"]
     settings = [s for s in settings if s != "update.lr=1e-3"]

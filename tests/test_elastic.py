@@ -13,6 +13,8 @@ from ranks import KILLED, kill_at, lives, train
 
 from zo.log import read
 
+pytestmark = pytest.mark.slow  # Whole runs, most of them in processes of their own.
+
 ROOT = Path(__file__).resolve().parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 SLICED = ["memory.store=host", "mesh.slice=2"]
@@ -83,13 +85,13 @@ def flip_bits(step):
 
     original = trainer.Run.step
 
-    def step_and_flip(run):
-        result = original(run)
+    def step_and_flip(run, *asked):
+        result = original(run, *asked)
         if run.log.version == step:
-            run.replica.settle()
-            for image in getattr(run.weights.store, "_images", ()):
+            run.replica.drain()
+            for image in getattr(run.replica.store, "_images", ()):
                 image[:1] ^= 1
-            for segments in getattr(run.weights.store, "segments", ()):
+            for segments in getattr(run.replica.store, "segments", ()):
                 segments[0][:1] += 1
         return result
 

@@ -28,6 +28,8 @@ from zo import export
 from zo.config import UserError
 from zo.export import Card, model_card, push, write_folder
 
+pytestmark = pytest.mark.slow  # Whole runs, most of them in processes of their own.
+
 CARD = Card(
     base="HuggingFaceTB/SmolLM2-135M-Instruct",
     base_fingerprint="b" * 64,

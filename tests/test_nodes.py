@@ -15,6 +15,8 @@ from ranks import train
 
 from zo.log import read
 
+pytestmark = pytest.mark.slow  # Whole runs, most of them in processes of their own.
+
 ROOT = Path(__file__).resolve().parent.parent
 ADDRESSES = ("10.77.31.1", "10.77.31.2")
 STEPS = 40

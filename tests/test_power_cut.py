@@ -19,7 +19,7 @@ from zo.base import OwnBase
 from zo.blocks import find_layout
 from zo.config import MemoryConfig
 from zo.log import Entry, Log
-from zo.replica import Replica, Weights
+from zo.replica import Replica
 
 STEPS, PAGE = 5, 4096
 HEADER = {"base": "b", "data": "d", "directions": 1, "distribution": "rademacher", "rule": "sgd", "seed": 3}
@@ -42,13 +42,13 @@ def go(folder, base=OwnBase, seed=3):
     """Begin a run, or go on with it, to ``STEPS``; the fingerprint of its weights."""
     folder.mkdir(exist_ok=True)
     net = model()
-    weights = Weights(
+    replica = Replica(
         net, find_layout(net, "module"), lambda engine: base(net), MEMORY, torch.device("cpu"), folder / "b"
     )
     path = folder / "steps.log"
     header = {**HEADER, "run": uuid.uuid4().hex, "seed": seed, "weight_decay": 0.1}
     log = Log.open(path) if path.exists() else Log.create(path, header)
-    replica = Replica(weights, log)
+    replica.open(log)
     while log.version < STEPS:
         step = log.version + 1
         log.append(Entry(step, step, 0.01, (1.0 / step,)))

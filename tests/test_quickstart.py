@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from zo import assets
 from zo.config import UserError
 
+pytestmark = pytest.mark.slow  # Whole runs, most of them in processes of their own.
+
 
 def test_the_reviews_are_the_published_ones():
     rows = assets.movie_reviews()

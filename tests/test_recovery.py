@@ -10,6 +10,8 @@ from ranks import KILLED, kill_at, lives, train
 
 from zo.log import read
 
+pytestmark = pytest.mark.slow  # Whole runs, most of them in processes of their own.
+
 MOMENTS = {
     "before the log's append": ("zo.log", "Log.append", 3, True),
     "after the log's append": ("zo.log", "Log.append", 3, False),

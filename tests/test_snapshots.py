@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from zo.base import OwnBase
 from zo.blocks import find_layout
 from zo.config import MemoryConfig, UserError
-from zo.finished import restore
+from zo.finished import restore_snapshot
 from zo.folder import RunFolder
 from zo.log import Log
-from zo.replica import Replica, Weights
+from zo.replica import Replica
 
 HEADER = {"directions": 1, "seed": 1, "distribution": "rademacher", "rule": "sgd", "weight_decay": 0.0}
 
@@ -42,8 +42,9 @@ def peak_of_a_snapshot(folder, found):
         model = OPTForCausalLM(OPTConfig(**sizes, num_hidden_layers=24, vocab_size=8192))
     layout = find_layout(model, "layer")
     memory = MemoryConfig(store="host", slots=2)
-    weights = Weights(model, layout, lambda e: RandomBase(model, 0), memory, torch.device("cpu"), Path())
-    replica, run = Replica(weights, Log(HEADER)), RunFolder(folder)
+    replica = Replica(model, layout, lambda e: RandomBase(model, 0), memory, torch.device("cpu"), Path())
+    replica.open(Log(HEADER))
+    run = RunFolder(folder)
     replica.pass_over()  # Slots are in memory once they are touched.
     return_freed_memory()
     before, peak, ends = held_bytes(), [0], threading.Event()
@@ -54,7 +55,7 @@ def peak_of_a_snapshot(folder, found):
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    run.save_snapshot(0, replica, weights.store.base)
+    run.save_snapshot(0, replica, replica.store.base)
     ends.set()
     watcher.join()
     largest, total = max(b.size_bytes for b in layout.blocks), sum(b.size_bytes for b in layout.blocks)
@@ -88,29 +89,31 @@ def test_a_snapshot_is_the_weights_and_any_store_takes_them_over(tmp_path, monke
 
     def replica_of(made, store):
         memory = MemoryConfig(store=store)
-        weights = Weights(made, find_layout(made, unit), lambda e: OwnBase(made), memory, torch.device("cpu"), Path())
-        return weights, Replica(weights, Log(HEADER))
+        layout, cpu = find_layout(made, unit), torch.device("cpu")
+        replica = Replica(made, layout, lambda e: OwnBase(made), memory, cpu, Path())
+        replica.open(Log(HEADER))
+        return replica
 
     expected = {name: parameter.data.clone() for name, parameter in model().named_parameters()}
-    weights, replica = replica_of(model(), "host")
+    replica = replica_of(model(), "host")
     run = RunFolder(tmp_path)
-    run.save_snapshot(0, replica, weights.store.base)
+    run.save_snapshot(0, replica, replica.store.base)
     saved = load_file(tmp_path / "snapshots" / "step-000000000.safetensors")
     assert saved.keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in saved.items())
     replica.close()
     for store in ("host", "device"):
-        weights, replica = replica_of(model(), store)
-        for image in getattr(weights.store, "_images", ()):
+        replica = replica_of(model(), store)
+        for image in getattr(replica.store, "_images", ()):
             image.zero_()
-        for segments in getattr(weights.store, "segments", ()):
+        for segments in getattr(replica.store, "segments", ()):
             for flat in segments:
                 flat.zero_()
-        restore(run, weights, replica.log)
-        assert replica.fingerprint() == weights.store.base
+        restore_snapshot(run, replica, replica.log)
+        assert replica.fingerprint() == replica.store.base
         replica.close(give_back=True)
-        assert all(torch.equal(p, expected[n]) for n, p in replica._weights.model.named_parameters())
-        assert all(p.device.type == "cpu" for p in replica._weights.model.parameters())
+        assert all(torch.equal(p, expected[n]) for n, p in replica.model.named_parameters())
+        assert all(p.device.type == "cpu" for p in replica.model.parameters())
 
 
 @pytest.mark.parametrize("slices", [1, 2])
@@ -127,18 +130,19 @@ def test_a_run_goes_on_from_a_snapshot_alone(overrides, tmp_path, slices):
 def test_a_disk_that_fills_in_a_snapshot_leaves_the_older_ones(tmp_path):
     made = make_llama()
     memory = MemoryConfig(store="host")
-    weights = Weights(made, find_layout(made), lambda e: OwnBase(made), memory, torch.device("cpu"), Path())
-    replica, run = Replica(weights, Log(HEADER)), RunFolder(tmp_path)
-    run.save_snapshot(0, replica, weights.store.base)
+    replica = Replica(made, find_layout(made), lambda e: OwnBase(made), memory, torch.device("cpu"), Path())
+    replica.open(Log(HEADER))
+    run = RunFolder(tmp_path)
+    run.save_snapshot(0, replica, replica.store.base)
     older = tmp_path / "snapshots" / "step-000000000.safetensors"
     before, limits = older.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
     try:
         with pytest.raises(UserError, match=r"snapshot of step 1 cannot be written: .*the log is safe: make room"):
-            run.save_snapshot(1, replica, weights.store.base)
+            run.save_snapshot(1, replica, replica.store.base)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert os.listdir(tmp_path / "snapshots") == [older.name]
     assert older.read_bytes() == before
-    run.save_snapshot(2, replica, weights.store.base)
+    run.save_snapshot(2, replica, replica.store.base)
     replica.close()

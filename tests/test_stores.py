@@ -18,6 +18,8 @@ from zo import Trainer, blocks, load_config, trainer
 from zo.config import UserError
 from zo.log import read
 
+pytestmark = pytest.mark.slow  # Whole runs, most of them in processes of their own.
+
 BITS = ["model.dtype=bfloat16", "update.weight_decay=0.1", "run.steps=6"]
 SIZES = {"vocab_size": 24, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "eos_token_id": 2}
 MODELS = {
@@ -94,15 +96,21 @@ def test_where_hidden_states_wait_is_not_part_of_the_result(overrides, expected,
     assert run(settings, tmp_path / "run")["fingerprint"] == expected[1]["fingerprint"]
 
 
-def test_random_weights_are_the_same_in_every_store(overrides, tmp_path):
+@pytest.fixture
+def places(why_no_deepnvme):
+    """PLACES; the page cache stands in for an engine that this machine cannot build, whose own cases say so."""
+    return [[w.replace("deepnvme", "mmap") if why_no_deepnvme else w for w in place] for place in PLACES]
+
+
+def test_random_weights_are_the_same_in_every_store(overrides, places, tmp_path):
     settings = [*overrides, *BITS, "model.weights=random"]
-    found = {run([*settings, *place], tmp_path / str(i))["fingerprint"] for i, place in enumerate([[], *PLACES])}
+    found = {run([*settings, *place], tmp_path / str(i))["fingerprint"] for i, place in enumerate([[], *places])}
     assert len(found) == 1
 
 
-def test_a_run_may_change_its_store_between_steps(overrides, expected, tmp_path):
+def test_a_run_may_change_its_store_between_steps(overrides, expected, places, tmp_path):
     settings = [*overrides, *BITS]
-    for steps, place in enumerate(PLACES, start=1):
+    for steps, place in enumerate(places, start=1):
         last = run([*settings, *place], tmp_path / "run", f"run.steps={steps}")
     assert last["fingerprint"] == expected[1]["fingerprint"]
 

@@ -14,6 +14,8 @@ from zo.estimator import float32
 from zo.log import read
 from zo.perturbation import gaussian
 
+pytestmark = pytest.mark.slow  # Whole runs, most of them in processes of their own.
+
 
 @torch.no_grad()
 def test_a_step_is_a_plain_mezo_step_with_the_same_z(tmp_path):

@@ -1,5 +1,6 @@
 """A model ready to be visited: its blocks found and proved, its weights in a store; for training, scores and export."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from zo.blocks import find_layout
@@ -14,7 +15,14 @@ CHECKED_BATCHES = 2
 """Micro-batches of the first step that the self-check runs, at most."""
 
 
-def assemble(problem: Problem, config: Config, mesh: Mesh, folder: Path, writable: bool = True) -> Replica:
+def assemble(
+    problem: Problem,
+    config: Config,
+    mesh: Mesh,
+    folder: Path,
+    say: Callable[[str], None],
+    writable: bool = True,
+) -> Replica:
     """Check a model against its plain forward, and fill its store; every rank calls this.
 
     Args:
@@ -22,6 +30,7 @@ def assemble(problem: Problem, config: Config, mesh: Mesh, folder: Path, writabl
         config: of the run.
         mesh: of the ranks; a store keeps this rank's slice.
         folder: of a disk store's blocks.
+        say: is told what takes long, before it begins.
         writable: whether a disk store may write there.
 
     Returns:
@@ -35,8 +44,10 @@ def assemble(problem: Problem, config: Config, mesh: Mesh, folder: Path, writabl
     forwards = [lambda model, batch=batch: problem.objective(model, batch) for batch in batches]
     models = [problem.narrow, problem.skeleton] if problem.narrow is not None else [problem.skeleton]
     unit = config.memory.unit
+    say("checking that forwards block by block give the same bits as plain ones")
     merged = self_check(models, forwards, mesh.device, config.estimator.distribution, unit)
     layout, model = find_layout(problem.skeleton, unit, merged), problem.build()
+    say(f"loading weights ({sum(b.size_bytes for b in layout.blocks) / 2**30:.2f} GiB)")
     with mesh.agreed():
         replica = Replica(
             model, layout, problem.base, config.memory, mesh.device, folder, writable=writable, slices=mesh.slices

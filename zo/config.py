@@ -94,8 +94,8 @@ class ModelConfig:
     """Branch, tag or commit on the hub."""
     tokenizer: str | None = None
     """Hub id or folder of the tokenizer, where it is not the model's own."""
-    attention: str = "sdpa"
-    """``attn_implementation`` of transformers."""
+    attention: str = "auto"
+    """``attn_implementation`` of transformers, or ``auto``: ``sdpa`` where the model supports it, else ``eager``."""
     trust_remote_code: bool = False
     """Run code that the model's repository brings."""
 
@@ -193,7 +193,7 @@ class UpdateConfig:
     lr: float = 1e-6
     """Learning rate."""
     schedule: str = "constant"
-    """``constant``, ``linear`` or ``cosine``, both to 0 at the last step."""
+    """``constant``, ``linear`` or ``cosine``; both reach 0 one step after the last, so that the last still moves."""
     warmup_steps: int = 0
     """Steps over which the rate rises linearly from 0."""
     weight_decay: float = 0.0

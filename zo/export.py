@@ -26,6 +26,7 @@ from zo.config import UserError
 from zo.folder import check_replaceable, manifest
 from zo.hardware import name_accelerator
 from zo.log import sync_folder
+from zo.preemption import unfinished
 
 SHARD_BYTES = 5_000_000_000
 """Weights converted and written at once, at most, unless one layer has more; the hub's usual size of a file."""
@@ -242,7 +243,8 @@ def _whole_or_nothing(to: Path, bytes_needed: int, replace: bool) -> Iterator[Pa
                 f"({bytes_free / 2**30:.2f} GiB); make room, or choose a folder on another disk"
             )
         beside.mkdir()
-        yield beside
+        with unfinished(beside):
+            yield beside
         for path in (*beside.rglob("*"), beside):
             sync_folder(path)  # Files too: fsync is the same.
         if replace and to.exists():

@@ -13,7 +13,9 @@ from zo.config import Config, UserError
 from zo.determinism import make_deterministic
 from zo.export import Card
 from zo.folder import RunFolder
+from zo.hardware import choose_device
 from zo.log import Log, difference
+from zo.metrics import Progress
 from zo.problem import Problem, build_problem
 from zo.process_group import Mesh
 from zo.recipe import config_of
@@ -46,6 +48,7 @@ class FinishedRun:
     """A run's model at the last entry of its log."""
 
     problem: Problem
+    mesh: Mesh
     replica: Replica
     content: dict[str, Any]
     header: dict[str, Any]
@@ -66,8 +69,7 @@ def load_run(path: Path, change: Callable[[Config], Config] = lambda config: con
     content = folder.read_config()
     header, entries = logs.read(folder.log_file)
     config = change(config_of(content["config"]))
-    problem = build_problem(config)
-    replica = _load(problem, config, folder.blocks(0))
+    problem, mesh, replica = _load(config, folder.blocks(0))
     if replica.store.base != header.get("base"):
         raise UserError(f"run={path}: the base model is not the one that its log began from; restore that model")
     if (begun := content.get("log_header")) and (found := difference(header, begun)):
@@ -78,33 +80,41 @@ def load_run(path: Path, change: Callable[[Config], Config] = lambda config: con
     log = Log(header, entries)
     restore_snapshot(folder, replica, log)
     replica.open(log)
-    return FinishedRun(problem, replica, content, header, len(entries))
+    return FinishedRun(problem, mesh, replica, content, header, len(entries))
 
 
 def load_plain(config: Config) -> FinishedRun:
     """Load a model that no run has changed."""
-    problem = build_problem(config)
-    replica = _load(problem, config, Path())
+    problem, mesh, replica = _load(config, Path())
     replica.open(Log({"directions": 1, "seed": 0, "distribution": "rademacher", "rule": "sgd", "weight_decay": 0.0}))
-    return FinishedRun(problem, replica, {}, {}, 0)
+    return FinishedRun(problem, mesh, replica, {}, {}, 0)
 
 
-def _load(problem: Problem, config: Config, blocks: Path) -> Replica:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    make_deterministic(torch.device(device))
+def _load(config: Config, blocks: Path) -> tuple[Problem, Mesh, Replica]:
+    device = choose_device(config.run.device)
+    make_deterministic(device)
+    mesh = Mesh(device.type, config.mesh.timeout_s)
+    say = Progress(0, 0, mesh.rank == 0).say
+    say(f"reading {config.model.name} and {config.data.name}")
+    problem = build_problem(config)
     with torch.no_grad():
-        return assemble(problem, config, Mesh(device), blocks, writable=False)
+        return problem, mesh, assemble(problem, config, mesh, blocks, say, writable=False)
 
 
-def trusting(config: Config, trust: bool) -> Config:
-    """Return the same run, with leave to run code that the model's folder or repository brings."""
-    return replace(config, model=replace(config.model, trust_remote_code=trust))
+def adapted(config: Config, data: str | None, device: str | None, trust_remote_code: bool) -> Config:
+    """Return a run's configuration as a command that reads the run uses it.
 
-
-def with_data(config: Config, name: str) -> Config:
-    """The same run on other data: all of it is scored, none is held out of it."""
-    data = replace(config.data, name=name, dev=name, dev_examples=10**9)
-    return replace(config, data=data)
+    Args:
+        config: of the run.
+        data: other data to score: all of it, none is held out; ``None`` for the run's own.
+        device: to compute on; ``None`` for the run's own.
+        trust_remote_code: whether code that the model's folder or repository brings may run.
+    """
+    if data is not None:
+        config = replace(config, data=replace(config.data, name=data, dev=data, dev_examples=10**9))
+    if device is not None:
+        config = replace(config, run=replace(config.run, device=device))
+    return replace(config, model=replace(config.model, trust_remote_code=trust_remote_code))
 
 
 def card_of(

@@ -1,14 +1,17 @@
 """What the commands of ``launch/`` share: arguments, ``--help``, and how a user's mistake ends."""
 
+import errno
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from omegaconf import OmegaConf
 
 from zo.config import RankError, UserError
+from zo.hardware import name_accelerator
 from zo.preemption import end_with_agent
 from zo.recipe import DEFAULT, FOLDER, keys, recipe_names, resolve
 
@@ -18,9 +21,11 @@ DONE, RANK_LOST, USER_ERROR = 0, 1, 2
 def run(command: Callable[[list[str]], None]) -> int:
     """Run a command on the process's arguments.
 
-    A user's mistake becomes one line on stderr and exit code 2, the loss of another rank one line and exit code 1.
+    A user's mistake, or too little memory, becomes one line on stderr and exit code 2, the loss of another rank one
+    line and exit code 1.
     """
     rank = int(os.environ.get("RANK", 0))
+    quiet_libraries()
     try:
         end_with_agent()
         share_cores()
@@ -33,9 +38,60 @@ def run(command: Callable[[list[str]], None]) -> int:
         return USER_ERROR
     except RankError as error:
         print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
-        # A lane may wait for the lost rank still; what it writes is whole under its name or not there.
+        # A worker may still wait for the lost rank; what it writes is whole under its name or not there.
         os._exit(RANK_LOST)
+    except (MemoryError, RuntimeError, OSError) as error:
+        if (remedy := out_of_memory(error)) is None:
+            raise
+        print(f"error on rank {rank}: {remedy}" if rank else f"error: {remedy}", file=sys.stderr, flush=True)
+        # Threads may hold what the memory went to, or fail for want of it while Python winds down.
+        os._exit(USER_ERROR)
     return DONE
+
+
+def out_of_memory(error: Exception) -> str | None:
+    """Return one line on what to change if an error means too little memory, else ``None``.
+
+    torch has a class of its own for a GPU's memory and none for the host's.
+    """
+    said = " ".join(str(error).split())[:200]
+    # A command that fails before it has imported torch has not run out of a GPU's memory.
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        return (
+            f"the GPU's memory is too small ({said}); use memory.store=host, a smaller batch.micro or "
+            "batch.max_tokens, memory.activations=host, or model.dtype=bfloat16"
+        )
+    if (
+        isinstance(error, MemoryError)
+        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+        or any(words in said for words in HOST_MEMORY_WORDS)
+    ):
+        return (
+            f"the host's memory is too small ({said or type(error).__name__}); use memory.store=disk, a smaller "
+            "batch.micro or batch.max_tokens, or model.dtype=bfloat16; fewer ranks on a node share its memory, too"
+        )
+    return None
+
+
+HOST_MEMORY_WORDS = ("DefaultCPUAllocator: ", "Cannot allocate memory", "std::bad_alloc", "unable to mmap")
+"""Words of torch's and the system's errors when the host has no memory left."""
+
+
+def quiet_libraries() -> None:
+    """Have libraries keep their warnings and progress bars to themselves, unless the environment asks for them.
+
+    Downloads, which may take an hour, keep their bars where somebody looks: on rank 0, at a terminal.
+    """
+    name_accelerator()
+    for library in ("TRANSFORMERS", "DATASETS", "HF_HUB"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    if int(os.environ.get("RANK", 0)) or not sys.stderr.isatty():
+        for library in ("HF_HUB", "HF_DATASETS"):
+            os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
 
 
 def share_cores() -> None:

@@ -140,8 +140,8 @@ class Progress:
         """Begin at step ``done`` of ``steps``."""
         self._active, self._steps, self._start_step = active, steps, done
         self._start = self._last_line = time.monotonic()
-        terminal = active and sys.stderr.isatty()
-        self._bar = tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True) if terminal else None
+        self._terminal = active and sys.stderr.isatty()
+        self._bar: tqdm[Any] | None = None
 
     def step(self, values: dict[str, Any], scores: dict[str, float]) -> None:
         """Show one step's metrics and the newest scores."""
@@ -150,7 +150,10 @@ class Progress:
         resident = max(values["device_peak_bytes"], values["host_rss_bytes"]) / GIB
         shown = [f"loss {values['loss']:.4f}", f"{values['tokens_per_s']:.0f} tokens/s", f"{resident:.2f} GiB"]
         shown += [f"dev {name} {value:.4g}" for name, value in scores.items()]
-        if self._bar is not None:
+        if self._terminal:
+            if self._bar is None:  # Not before: lines on what comes first stand above it.
+                self._bar = tqdm(total=self._steps, initial=self._start_step, unit="step", dynamic_ncols=True)
+                self._bar.start_t -= time.monotonic() - self._start
             self._bar.set_postfix_str(", ".join(shown), refresh=False)
             self._bar.update(1)
             return

@@ -25,6 +25,8 @@ logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 AUTO_CLASS = {"causal-lm": AutoModelForCausalLM, "sequence-classification": AutoModelForSequenceClassification}
 """transformers' builders, by the name that ``model.task`` takes."""
+ATTENTION_WORDS = re.compile("attn_implementation|attention implementation|[Ff]lash ?[Aa]ttention|flash_attn|flex")
+"""Words of transformers' errors about ``attn_implementation``."""
 NARROW_HEAD = 16
 """Width of an attention head in a narrow copy."""
 WIDTHS, LENGTHS = re.compile("hidden|emb|model|dim|width"), re.compile("max|position|vocab|layers|seq")
@@ -109,6 +111,8 @@ class Source:
         """
         try:
             return self._on_meta(self.hf_config)  # type: ignore[no-any-return]
+        except UserError:
+            raise
         except ValueError as error:
             raise UserError(f"model.name={self.config.name} has no {self.task} model: {_first_line(error)}") from error
 
@@ -134,14 +138,40 @@ class Source:
         same = [n for n, _ in model.named_parameters()] == [n for n, _ in skeleton.named_parameters()]
         return model if same else None
 
-    def _on_meta(self, hf_config: Any) -> Any:
-        with init_empty_weights(include_buffers=False):
-            model = AUTO_CLASS[self.task].from_config(  # type: ignore[no-untyped-call]
-                hf_config,
-                dtype=self.dtype,
-                attn_implementation=self.config.attention,
-                trust_remote_code=self.config.trust_remote_code,
+    def check_positions(self, max_tokens: int) -> None:
+        """Check that a sequence has no more tokens than the model has positions.
+
+        Raises:
+            UserError: it has.
+        """
+        text = self.hf_config.get_text_config()
+        # Names of configuration keys, the common one first; a model without any has no limit.
+        found = ((key, getattr(text, key, None)) for key in ("max_position_embeddings", "n_positions", "n_ctx"))
+        key, limit = next(((k, n) for k, n in found if isinstance(n, int) and n > 0), ("", max_tokens))
+        if max_tokens > limit:
+            raise UserError(
+                f"batch.max_tokens={max_tokens} is more than the {limit} positions of model.name={self.config.name} "
+                f"({key}); use at most {limit}"
             )
+
+    def _on_meta(self, hf_config: Any) -> Any:
+        asked = self.config.attention
+        try:
+            with init_empty_weights(include_buffers=False):
+                model = AUTO_CLASS[self.task].from_config(  # type: ignore[no-untyped-call]
+                    hf_config,
+                    dtype=self.dtype,
+                    # None: sdpa where the model's class supports it, else eager.
+                    attn_implementation=None if asked == "auto" else asked,
+                    trust_remote_code=self.config.trust_remote_code,
+                )
+        except (ValueError, ImportError) as error:
+            if asked == "auto" or not ATTENTION_WORDS.search(str(error)):
+                raise
+            raise UserError(
+                f"model.attention={asked} does not work for model.name={self.config.name}: {_first_line(error)}; use "
+                f"{' or '.join(self._attentions(hf_config))}"
+            ) from error
         # Some families keep some parameters in float32 whatever is asked for; from_config does not know of it.
         if plan := model._get_dtype_plan(self.dtype):
             patterns, by_group, _ = build_glob_alternation(list(plan))
@@ -151,6 +181,15 @@ class Source:
         # Registering on meta makes a new Parameter each time, which parts tied ones.
         model.tie_weights()
         return model.eval()
+
+    def _attentions(self, hf_config: Any) -> list[str]:
+        """Return the values of ``model.attention`` that the model's class supports, by its own flags."""
+        auto: Any = AUTO_CLASS[self.task]
+        kind: Any = auto._model_mapping.get(type(hf_config), None)
+        kind = kind[0] if isinstance(kind, list | tuple) else kind
+        flags = {"sdpa": "_supports_sdpa", "flex_attention": "_supports_flex_attn"}
+        flags["flash_attention_2"] = "_supports_flash_attn"
+        return ["auto", "eager", *(name for name, flag in flags.items() if getattr(kind, flag, False))]
 
     def info(self, skeleton: nn.Module) -> ModelInfo:
         """What data and objective need to know of the model."""

@@ -65,6 +65,7 @@ def build_problem(config: Config) -> Problem:
     if not config.data.name:
         raise UserError("data.name is empty; give a file, a hub id, a task or synthetic")
     source, rows = Source(config.model), Rows(config.data)
+    source.check_positions(config.batch.max_tokens)
     tokenizer = None if rows.synthetic else source.tokenizer()
     classes = rows.class_names(source.class_names) if source.task == "sequence-classification" else []
     source.set_classes(classes, pad_id(tokenizer))

@@ -28,10 +28,11 @@ from zo.evaluate import evaluate
 from zo.export import write_folder
 from zo.finished import card_of, restore_snapshot
 from zo.folder import RunFolder, versions
+from zo.hardware import choose_device
 from zo.log import Entry, Log
 from zo.mesh import fit
-from zo.metrics import finite_or_none
-from zo.preemption import termination
+from zo.metrics import Progress, finite_or_none
+from zo.preemption import go_on_with, termination
 from zo.problem import Problem, build_problem, own_problem
 from zo.process_group import Mesh
 from zo.reporter import Reporter
@@ -89,13 +90,11 @@ class Trainer:
             UserError: what the user can mend; the run's log stays whole.
             RankError: another rank is gone, or its weights are not what they should be; the log stays whole too.
         """
-        device = self.config.run.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = choose_device(self.config.run.device)
         make_deterministic(device)
         with ExitStack() as resources, torch.no_grad():
             asked = resources.enter_context(termination())
-            mesh = Mesh(device, self.config.mesh.timeout_s)
+            mesh = Mesh(device.type, self.config.mesh.timeout_s)
             resources.callback(mesh.close)
             return Run(self.config, mesh, self._own, self._command, resources).to_end(asked)
 
@@ -127,13 +126,17 @@ class Run:
         with mesh.agreed():
             self.folder.check(config)
         self.is_writer = acquire_run_folder(mesh, self.folder, resources)
+        go_on_with(f"no completed step is lost: the same command with run.dir={self.folder.path} goes on")
         if config.run.threads is not None:
             check_threads(config.run.threads, os.cpu_count() or 1)
             torch.set_num_threads(config.run.threads)
         if config.profile.range:
             check_drawable()
+        say = Progress(0, 0, mesh.rank == 0).say
+        if own is None:
+            say(f"reading {config.model.name} and {config.data.name}")
         self.problem = own or build_problem(config)
-        self.replica = assemble(self.problem, config, mesh, self.folder.blocks(mesh.rank))
+        self.replica = assemble(self.problem, config, mesh, self.folder.blocks(mesh.rank), say)
         self.log = self._open_log(command)
         restore_snapshot(self.folder, self.replica, self.log)
         self.replica.open(self.log)
@@ -172,6 +175,8 @@ class Run:
                 loss = sum(losses) / len(losses)
                 self.reporter.end_step(loss, skipped, table.tokens)
                 self._after_step()
+                # Ranks agree on it in a step's collective; alone there is nobody to ask.
+                stops = stops or (self.mesh.ranks == 1 and asked.is_set())
             self.replica.drain()
             self.log.check_in_place()
             if self.log.version < config.run.steps:
