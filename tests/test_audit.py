@@ -12,7 +12,7 @@ from zo.base import OwnBase
 from zo.blocks import find_layout
 from zo.config import MemoryConfig, RankError
 from zo.log import Entry, Log
-from zo.mesh import Mesh
+from zo.process_group import Mesh
 from zo.replica import Replica
 
 HEADER = {"directions": 1, "seed": 1, "distribution": "rademacher", "rule": "sgd", "weight_decay": 0.0}
