@@ -12,8 +12,8 @@ import torch
 from step_time import Zo, forwards
 from transformers import OPTConfig, OPTForCausalLM
 
-from zo.kernels import visit
-from zo.perturbation import Change, Offset, Pass
+from zo.method.kernels import visit
+from zo.method.perturbation import Change, Offset, Pass
 
 MIB = 2**20
 
@@ -33,7 +33,9 @@ def peak_over_now(run):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", default="1x32")
     parser.add_argument("--dtype", default="float32")
     arguments = parser.parse_args()
@@ -46,12 +48,19 @@ def main():
         # Loads numba and the compiled kernel: a constant of the process, reported apart.
         before = resident("VmRSS")
         tiny = torch.zeros(2, 1 << 18, dtype=model.dtype)
-        visit(tiny[0], 0, Pass(1, "rademacher", (Change(1, (0,), (1.0,)),), (Offset(1, 1.0),)), tiny[1:])
+        visit(
+            tiny[0],
+            0,
+            Pass(1, "rademacher", (Change(1, (0,), (1.0,)),), (Offset(1, 1.0),)),
+            tiny[1:],
+        )
         kernel = resident("VmRSS") - before
         before = resident("VmRSS")
         zo = Zo(model, "rademacher")
-        training = resident("VmRSS") - before + peak_over_now(lambda: [zo.step(ids) for _ in range(4)])
-    blocks = zo.layout.blocks
+        training = (
+            resident("VmRSS") - before + peak_over_now(lambda: [zo.step(ids) for _ in range(4)])
+        )
+    blocks = zo.model.layout.blocks
     scratch = 2 * max(b.size_bytes for b in blocks)
     sizes = {
         "weights": sum(b.size_bytes for b in blocks),

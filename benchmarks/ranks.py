@@ -24,7 +24,7 @@ from pathlib import Path
 import psutil
 from transformers import OPTConfig
 
-from zo.log import read
+from zo.state.log import read
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPES = {"opt-125m": (768, 12, 12), "opt-1.3b": (2048, 24, 32)}
@@ -37,10 +37,32 @@ def command(folder, shape, ranks, settings, restarts=0):
     sizes |= {"num_hidden_layers": layers, "num_attention_heads": heads}
     OPTConfig(**sizes, architectures=["OPTForCausalLM"]).save_pretrained(folder / shape)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
-    torchrun += ["--max-restarts", str(restarts), "--monitor-interval", "0.1", "--master-port", "29777"]
-    keys = ["recipe=opt-125m", f"model.name={folder / shape}", "model.weights=random", "model.dtype=bfloat16"]
-    keys += ["data.name=synthetic", "data.dev=null", "estimator.distribution=rademacher", "eval.every=0"]
-    keys += ["export.at_end=false", "run.snapshot_every=0", "run.threads=1", f"run.dir={folder / 'run'}"]
+    torchrun += [
+        "--max-restarts",
+        str(restarts),
+        "--monitor-interval",
+        "0.1",
+        "--master-port",
+        "29777",
+    ]
+    keys = [
+        "recipe=opt-125m",
+        f"model.name={folder / shape}",
+        "model.weights=random",
+        "model.dtype=bfloat16",
+    ]
+    keys += [
+        "data.name=synthetic",
+        "data.dev=null",
+        "estimator.distribution=rademacher",
+        "eval.every=0",
+    ]
+    keys += [
+        "export.at_end=false",
+        "run.snapshot_every=0",
+        "run.threads=1",
+        f"run.dir={folder / 'run'}",
+    ]
     return [*torchrun, "launch/train.py", *keys, *settings]
 
 
@@ -57,7 +79,9 @@ def run(folder, shape, ranks, settings):
     )
     if done.returncode:
         raise SystemExit(done.stderr)
-    return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 def scaling(folder, rounds):
@@ -65,8 +89,16 @@ def scaling(folder, rounds):
     one = ["batch.sequences=8", "batch.micro=8", "batch.max_tokens=64", "run.steps=8"]
     cases = {
         "1 rank, 2 x 1 cells": (1, 2, [*one, "estimator.directions=1"]),
-        "2 ranks, mesh.perturb=2, 4 x 1 cells": (2, 4, [*one, "estimator.directions=2", "mesh.perturb=2"]),
-        "2 ranks, mesh.data=2, 2 x 2 cells": (2, 4, [*one, "batch.sequences=16", "mesh.perturb=1", "mesh.data=2"]),
+        "2 ranks, mesh.perturb=2, 4 x 1 cells": (
+            2,
+            4,
+            [*one, "estimator.directions=2", "mesh.perturb=2"],
+        ),
+        "2 ranks, mesh.data=2, 2 x 2 cells": (
+            2,
+            4,
+            [*one, "batch.sequences=16", "mesh.perturb=1", "mesh.data=2"],
+        ),
     }
     rates = {name: [] for name in cases}
     for _ in range(rounds):
@@ -89,12 +121,23 @@ def scalars(folder):
 
 
 def slices(folder):
-    print("| mesh.slice | MB read a step and rank | share | MB gathered | step, s |\n|---|---|---|---|---|")
-    one = ["batch.sequences=4", "batch.micro=1", "batch.max_tokens=32", "run.steps=6", "memory.store=host"]
+    print(
+        "| mesh.slice | MB read a step and rank | share | MB gathered | step, s |\n|---|---|---|---|---|"
+    )
+    one = [
+        "batch.sequences=4",
+        "batch.micro=1",
+        "batch.max_tokens=32",
+        "run.steps=6",
+        "memory.store=host",
+    ]
     whole = None
     for of in (1, 2, 4):
         steps = run(folder, "opt-125m", 4, [*one, f"mesh.slice={of}"])[2:]
-        median = {key: statistics.median(s[key] for s in steps) for key in ("read_bytes", "gathered_bytes", "step_s")}
+        median = {
+            key: statistics.median(s[key] for s in steps)
+            for key in ("read_bytes", "gathered_bytes", "step_s")
+        }
         whole = whole or median["read_bytes"]
         print(
             f"| {of} | {median['read_bytes'] / 1e6:.1f} | {median['read_bytes'] / whole:.3f} | "
@@ -107,9 +150,17 @@ def recovery(folder, rounds):
     found = []
     for _ in range(rounds):
         shutil.rmtree(folder / "run", ignore_errors=True)
-        settings = ["batch.sequences=4", "batch.micro=2", "batch.max_tokens=32", "run.steps=12", "mesh.data=1"]
+        settings = [
+            "batch.sequences=4",
+            "batch.micro=2",
+            "batch.max_tokens=32",
+            "run.steps=12",
+            "mesh.data=1",
+        ]
         process = subprocess.Popen(
-            command(folder, "opt-125m", 2, [*settings, "memory.store=host", "mesh.slice=2"], restarts=1),
+            command(
+                folder, "opt-125m", 2, [*settings, "memory.store=host", "mesh.slice=2"], restarts=1
+            ),
             cwd=ROOT,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
             stdout=subprocess.DEVNULL,
@@ -127,11 +178,19 @@ def recovery(folder, rounds):
         threading.Thread(target=listen, daemon=True).start()
         log = folder / "run" / "steps.log"
         wait(lambda log=log: log.exists() and len(read(log)[1]) >= 5)
-        victim = next(c for c in psutil.Process(process.pid).children(recursive=True) if c.environ().get("RANK") == "1")
+        victim = next(
+            c
+            for c in psutil.Process(process.pid).children(recursive=True)
+            if c.environ().get("RANK") == "1"
+        )
         os.kill(victim.pid, signal.SIGKILL)
         killed, before = time.monotonic(), len(read(log)[1])
         survivor = {c.pid for c in psutil.Process(process.pid).children(recursive=True)}
-        wait(lambda survivor=survivor: all(not psutil.pid_exists(pid) or dead(pid) for pid in survivor))
+        wait(
+            lambda survivor=survivor: all(
+                not psutil.pid_exists(pid) or dead(pid) for pid in survivor
+            )
+        )
         gone = time.monotonic()
         wait(lambda log=log, before=before: len(read(log)[1]) > before)
         stepped = time.monotonic()
@@ -140,7 +199,11 @@ def recovery(folder, rounds):
         found.append([gone - killed, loaded - gone, stepped - loaded, stepped - killed])
     names = ["detect, end the others", "restart, load", "replay, first step", "in all"]
     print(f"| {' | '.join(names)} |\n|{'---|' * len(names)}")
-    print("| " + " | ".join(f"{statistics.median(column):.1f} s" for column in zip(*found, strict=True)) + " |")
+    print(
+        "| "
+        + " | ".join(f"{statistics.median(column):.1f} s" for column in zip(*found, strict=True))
+        + " |"
+    )
 
 
 def dead(pid):
@@ -156,7 +219,9 @@ def wait(until):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=("scaling", "bytes", "slices", "recovery"))
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()

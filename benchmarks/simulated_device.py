@@ -54,20 +54,44 @@ def main():
         model, data = Path(scratch) / "model", Path(scratch) / "text.jsonl"
         make_llama().save_pretrained(model)
         make_tokenizer().save_pretrained(model)
-        words = "the film was a bad good great terrible dull bright long short it story".split()
+        words = [
+            "the",
+            "film",
+            "was",
+            "a",
+            "bad",
+            "good",
+            "great",
+            "terrible",
+            "dull",
+            "bright",
+            "long",
+            "short",
+            "it",
+            "story",
+        ]
         texts = [" ".join(words[i % 7 : i % 7 + 4 + i % 3]) for i in range(40)]
         data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
         expected = run(Path(scratch) / "device", model, data)
         for seed in range(seeds):
             store, unit, slots, lag = PLACES[seed % len(PLACES)]
-            place = [f"memory.store={store}", f"memory.unit={unit}", f"memory.slots={slots}", f"memory.lag={lag}"]
+            place = [
+                f"memory.store={store}",
+                f"memory.unit={unit}",
+                f"memory.slots={slots}",
+                f"memory.lag={lag}",
+            ]
             with simulated(seed) as made, tempfile.TemporaryDirectory() as folder:
                 found = run(Path(folder) / "run", model, data, *place)
             assert found == expected, (seed, place)
             copies += sum(device.counts["copies"] for device in made)
             accesses += sum(device.counts["accesses"] for device in made)
     seconds = round(time.monotonic() - begun, 1)
-    print(json.dumps({"seeds": seeds, "races": 0, "copies": copies, "accesses": accesses, "seconds": seconds}))
+    print(
+        json.dumps(
+            {"seeds": seeds, "races": 0, "copies": copies, "accesses": accesses, "seconds": seconds}
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -18,20 +18,23 @@ import torch
 import transformers
 from transformers import OPTConfig, OPTForCausalLM
 
-from zo import estimator
-from zo.base import OwnBase
-from zo.blocks import find_layout
-from zo.config import MemoryConfig
-from zo.log import Entry, Log
-from zo.replica import Replica
-from zo.table import LossTable
+from zo.config.schema import MemoryConfig
+from zo.method import estimator
+from zo.method.entry import Entry
+from zo.method.table import LossTable
+from zo.model.blocks import find_layout
+from zo.model.source import OwnBase
+from zo.state.log import Log
+from zo.streaming.replica import Replica
 
 EPS, LR = 1e-3, 1e-6
 
 
 def loss(model, ids):
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-    return torch.nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1))
+    return torch.nn.functional.cross_entropy(
+        logits.reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1)
+    )
 
 
 class Mezo:
@@ -64,7 +67,13 @@ class Zo:
     """This project's step, its parts wired as the trainer wires them."""
 
     def __init__(self, model, distribution):
-        header = {"directions": 1, "seed": 1, "distribution": distribution, "rule": "sgd", "weight_decay": 0.0}
+        header = {
+            "directions": 1,
+            "seed": 1,
+            "distribution": distribution,
+            "rule": "sgd",
+            "weight_decay": 0.0,
+        }
         self.model, self.log, self.layout = model, Log(header), find_layout(model)
         base = OwnBase(model)
         cpu = torch.device("cpu")
@@ -75,7 +84,9 @@ class Zo:
         number = self.log.version + 1
         table = LossTable(estimator.probes("spsa", number, 1, EPS), columns=1)
         losses = self.replica.table(table.probes, [0, 1], [lambda: loss(self.model, ids)] * 2)
-        values = torch.tensor([[value.item(), 1, ids.numel()] for value in losses], dtype=torch.float64)
+        values = torch.tensor(
+            [[value.item(), 1, ids.numel()] for value in losses], dtype=torch.float64
+        )
         scalars, _ = estimator.estimate("spsa", table.fill(values), EPS)
         self.log.append(Entry(number, number, LR, scalars))
 
@@ -91,7 +102,11 @@ def measure(shape, dtype, distribution, rounds):
     sequences, tokens = map(int, shape.split("x"))
     ids = torch.randint(4, config.vocab_size, (sequences, tokens))
     mezo, zo = Mezo(mezo_model), Zo(zo_model, distribution)
-    runs = {"forwards": lambda: forwards(plain, ids), "mezo": lambda: mezo.step(ids), "zo": lambda: zo.step(ids)}
+    runs = {
+        "forwards": lambda: forwards(plain, ids),
+        "mezo": lambda: mezo.step(ids),
+        "zo": lambda: zo.step(ids),
+    }
     times = {name: [] for name in runs}
     for round_number in range(rounds + 1):
         for name, run in runs.items():
@@ -111,7 +126,9 @@ def measure(shape, dtype, distribution, rounds):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shapes", default="1x32,8x64,1x512")
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--distributions", default="rademacher,gaussian")
@@ -127,7 +144,12 @@ def main():
         for dtype in arguments.dtypes.split(","):
             for distribution in arguments.distributions.split(","):
                 for shape in arguments.shapes.split(","):
-                    print(json.dumps(measure(shape, getattr(torch, dtype), distribution, arguments.rounds)), flush=True)
+                    print(
+                        json.dumps(
+                            measure(shape, getattr(torch, dtype), distribution, arguments.rounds)
+                        ),
+                        flush=True,
+                    )
 
 
 if __name__ == "__main__":

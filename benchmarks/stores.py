@@ -40,7 +40,9 @@ def drop_caches():
 
 def seconds_of_lanes(trace):
     events = json.loads(trace.read_text())["traceEvents"]
-    lanes = {event["tid"]: event["args"]["name"].split()[0] for event in events if event["ph"] == "M"}
+    lanes = {
+        event["tid"]: event["args"]["name"].split()[0] for event in events if event["ph"] == "M"
+    }
     seconds = dict.fromkeys(("read", "replay+perturb", "forward", "write-back"), 0.0)
     for event in events:
         if event["ph"] == "X" and lanes[event["tid"]] in seconds:
@@ -58,13 +60,32 @@ def run(shape, tokens, steps, setting, folder):
     OPTConfig(**sizes, architectures=["OPTForCausalLM"]).save_pretrained(config)
     run_dir = folder / "run"
     shutil.rmtree(run_dir, ignore_errors=True)
-    command = [sys.executable, "launch/train.py", "recipe=opt-1.3b", f"model.name={config}", "model.weights=random"]
-    command += ["model.dtype=bfloat16", "data.name=synthetic", "data.dev=null", "batch.sequences=1", "batch.micro=1"]
-    command += [f"batch.max_tokens={tokens}", "estimator.distribution=rademacher", f"run.steps={steps}", "eval.every=0"]
+    command = [
+        sys.executable,
+        "launch/train.py",
+        "recipe=opt-1.3b",
+        f"model.name={config}",
+        "model.weights=random",
+    ]
+    command += [
+        "model.dtype=bfloat16",
+        "data.name=synthetic",
+        "data.dev=null",
+        "batch.sequences=1",
+        "batch.micro=1",
+    ]
+    command += [
+        f"batch.max_tokens={tokens}",
+        "estimator.distribution=rademacher",
+        f"run.steps={steps}",
+        "eval.every=0",
+    ]
     command += [f"run.dir={run_dir}", "run.snapshot_every=0", "export.at_end=false"]
     command += [f"memory.{word}" for word in words if "=" in word]
     command += [f"profile.steps={steps}..{steps}"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     done = threading.Event()
     if cold:
         metrics = run_dir / "metrics.jsonl"
@@ -84,7 +105,9 @@ def run(shape, tokens, steps, setting, folder):
     done.set()
     if status:
         raise SystemExit(err)
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()][steps // 2 :]
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()][
+        steps // 2 :
+    ]
     median = lambda key: statistics.median(line[key] for line in lines)  # noqa: E731
     lanes = seconds_of_lanes(run_dir / "timeline.json")
     return {
@@ -104,7 +127,9 @@ def run(shape, tokens, steps, setting, folder):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", default="opt-1.3b", choices=SHAPES)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--steps", type=int, default=8)
@@ -114,7 +139,9 @@ def main():
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as folder:
         for _ in range(arguments.rounds):
             for setting in arguments.settings:
-                result = run(arguments.shape, arguments.tokens, arguments.steps, setting, Path(folder))
+                result = run(
+                    arguments.shape, arguments.tokens, arguments.steps, setting, Path(folder)
+                )
                 print(json.dumps(result), flush=True)
 
 

@@ -36,8 +36,18 @@ def main(overrides: list[str]) -> int:
     with tempfile.TemporaryDirectory() as scrap:
         (Path(scrap) / "config.json").write_text(json.dumps(MODEL), encoding="utf-8")
         command = [sys.executable, "launch/train.py", f"model.name={scrap}", "model.weights=random"]
-        command += ["data.name=synthetic", "batch.sequences=2", "batch.micro=1", "batch.max_tokens=16"]
-        command += [f"run.steps={STEPS}", f"run.dir={scrap}/run", "eval.every=0", "export.at_end=false"]
+        command += [
+            "data.name=synthetic",
+            "batch.sequences=2",
+            "batch.micro=1",
+            "batch.max_tokens=16",
+        ]
+        command += [
+            f"run.steps={STEPS}",
+            f"run.dir={scrap}/run",
+            "eval.every=0",
+            "export.at_end=false",
+        ]
         command += [] if any(o.startswith("run.device=") for o in overrides) else ["run.device=cpu"]
         environment = os.environ | {"HF_HUB_OFFLINE": "1"}
         try:

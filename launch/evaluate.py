@@ -6,14 +6,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from zo.preemption import end_on_signals
+from zo.io.signals import end_on_signals
 
 if __name__ == "__main__":
     end_on_signals()  # Before the imports, which take seconds.
 
-from zo.config import UserError
-from zo.launcher import asked_for_text, existing_run, flag, run, split
-from zo.recipe import DEFAULT, load_config
+from zo.config.cli import asked_for_text, existing_run, flag, run, split
+from zo.config.recipes import DEFAULT, load_config
+from zo.errors import UserError
 
 USAGE = (
     "usage: launch/evaluate.py run=DIR [data=FILE_OR_ID] [run.device=cpu|cuda] [trust_remote_code=true], or "
@@ -43,13 +43,15 @@ def main(arguments: list[str]) -> None:
     path = existing_run(own["run"]) if "run" in own else None
     config = None if path else load_config(own.get("recipe", DEFAULT), overrides)
 
-    from zo.evaluate import evaluate
-    from zo.finished import adapted, load_plain, load_run
+    from zo.run.evaluate import evaluate
+    from zo.run.restore import adapted, load_plain, load_run
 
     if path:
         finished = load_run(path, lambda config: adapted(config, own.get("data"), device, trust))
     else:
-        finished = load_plain(adapted(config, own.get("data"), device, trust or config.model.trust_remote_code))
+        finished = load_plain(
+            adapted(config, own.get("data"), device, trust or config.model.trust_remote_code)
+        )
     problem = finished.problem
     if problem.task is None or not problem.dev_batches:
         raise UserError(
@@ -61,7 +63,16 @@ def main(arguments: list[str]) -> None:
     replica.close()
     mesh.barrier()
     if mesh.rank == 0:
-        print(json.dumps({"run": own.get("run"), "steps": finished.steps, "eval": scores, "fingerprint": fingerprint}))
+        print(
+            json.dumps(
+                {
+                    "run": own.get("run"),
+                    "steps": finished.steps,
+                    "eval": scores,
+                    "fingerprint": fingerprint,
+                }
+            )
+        )
     mesh.close()
 
 

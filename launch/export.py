@@ -6,13 +6,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from zo.preemption import end_on_signals
+from zo.io.signals import end_on_signals
 
 if __name__ == "__main__":
     end_on_signals()  # Before the imports, which take seconds.
 
-from zo.config import UserError
-from zo.launcher import existing_run, flag, run, split
+from zo.config.cli import existing_run, flag, run, split
+from zo.errors import UserError
 
 USAGE = (
     "usage: launch/export.py run=DIR to=DIR [push=USER/NAME] [public=true|false] [run.device=cpu|cuda] "
@@ -31,19 +31,26 @@ def main(arguments: list[str]) -> None:
     public = flag(own, "public", "without it a pushed repository is private")
     trust = flag(own, "trust_remote_code", "without it no code of the model's own is run")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError("a model is exported by one process; start it with python launch/export.py, without torchrun")
+        raise UserError(
+            "a model is exported by one process; start it with python launch/export.py, without torchrun"
+        )
     path, to = existing_run(own["run"]), Path(own["to"]).expanduser()
 
-    from zo.export import push, write_folder
-    from zo.finished import adapted, card_of, load_run
-    from zo.metrics import last_scores
+    from zo.observe.metrics import last_scores
+    from zo.run.export import write_folder
+    from zo.run.hub import push
+    from zo.run.restore import adapted, card_of, load_run
 
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise UserError(f"to={to} exists and is not an empty folder; choose a new one")
     finished = load_run(path, lambda config: adapted(config, None, own.get("run.device"), trust))
     scores = last_scores(path / "metrics.jsonl", finished.steps)
-    card = card_of(finished.content, finished.header, finished.steps, scores, finished.replica.fingerprint())
-    write_folder(finished.replica.model, finished.problem.tokenizer, to, card, source=finished.replica)
+    card = card_of(
+        finished.content, finished.header, finished.steps, scores, finished.replica.fingerprint()
+    )
+    write_folder(
+        finished.replica.model, finished.problem.tokenizer, to, card, source=finished.replica
+    )
     finished.replica.close()
     print(to)
     if "push" in own:

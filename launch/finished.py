@@ -9,16 +9,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from zo.preemption import end_on_signals
+from zo.io.signals import end_on_signals
 
 if __name__ == "__main__":
     end_on_signals()  # Before the imports, which take seconds.
 
-from zo.config import UserError
-from zo.folder import RunFolder
-from zo.launcher import run, split
-from zo.log import read
-from zo.recipe import DEFAULT, load_config
+from zo.config.cli import run, split
+from zo.config.recipes import DEFAULT, load_config
+from zo.errors import UserError
+from zo.state.log import read
+from zo.state.run_folder import RunFolder
 
 NOT_YET = 75
 
@@ -32,7 +32,10 @@ def main(arguments: list[str]) -> None:
     folder = RunFolder(Path(config.run.dir))
     steps = len(read(folder.log_file)[1]) if folder.log_file.exists() else 0
     waits = config.export.at_end and not folder.model.is_dir()
-    print(f"{folder.path}: step {steps} of {config.run.steps}{', model/ is not written' * waits}", file=sys.stderr)
+    print(
+        f"{folder.path}: step {steps} of {config.run.steps}{', model/ is not written' * waits}",
+        file=sys.stderr,
+    )
     if steps < config.run.steps or waits:
         raise SystemExit(NOT_YET)
 

@@ -9,16 +9,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from zo.preemption import end_on_signals
+from zo.io.signals import end_on_signals
 
 if __name__ == "__main__":
     end_on_signals()  # Before the imports, which take seconds.
 
 from omegaconf import DictConfig
 
-from zo.config import UserError
-from zo.launcher import asked_for_text, run, split
-from zo.recipe import DEFAULT, as_config, resolve
+from zo.config.cli import asked_for_text, run, split
+from zo.config.recipes import DEFAULT, as_config, resolve
+from zo.errors import UserError
 
 USAGE = "usage: [torchrun --nproc-per-node N] launch/train.py [recipe=NAME] [key=value ...] [-m | --help | --cfg job]"
 
@@ -32,14 +32,17 @@ def main(arguments: list[str]) -> None:
     elif "-m" in arguments or "--multirun" in arguments:
         sweep(recipe, [o for o in overrides if o not in ("-m", "--multirun")])
     else:
-        train(resolve(recipe, overrides), shlex.join(["python", "launch/train.py", f"recipe={recipe}", *overrides]))
+        train(
+            resolve(recipe, overrides),
+            shlex.join(["python", "launch/train.py", f"recipe={recipe}", *overrides]),
+        )
 
 
 def train(node: DictConfig, command: str = "") -> None:
     """One run."""
     config = as_config(node)
     # Imported here: torch and transformers take seconds, which --help and a mistyped key need not wait for.
-    from zo.trainer import Trainer
+    from zo.run.trainer import Trainer
 
     summary = Trainer(config, command=command).train()
     if int(os.environ.get("RANK", 0)) == 0 and summary["fingerprint"]:
@@ -54,7 +57,7 @@ def sweep(recipe: str, overrides: list[str]) -> None:
         )
     import hydra
 
-    from zo.recipe import FOLDER
+    from zo.config.recipes import FOLDER
 
     resolve(recipe, [o for o in overrides if "," not in o])
     # Runs have folders of their own; what Hydra writes goes.

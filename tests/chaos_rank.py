@@ -1,6 +1,6 @@
 """What torchrun starts in place of launch/train.py where a rank is to die: ``CHAOS`` says which, and where.
 
-CHAOS = {"rank": 1, "at": ["zo.log", "Log.append", 3, false]}; it happens to the first group of ranks alone.
+CHAOS = {"rank": 1, "at": ["zo.state.log", "Log.append", 3, false]}; it happens to the first group of ranks alone.
 """
 
 import json

@@ -8,7 +8,30 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-WORDS = [*"the film was a bad good great terrible dull bright long short it story and of cast plot ending very".split()]  # noqa: SIM905
+WORDS = [
+    *[
+        "the",
+        "film",
+        "was",
+        "a",
+        "bad",
+        "good",
+        "great",
+        "terrible",
+        "dull",
+        "bright",
+        "long",
+        "short",
+        "it",
+        "story",
+        "and",
+        "of",
+        "cast",
+        "plot",
+        "ending",
+        "very",
+    ]
+]
 CHAT = (
     "{% for m in messages %}<{{ m.role }}> {{ m.content }} {% endfor %}"
     "{% if add_generation_prompt %}<assistant> {% endif %}"
@@ -19,7 +42,9 @@ def make_tokenizer():
     vocabulary = {token: i for i, token in enumerate(["<pad>", "<unk>", "<eos>", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", eos_token="<eos>")
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", eos_token="<eos>"
+    )
     made.chat_template = CHAT
     return made
 
@@ -96,8 +121,8 @@ def overrides(tiny_model, reviews):
 @pytest.fixture(scope="session")
 def why_no_deepnvme():
     """Words of the disk engine where libaio's headers or a compiler are missing for it, else ``""``."""
-    from zo.config import UserError
-    from zo.disk import ENGINES
+    from zo.errors import UserError
+    from zo.io.engines import ENGINES
 
     try:
         ENGINES["deepnvme"]()
@@ -110,5 +135,9 @@ def why_no_deepnvme():
 def skip_without_deepnvme(request):
     """Skip a case whose parameters name the engine on a machine that lacks what it is compiled with, and say so."""
     case = getattr(request.node, "callspec", None)
-    if case and "deepnvme" in repr(case.params) and (why := request.getfixturevalue("why_no_deepnvme")):
+    if (
+        case
+        and "deepnvme" in repr(case.params)
+        and (why := request.getfixturevalue("why_no_deepnvme"))
+    ):
         pytest.skip(why)

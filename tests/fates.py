@@ -11,16 +11,16 @@ from pathlib import Path
 
 import psutil
 
-from zo.log import read
+from zo.state.log import read
 
 HERE = Path(__file__).resolve().parent
 MOMENTS = {
     "any": None,
-    "log's append": ("zo.log", "Log._write", False),
+    "log's append": ("zo.state.log", "Log._write", False),
     "in the append": ("os", "pwrite", False),
-    "write-back": ("zo.store", "{store}.keep", True),
-    "gather": ("zo.slices", "Slices.gather", True),
-    "scalars": ("zo.process_group", "Mesh.gather", False),
+    "write-back": ("zo.streaming.stores", "{store}.keep", True),
+    "gather": ("zo.distributed.slices", "Slices.gather", True),
+    "scalars": ("zo.distributed.process_group", "Mesh.gather", False),
 }
 SETTINGS = (
     ("host", 2, 2),
@@ -45,22 +45,53 @@ def fate(seed):
     # Rank 0 alone writes the log.
     rank = 0 if "append" in name else chance.randrange(ranks)
     step = chance.randrange(2, STEPS - 2)
-    return {"moment": name, "store": store, "ranks": ranks, "slices": slices, "rank": rank, "step": step}
+    return {
+        "moment": name,
+        "store": store,
+        "ranks": ranks,
+        "slices": slices,
+        "rank": rank,
+        "step": step,
+    }
 
 
 def command(overrides, ranks):
     """A torchrun that restarts its ranks."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", ranks, "--max-restarts", 2]
-    torchrun += ["--monitor-interval", 0.2, "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        ranks,
+        "--max-restarts",
+        2,
+    ]
+    torchrun += [
+        "--monitor-interval",
+        0.2,
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        "localhost:0",
+    ]
     return [str(word) for word in (*torchrun, HERE / "chaos_rank.py", *overrides)]
 
 
 def run(overrides, folder, seed):
     """Run once: the fate, the summary, and how long the log stood still."""
     drawn = fate(seed)
-    settings = [*overrides, f"memory.store={drawn['store']}", "memory.lag=2", f"mesh.slice={drawn['slices']}"]
+    settings = [
+        *overrides,
+        f"memory.store={drawn['store']}",
+        "memory.lag=2",
+        f"mesh.slice={drawn['slices']}",
+    ]
     settings += [f"run.steps={STEPS}", f"run.dir={folder}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE), "PET_LOCAL_ADDR": "localhost"}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(HERE),
+        "PET_LOCAL_ADDR": "localhost",
+    }
     at = MOMENTS[drawn["moment"]]
     if at is not None:
         module, function, before = at

@@ -36,9 +36,13 @@ class HubStandIn:
         self.fail_uploads_with = 0
         """Status with which every PUT of a large file is refused; 0: none is."""
         self.weights_mode = weights_mode
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"hub": self}))
+        self._server = ThreadingHTTPServer(
+            ("127.0.0.1", 0), type("Handler", (Handler,), {"hub": self})
+        )
         self.endpoint = f"http://127.0.0.1:{self._server.server_address[1]}"
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+        )
 
     def __enter__(self):
         self._thread.start()
@@ -52,9 +56,14 @@ class HubStandIn:
     def create(self, body):
         repo_id = f"{body['organization'] or USER}/{body['name']}"
         if body["organization"] not in (None, USER):
-            return 403, {"error": f"You don't have the rights to create a model under {body['organization']}"}
+            return 403, {
+                "error": f"You don't have the rights to create a model under {body['organization']}"
+            }
         if repo_id in self.repos:
-            return 409, {"error": "You already created this model repo", "url": f"{self.endpoint}/{repo_id}"}
+            return 409, {
+                "error": "You already created this model repo",
+                "url": f"{self.endpoint}/{repo_id}",
+            }
         # Who does not say is public, as on the hub.
         self.repos[repo_id] = Repo(private=body.get("visibility") == "private")
         return 200, {"url": f"{self.endpoint}/{repo_id}", "name": repo_id}
@@ -65,26 +74,37 @@ class HubStandIn:
 
     def tree(self, repo_id):
         files = self.repos[repo_id].files.items()
-        return 200, [{"type": "file", "path": name, "size": len(data), "oid": "0" * 40} for name, data in files]
+        return 200, [
+            {"type": "file", "path": name, "size": len(data), "oid": "0" * 40}
+            for name, data in files
+        ]
 
     def validate(self, body):
         front_matter = body["content"].split("---\n")[1]
         valid = isinstance(yaml.safe_load(front_matter), dict)
         return (
-            (200, {"errors": [], "warnings": []}) if valid else (400, {"errors": [{"message": "bad"}], "warnings": []})
+            (200, {"errors": [], "warnings": []})
+            if valid
+            else (400, {"errors": [{"message": "bad"}], "warnings": []})
         )
 
     def preupload(self, body):
         def mode(path):
             return self.weights_mode if path.endswith(".safetensors") else "regular"
 
-        files = [{"path": f["path"], "uploadMode": mode(f["path"]), "shouldIgnore": False} for f in body["files"]]
+        files = [
+            {"path": f["path"], "uploadMode": mode(f["path"]), "shouldIgnore": False}
+            for f in body["files"]
+        ]
         return 200, {"files": files}
 
     def batch(self, body):
         def answer(wanted):
             href = f"{self.endpoint}/lfs/{wanted['oid']}"
-            return {**wanted, "actions": {"upload": {"href": href}, "verify": {"href": f"{href}/verify"}}}
+            return {
+                **wanted,
+                "actions": {"upload": {"href": href}, "verify": {"href": f"{href}/verify"}},
+            }
 
         return 200, {"transfer": "basic", "objects": [answer(wanted) for wanted in body["objects"]]}
 
@@ -102,7 +122,10 @@ class HubStandIn:
             else:
                 assert line["key"] == "deletedFile", line["key"]
                 del repo.files[value["path"]]
-        return 200, {"commitUrl": f"{self.endpoint}/{repo_id}/commit/{'1' * 40}", "commitOid": "1" * 40}
+        return 200, {
+            "commitUrl": f"{self.endpoint}/{repo_id}/commit/{'1' * 40}",
+            "commitOid": "1" * 40,
+        }
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -138,7 +161,11 @@ class Handler(BaseHTTPRequestHandler):
         }
         if path.endswith(".git/info/lfs/objects/batch"):
             return hub.batch(json.loads(body))
-        return routes[path](json.loads(body)) if path in routes else (501, {"error": f"not in the stand-in: {path}"})
+        return (
+            routes[path](json.loads(body))
+            if path in routes
+            else (501, {"error": f"not in the stand-in: {path}"})
+        )
 
     def _answer(self):
         status, content = self._route(self._body())

@@ -1,6 +1,6 @@
 """Logs of two runs, compared: they may differ in the run's identity alone."""
 
-from zo.log import read
+from zo.state.log import read
 
 
 def same_log(one, other):

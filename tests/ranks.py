@@ -17,7 +17,9 @@ from functools import reduce
 from pathlib import Path
 
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["zo.trainer", "zo.recipe", "transformers.models.llama.modeling_llama"])
+context.set_forkserver_preload(
+    ["zo.run.trainer", "zo.config.recipes", "transformers.models.llama.modeling_llama"]
+)
 
 KILLED = -signal.SIGKILL
 

@@ -18,8 +18,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from zo import device as devices
-from zo import disk, replay, store
+from zo.io import engines as disk
+from zo.state import replay
+from zo.streaming import device as devices
+from zo.streaming import stores as store
 
 
 class RaceError(AssertionError):
@@ -40,7 +42,7 @@ class Event:
 
 
 class SimulatedDevice:
-    """See :class:`zo.device.Device`."""
+    """See :class:`zo.streaming.device.Device`."""
 
     shares_host_memory = False
 
@@ -81,7 +83,13 @@ class SimulatedDevice:
         if found is None:
             start = storage.data_ptr()
             # The tensor is kept, so that its address is not given to another one.
-            found = {"start": start, "stop": start + storage.nbytes(), "device": on_device, "log": [], "keep": memory}
+            found = {
+                "start": start,
+                "stop": start + storage.nbytes(),
+                "device": on_device,
+                "log": [],
+                "keep": memory,
+            }
             self.regions.append(found)
         return found
 
@@ -101,7 +109,15 @@ class SimulatedDevice:
             self._join(actor, self._clock(self._thread()))
             clock = self._tick(actor)
             start = tensor.data_ptr()
-            self._check(region, start, start + tensor.numel() * tensor.element_size(), write, actor, clock, what)
+            self._check(
+                region,
+                start,
+                start + tensor.numel() * tensor.element_size(),
+                write,
+                actor,
+                clock,
+                what,
+            )
 
     def _check(self, region, start, stop, write, actor, clock, what):
         kept = []
@@ -109,7 +125,9 @@ class SimulatedDevice:
             o_start, o_stop, o_write, o_actor, o_time, o_what = other
             before = o_actor == actor or clock.get(o_actor, 0) >= o_time
             if o_start < stop and start < o_stop and (write or o_write) and not before:
-                self.race = RaceError(f"{what} by {actor} is not ordered after {o_what} by {o_actor}")
+                self.race = RaceError(
+                    f"{what} by {actor} is not ordered after {o_what} by {o_actor}"
+                )
                 raise self.race
             covered = start <= o_start and o_stop <= stop
             if not (covered and before and (write or (not o_write and o_actor == actor))):
@@ -171,7 +189,9 @@ class SimulatedDevice:
             self._join(stream, event.clock)
             stream.queue.append(("wait", event))
             if stream is self.compute_stream():
-                self._run_all(stream)  # PyTorch's operations run at once, so what they wait for must too.
+                self._run_all(
+                    stream
+                )  # PyTorch's operations run at once, so what they wait for must too.
             self._progress()
 
     def synchronize(self, event):
@@ -246,7 +266,10 @@ class Worker(ThreadPoolExecutor):
     def submit(self, job, *arguments):
         device = self._device
         with device.lock:
-            begin, delay_s = device._tick(device._thread()), device.random.choice((0, 0, 0.0005, 0.002))
+            begin, delay_s = (
+                device._tick(device._thread()),
+                device.random.choice((0, 0, 0.0005, 0.002)),
+            )
 
         def run():
             time.sleep(delay_s)
@@ -332,13 +355,24 @@ def simulated(seed):
         (
             disk.Mapped,
             "read",
-            noting(disk.Mapped.read, lambda d, engine, path, offset, into: d.access(into, True, "read")),
+            noting(
+                disk.Mapped.read, lambda d, engine, path, offset, into: d.access(into, True, "read")
+            ),
         ),
-        (disk.Mapped, "write", noting(disk.Mapped.write, lambda d, engine, path, data: d.access(data, False, "write"))),
-        (store, "checksum", noting(store.checksum, lambda d, image: d.access(image, False, "checksum"))),
+        (
+            disk.Mapped,
+            "write",
+            noting(disk.Mapped.write, lambda d, engine, path, data: d.access(data, False, "write")),
+        ),
+        (
+            store,
+            "checksum",
+            noting(store.checksum, lambda d, image: d.access(image, False, "checksum")),
+        ),
     ]
     before = [
-        (owner, name, owner[name] if isinstance(owner, dict) else getattr(owner, name)) for owner, name, _ in patched
+        (owner, name, owner[name] if isinstance(owner, dict) else getattr(owner, name))
+        for owner, name, _ in patched
     ]
     watch = WatchAll(made)
     try:

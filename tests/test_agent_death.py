@@ -8,22 +8,36 @@ from pathlib import Path
 
 import psutil
 
-from zo.log import read
+from zo.state.log import read
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMAND = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "launch/train.py"]
+COMMAND = [
+    sys.executable,
+    "-m",
+    "torch.distributed.run",
+    "--standalone",
+    "--nproc-per-node",
+    "2",
+    "launch/train.py",
+]
 
 
 def start(settings):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PET_LOCAL_ADDR": "localhost"}
-    return subprocess.Popen([*COMMAND, *settings], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [*COMMAND, *settings], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
+    )
 
 
 def test_ranks_end_with_a_killed_agent_and_the_same_command_goes_on(overrides, tmp_path):
     settings = [*overrides, f"run.dir={tmp_path}/run", "eval.every=0", "update.schedule=constant"]
     agent, log = start([*settings, "run.steps=100000"]), tmp_path / "run" / "steps.log"
     until = time.monotonic() + 120
-    while time.monotonic() < until and agent.poll() is None and (not log.exists() or len(read(log)[1]) < 3):
+    while (
+        time.monotonic() < until
+        and agent.poll() is None
+        and (not log.exists() or len(read(log)[1]) < 3)
+    ):
         time.sleep(0.1)
     ranks = psutil.Process(agent.pid).children(recursive=True)
     try:

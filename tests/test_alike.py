@@ -1,7 +1,7 @@
 """Ranks that differ in what decides bits are told apart."""
 
-from zo.folder import versions
-from zo.roll_call import differences
+from zo.run.startup import differences
+from zo.state.versions import versions
 
 
 def test_unlike_gpus_and_versions_are_named():

@@ -3,8 +3,9 @@
 import pytest
 from transformers import AutoConfig
 
-from zo.config import ModelConfig, UserError
-from zo.model import Source
+from zo.config.schema import ModelConfig
+from zo.errors import UserError
+from zo.model.build import Source
 
 COMMON = {"vocab_size": 64}
 FAMILIES = {
@@ -52,7 +53,9 @@ def test_auto_builds_every_family(tmp_path, family):
 
 @pytest.mark.parametrize(("family", "asked"), [("bloom", "sdpa"), ("gpt2", "quick")])
 def test_attention_that_a_model_lacks_is_named_with_what_it_has(tmp_path, family, asked):
-    with pytest.raises(UserError, match=rf"model\.attention={asked} does not work .*; use auto or eager") as caught:
+    with pytest.raises(
+        UserError, match=rf"model\.attention={asked} does not work .*; use auto or eager"
+    ) as caught:
         source(tmp_path, family, asked).skeleton()
     assert "\n" not in str(caught.value)
 
@@ -61,7 +64,9 @@ def test_attention_that_a_model_lacks_is_named_with_what_it_has(tmp_path, family
 def test_sequences_longer_than_the_positions_are_refused(tmp_path, family):
     found = source(tmp_path, family)
     found.check_positions(64)
-    with pytest.raises(UserError, match=r"batch\.max_tokens=65 is more than the 64 positions .*; use at most 64"):
+    with pytest.raises(
+        UserError, match=r"batch\.max_tokens=65 is more than the 64 positions .*; use at most 64"
+    ):
         found.check_positions(65)
 
 

@@ -6,23 +6,34 @@ import pytest
 import torch
 from conftest import make_llama
 
-from zo import audit, replay
-from zo.audit import HELD, Audit, _judge
-from zo.base import OwnBase
-from zo.blocks import find_layout
-from zo.config import MemoryConfig, RankError
-from zo.log import Entry, Log
-from zo.process_group import Mesh
-from zo.replica import Replica
+from zo.config.schema import MemoryConfig
+from zo.distributed.process_group import Mesh
+from zo.errors import RankError
+from zo.method.entry import Entry
+from zo.model.blocks import find_layout
+from zo.model.source import OwnBase
+from zo.run import audit
+from zo.run.audit import HELD, Audit, _judge
+from zo.state import replay
+from zo.state.log import Log
+from zo.streaming.replica import Replica
 
-HEADER = {"directions": 1, "seed": 1, "distribution": "rademacher", "rule": "sgd", "weight_decay": 0.0}
+HEADER = {
+    "directions": 1,
+    "seed": 1,
+    "distribution": "rademacher",
+    "rule": "sgd",
+    "weight_decay": 0.0,
+}
 
 
 def started(store, steps=0, **memory):
     model = make_llama()
     memory = MemoryConfig(store=store, **memory)
     log = Log(HEADER, [Entry(i + 1, i + 1, 1e-3, (1.0,)) for i in range(steps)])
-    replica = Replica(model, find_layout(model), lambda e: OwnBase(model), memory, torch.device("cpu"), Path())
+    replica = Replica(
+        model, find_layout(model), lambda e: OwnBase(model), memory, torch.device("cpu"), Path()
+    )
     replica.open(log)
     replica.pass_over()
     return replica, Audit(replica)
@@ -89,7 +100,9 @@ def test_a_bit_that_flips_between_audits_is_found(store):
 
 
 def test_two_ranks_that_differ_are_both_named_and_neither_is_accused():
-    with pytest.raises(RankError, match=r"weights of ranks 0 and 1 differ \(block a\), and it is not known which"):
+    with pytest.raises(
+        RankError, match=r"weights of ranks 0 and 1 differ \(block a\), and it is not known which"
+    ):
         _judge([(0, "", "x", "a"), (0, "", "y", "a")], 7)
 
 

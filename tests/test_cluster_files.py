@@ -15,8 +15,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from zo.log import read
-from zo.recipe import load_config
+from zo.config.recipes import load_config
+from zo.state.log import read
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
@@ -28,10 +28,14 @@ COMPOSE = ROOT / "docker" / "compose.yaml"
 
 
 def ran(*words, **options):
-    return subprocess.run([*map(str, words)], capture_output=True, text=True, check=False, **options)
+    return subprocess.run(
+        [*map(str, words)], capture_output=True, text=True, check=False, **options
+    )
 
 
-@pytest.mark.parametrize("command", [("shellcheck", BATCH), ("shellcheck", NODE), ("hadolint", DOCKERFILE)])
+@pytest.mark.parametrize(
+    "command", [("shellcheck", BATCH), ("shellcheck", NODE), ("hadolint", DOCKERFILE)]
+)
 def test_linters_have_nothing_to_say(command):
     done = ran(BIN / command[0], command[1])
     assert (done.returncode, done.stdout) == (0, "")
@@ -58,9 +62,15 @@ def test_what_the_manifests_name_is_there():
     assert volumes["runs"]["persistentVolumeClaim"]["claimName"] == claim
     words = container["command"][-1].split()
     endpoint = words[words.index("--rdzv-endpoint") + 1]
-    assert endpoint == f"{found['Job']['metadata']['name']}-0.{pod['subdomain']}:{service['spec']['ports'][0]['port']}"
+    assert (
+        endpoint
+        == f"{found['Job']['metadata']['name']}-0.{pod['subdomain']}:{service['spec']['ports'][0]['port']}"
+    )
     assert int(words[words.index("--nnodes") + 1]) == job["parallelism"] == job["completions"]
-    assert int(words[words.index("--nproc-per-node") + 1]) == container["resources"]["limits"]["nvidia.com/gpu"]
+    assert (
+        int(words[words.index("--nproc-per-node") + 1])
+        == container["resources"]["limits"]["nvidia.com/gpu"]
+    )
 
 
 def test_compose_gives_what_locked_memory_needs():
@@ -68,15 +78,23 @@ def test_compose_gives_what_locked_memory_needs():
     assert service["ipc"] == "host"
     assert service["ulimits"]["memlock"] == {"soft": -1, "hard": -1}
     assert re.fullmatch(r"\d+gb", service["shm_size"])
-    assert (COMPOSE.parent / service["build"]["context"] / service["build"]["dockerfile"]).resolve() == DOCKERFILE
+    assert (
+        COMPOSE.parent / service["build"]["context"] / service["build"]["dockerfile"]
+    ).resolve() == DOCKERFILE
 
 
 def test_commands_have_recipes_and_keys_that_zo_knows():
-    kubernetes = manifests()["Job"]["spec"]["template"]["spec"]["containers"][0]["command"][-1].split()
+    kubernetes = manifests()["Job"]["spec"]["template"]["spec"]["containers"][0]["command"][
+        -1
+    ].split()
     compose = yaml.safe_load(COMPOSE.read_text())["services"]["train"]["command"]
     batch = re.search(r"^#\s+sbatch .*", BATCH.read_text(), re.MULTILINE)[0].split()
     for words in (kubernetes, compose, batch):
-        keys = [word for word in words if re.match(r"[a-z_.]+=", word) and not word.startswith("is_host")]
+        keys = [
+            word
+            for word in words
+            if re.match(r"[a-z_.]+=", word) and not word.startswith("is_host")
+        ]
         recipe = next(key.removeprefix("recipe=") for key in keys if key.startswith("recipe="))
         config = load_config(recipe, [key for key in keys if not key.startswith("recipe=")])
         assert config.run.dir
@@ -115,8 +133,16 @@ def slurm(tmp_path):
     for name, body in commands.items():
         (folder / name).write_text(f"#!/usr/bin/env bash\n{body}")
         (folder / name).chmod(0o755)
-    environment = {"PATH": f"{folder}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "here"}
-    environment |= {"SLURM_JOB_NUM_NODES": "1", "SLURM_GPUS_ON_NODE": "2", "PET_LOCAL_ADDR": "localhost"}
+    environment = {
+        "PATH": f"{folder}:{os.environ['PATH']}",
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "here",
+    }
+    environment |= {
+        "SLURM_JOB_NUM_NODES": "1",
+        "SLURM_GPUS_ON_NODE": "2",
+        "PET_LOCAL_ADDR": "localhost",
+    }
     return os.environ | environment, tmp_path / "asked"
 
 
@@ -139,7 +165,15 @@ def test_the_batch_script_queues_a_preempted_run_again(overrides, slurm, tmp_pat
     assert asked.read_text() == "requeue 7\n"
     steps = len(read(log)[1])
     assert f"after step {steps} of 100000; the same command goes on from there" in said, out
-    done = ran("bash", BATCH, *settings[:-2], f"run.steps={steps + 2}", "eval.every=0", env=environment, cwd=ROOT)
+    done = ran(
+        "bash",
+        BATCH,
+        *settings[:-2],
+        f"run.steps={steps + 2}",
+        "eval.every=0",
+        env=environment,
+        cwd=ROOT,
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.strip().splitlines()[-1])["steps"] == steps + 2
     assert asked.read_text() == "requeue 7\n"
@@ -151,18 +185,31 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def test_all_pods_end_when_one_is_evicted_and_none_is_complete_before_the_run(overrides, slurm, tmp_path):
+def test_all_pods_end_when_one_is_evicted_and_none_is_complete_before_the_run(
+    overrides, slurm, tmp_path
+):
     """A pod that exits with 0 is not started again, and one that waits for a lost torchrun does so for 5 minutes."""
     environment, _ = slurm
     settings = [*overrides, f"run.dir={tmp_path}/run", "eval.every=0"]
 
     def pods(steps):
-        words = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "zo"]
+        words = [
+            "--nnodes",
+            "2",
+            "--nproc-per-node",
+            "1",
+            "--rdzv-backend",
+            "c10d",
+            "--rdzv-id",
+            "zo",
+        ]
         words += ["--rdzv-endpoint", f"localhost:{free_port()}", "--max-restarts", "3"]
         hosts = [["--rdzv-conf", f"is_host={is_host}"] for is_host in (1, 0)]
         run = ["launch/train.py", *settings, f"run.steps={steps}"]
         return [
-            subprocess.Popen([NODE, *words, *host, *run], env=environment, cwd=ROOT, stderr=subprocess.DEVNULL)
+            subprocess.Popen(
+                [NODE, *words, *host, *run], env=environment, cwd=ROOT, stderr=subprocess.DEVNULL
+            )
             for host in hosts
         ]
 

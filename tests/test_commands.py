@@ -9,9 +9,15 @@ from pathlib import Path
 
 import pytest
 from conftest import make_llama
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+)
 
-from zo import launcher
+from zo.config import cli as launcher
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -49,33 +55,71 @@ MISTAKES = {
     "folder without configuration": (["model.name={empty}"], "model.name={empty} cannot be read"),
     "part of the weights": (["model.name={partial}"], "lacks 1 weights, model.norm.weight"),
     "missing file": (["data.name=missing.jsonl"], "data.name=missing.jsonl does not exist"),
-    "unknown kind of file": (["data.name=data.txt"], "data.name=data.txt is no file of a known kind"),
+    "unknown kind of file": (
+        ["data.name=data.txt"],
+        "data.name=data.txt is no file of a known kind",
+    ),
     "empty file": (["data.name={data}"], "is empty", ""),
-    "broken JSON": (["data.name={data}"], "line 3 is broken JSON", rows(ROW) + "\n" + '{"text": \n'),
+    "broken JSON": (
+        ["data.name={data}"],
+        "line 3 is broken JSON",
+        rows(ROW) + "\n" + '{"text": \n',
+    ),
     "a line that is no object": (["data.name={data}"], "line 2 is no JSON object", rows(ROW, 3)),
-    "wrong columns": (["data.name={data}"], "has columns body, label, not text", rows({"body": "x", "label": 1}) * 30),
-    "columns of nothing": (["data.name={data}"], "use text, prompt and completion", rows({"body": "x"}) * 30),
+    "wrong columns": (
+        ["data.name={data}"],
+        "has columns body, label, not text",
+        rows({"body": "x", "label": 1}) * 30,
+    ),
+    "columns of nothing": (
+        ["data.name={data}"],
+        "use text, prompt and completion",
+        rows({"body": "x"}) * 30,
+    ),
     "label not in the set": (
         ["data.name={data}"],
         "label 'meh' is not in the label set",
         rows({**ROW, "label": "meh"}) * 30,
     ),
-    "label number not in the set": (["data.name={data}"], "label 2 is not in", rows({**ROW, "label": 2}) * 30),
-    "text that is no text": (["data.name={data}"], "column text holds int", rows({**ROW, "text": 1}) * 30),
-    "label word of two tokens": (["data.label_words=[terrible,'very great']"], "'very great' is 2 tokens"),
-    "a template with a lone brace": (["data.template='{{text}} {{'"], "data.template='{{text}} {{' is not understood"),
+    "label number not in the set": (
+        ["data.name={data}"],
+        "label 2 is not in",
+        rows({**ROW, "label": 2}) * 30,
+    ),
+    "text that is no text": (
+        ["data.name={data}"],
+        "column text holds int",
+        rows({**ROW, "text": 1}) * 30,
+    ),
+    "label word of two tokens": (
+        ["data.label_words=[terrible,'very great']"],
+        "'very great' is 2 tokens",
+    ),
+    "a template with a lone brace": (
+        ["data.template='{{text}} {{'"],
+        "data.template='{{text}} {{' is not understood",
+    ),
     "bytes that are no text": (["data.name={data}"], "line 1 is not UTF-8", "\udcff\n"),
     "more threads than any machine": (["run.threads=100000"], "run.threads=100000 is out of range"),
     "more threads than this machine": ([f"run.threads={4 * os.cpu_count() + 1}"], "run.threads="),
-    "directions without end": (["estimator.directions=1000000000"], "use a number of at most 1048576"),
+    "directions without end": (
+        ["estimator.directions=1000000000"],
+        "use a number of at most 1048576",
+    ),
     "sequences without end": (["batch.sequences=1000000000"], "use a number of at most 1048576"),
     "mesh and ranks": (["mesh.perturb=2"], "mesh.perturb=2 does not fit 1 rank"),
     "mesh and table": (["mesh.perturb=1", "mesh.data=3"], "use mesh.perturb=1 mesh.data=1"),
-    "batch not divisible": (["batch.micro=3"], "batch.micro=3 does not divide batch.sequences=4; use 1, 2, 4"),
+    "batch not divisible": (
+        ["batch.micro=3"],
+        "batch.micro=3 does not divide batch.sequences=4; use 1, 2, 4",
+    ),
     "eps of zero": (["estimator.eps=0"], "estimator.eps=0.0 must be a number above 0"),
     "eps that is no number": (["estimator.eps=nan"], "estimator.eps=nan must be a number above 0"),
     "steps below zero": (["run.steps=-1"], "run.steps=-1 is out of range"),
-    "unknown estimator": (["estimator.name=adam"], "estimator.name='adam' is not known; use one of one-sided, spsa"),
+    "unknown estimator": (
+        ["estimator.name=adam"],
+        "estimator.name='adam' is not known; use one of one-sided, spsa",
+    ),
     "no data": (["data.name=''"], "data.name is empty"),
     "no model": (["model.name=''"], "model.name is empty"),
     "unwritable folder": (["run.dir=/proc/zo/run"], "run.dir=/proc/zo/run cannot be written"),
@@ -103,7 +147,9 @@ def test_a_mistake_ends_in_one_line(command, overrides, tiny_model, tmp_path, mi
     given = [a.format(**names) for a in arguments]
     defaults = [*overrides, f"run.dir={run_dir}"]
     mine = {a.partition("=")[0] for a in given}
-    code, out, err = command("train", *[o for o in defaults if o.partition("=")[0] not in mine], *given)
+    code, out, err = command(
+        "train", *[o for o in defaults if o.partition("=")[0] not in mine], *given
+    )
     assert code == 2
     assert err.startswith("error: ")
     assert err.count("\n") == 1
@@ -120,9 +166,24 @@ def test_a_run_from_start_to_hub_folder(command, overrides, tmp_path):
     assert code == 0, err
     summary = json.loads(out.splitlines()[-1])
     assert set(summary) == {"run_dir", "steps", "loss", "eval", "train_s", "fingerprint"}
-    assert {path.name for path in run_dir.iterdir()} == {"config.yaml", "steps.log", "metrics.jsonl", "model"}
+    assert {path.name for path in run_dir.iterdir()} == {
+        "config.yaml",
+        "steps.log",
+        "metrics.jsonl",
+        "model",
+    }
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    keys = {"step", "loss", "scalars", "lr", "step_s", "tokens", "tokens_per_s", "device_peak_bytes", "host_rss_bytes"}
+    keys = {
+        "step",
+        "loss",
+        "scalars",
+        "lr",
+        "step_s",
+        "tokens",
+        "tokens_per_s",
+        "device_peak_bytes",
+        "host_rss_bytes",
+    }
     keys |= {"read_bytes", "written_bytes", "gathered_bytes", "scalar_bytes", "wait_share"}
     assert [line["step"] for line in lines if "eval" not in line] == [1, 2, 3, 4]
     assert [line["step"] for line in lines if "eval" in line] == [0, 2, 4]
@@ -141,7 +202,9 @@ def test_a_run_from_start_to_hub_folder(command, overrides, tmp_path):
     trained = AutoModelForCausalLM.from_pretrained(run_dir / "model").state_dict()
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "exported").state_dict()
     assert all((trained[name] == exported[name]).all() for name in trained)
-    code, out, err = command("evaluate", f"model.name={tmp_path}/exported", *kept[1:], "model.dtype=bfloat16")
+    code, out, err = command(
+        "evaluate", f"model.name={tmp_path}/exported", *kept[1:], "model.dtype=bfloat16"
+    )
     assert code == 0, err
     assert json.loads(out)["fingerprint"] == summary["fingerprint"]
     assert json.loads(out)["eval"] == summary["eval"]
@@ -150,7 +213,10 @@ def test_a_run_from_start_to_hub_folder(command, overrides, tmp_path):
 def test_another_configuration_in_the_same_folder_is_refused(command, overrides, tmp_path):
     assert command("train", *overrides, f"run.dir={tmp_path}/run")[0] == 0
     before = (tmp_path / "run" / "steps.log").read_bytes()
-    changed = [o for o in overrides if not o.startswith("update.lr")] + ["update.lr=5e-4", "run.seed=3"]
+    changed = [o for o in overrides if not o.startswith("update.lr")] + [
+        "update.lr=5e-4",
+        "run.seed=3",
+    ]
     code, _, err = command("train", *changed, f"run.dir={tmp_path}/run")
     assert code == 2
     assert "update.lr (0.001 -> 0.0005), run.seed (0 -> 3)" in err
@@ -162,12 +228,17 @@ def test_another_configuration_in_the_same_folder_is_refused(command, overrides,
 def test_a_damaged_config_is_one_line(command, overrides, tmp_path, content):
     assert command("train", *overrides, f"run.dir={tmp_path}/run", "run.steps=0")[0] == 0
     (tmp_path / "run" / "config.yaml").write_bytes(content)
-    for name, arguments in (("train", [*overrides, f"run.dir={tmp_path}/run"]), ("evaluate", [f"run={tmp_path}/run"])):
+    for name, arguments in (
+        ("train", [*overrides, f"run.dir={tmp_path}/run"]),
+        ("evaluate", [f"run={tmp_path}/run"]),
+    ):
         code, _, err = command(name, *arguments)
         assert (code, err.count("\n")) == (2, 1), err
 
 
-def test_a_strangers_run_reads_nothing_of_this_machines_environment(command, overrides, tmp_path, monkeypatch):
+def test_a_strangers_run_reads_nothing_of_this_machines_environment(
+    command, overrides, tmp_path, monkeypatch
+):
     assert command("train", *overrides, f"run.dir={tmp_path}/run", "run.steps=1")[0] == 0
     path = tmp_path / "run" / "config.yaml"
     path.write_text(path.read_text().replace("recipe: quickstart", "recipe: ${oc.env:PRIVATE}"))
@@ -185,7 +256,12 @@ def test_another_base_model_or_other_data_in_the_same_place_is_refused(
     make_llama().save_pretrained(model)
     AutoTokenizer.from_pretrained(tiny_model).save_pretrained(model)
     data.write_bytes(reviews.read_bytes())
-    settings = [f"model.name={model}", f"data.name={data}", *overrides[2:], f"run.dir={tmp_path}/run"]
+    settings = [
+        f"model.name={model}",
+        f"data.name={data}",
+        *overrides[2:],
+        f"run.dir={tmp_path}/run",
+    ]
     assert command("train", *settings)[0] == 0
     data.write_text(reviews.read_text().replace("good", "bad"))
     code, _, err = command("train", *settings)
@@ -208,7 +284,7 @@ def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_when_there_is_room(ove
     train = f"sys.argv[1:] = {settings!r}; import runpy; runpy.run_path('launch/train.py', run_name='__main__')"
     limited = """
 import resource, sys
-from zo.log import Log
+from zo.state.log import Log
 append = Log.append
 def fills_the_disk(log, entry):
     if entry.step == 3:
@@ -225,7 +301,9 @@ Log.append = fills_the_disk
     )
     full = run(limited + train)
     assert full.returncode == 2, full.stderr
-    assert [line for line in full.stderr.splitlines() if line.startswith("error: ")] == [full.stderr.splitlines()[-1]]
+    assert [line for line in full.stderr.splitlines() if line.startswith("error: ")] == [
+        full.stderr.splitlines()[-1]
+    ]
     assert "make room and start the same command again" in full.stderr
     resumed = run("import sys; " + train)
     assert resumed.returncode == 0, resumed.stderr
@@ -237,8 +315,17 @@ Log.append = fills_the_disk
 @pytest.mark.slow
 def test_torchrun_makes_one_folder_and_speaks_once(overrides, tmp_path):
     """The default folder's name holds the time: ranks that each made one would train apart."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", ROOT / "launch" / "train.py"]
-    run = subprocess.run([*torchrun, *overrides], cwd=tmp_path, capture_output=True, text=True, check=False)
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        ROOT / "launch" / "train.py",
+    ]
+    run = subprocess.run(
+        [*torchrun, *overrides], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
     assert run.returncode == 0, run.stderr
     (folder,) = (tmp_path / "runs").iterdir()
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
@@ -246,7 +333,11 @@ def test_torchrun_makes_one_folder_and_speaks_once(overrides, tmp_path):
     assert json.loads(line)["run_dir"] == f"runs/{folder.name}"
     assert run.stderr.count("step 4/4  loss") == 1
     mistaken = subprocess.run(
-        [*torchrun, *overrides, "mesh.perturb=3"], cwd=tmp_path, capture_output=True, text=True, check=False
+        [*torchrun, *overrides, "mesh.perturb=3"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert mistaken.returncode == 1
     assert mistaken.stderr.count("error: mesh.perturb=3 does not fit 2 ranks") == 1
@@ -257,7 +348,12 @@ def test_random_weights_and_synthetic_data_need_a_configuration_only(command, ti
     folder = tmp_path / "shape"
     folder.mkdir()
     (folder / "config.json").write_bytes((tiny_model / "config.json").read_bytes())
-    settings = [f"model.name={folder}", "model.weights=random", "data.name=synthetic", "batch.max_tokens=16"]
+    settings = [
+        f"model.name={folder}",
+        "model.weights=random",
+        "data.name=synthetic",
+        "batch.max_tokens=16",
+    ]
     settings += ["batch.sequences=2", "batch.micro=2", "run.steps=2", "model.dtype=float16"]
     code, out, err = command("train", "recipe=opt-175b", *settings, f"run.dir={tmp_path}/run")
     assert code == 0, err
@@ -279,8 +375,18 @@ def test_a_sequence_classifier_from_rows_to_folder(command, reviews, tmp_path, t
     }
     BertModel(BertConfig(**sizes, max_position_embeddings=64)).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
-    settings = [f"model.name={tmp_path}/base", "model.task=sequence-classification", f"data.name={reviews}"]
-    settings += ["batch.sequences=4", "batch.micro=2", "run.steps=3", "eval.every=3", "update.lr=1e-3"]
+    settings = [
+        f"model.name={tmp_path}/base",
+        "model.task=sequence-classification",
+        f"data.name={reviews}",
+    ]
+    settings += [
+        "batch.sequences=4",
+        "batch.micro=2",
+        "run.steps=3",
+        "eval.every=3",
+        "update.lr=1e-3",
+    ]
     settings.append("batch.max_tokens=64")
     code, out, err = command("train", *settings, f"run.dir={tmp_path}/run")
     assert code == 0, err
@@ -288,7 +394,11 @@ def test_a_sequence_classifier_from_rows_to_folder(command, reviews, tmp_path, t
     trained = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "model")
     assert trained.config.id2label == {0: "great", 1: "terrible"}
     code, out, err = command(
-        "evaluate", f"model.name={tmp_path}/run/model", f"data={reviews}", "batch.micro=2", "batch.max_tokens=64"
+        "evaluate",
+        f"model.name={tmp_path}/run/model",
+        f"data={reviews}",
+        "batch.micro=2",
+        "batch.max_tokens=64",
     )
     assert code == 0, err
 
@@ -302,7 +412,11 @@ def test_a_sequence_classifier_from_rows_to_folder(command, reviews, tmp_path, t
         ("export", ["run=nowhere", "to=x"], "run=nowhere holds no run"),
         ("export", ["run=nowhere"], "usage: launch/export.py"),
         ("export", ["run=a", "to=b", "pull=c"], "pull=c is no argument"),
-        ("export", ["run=a", "to=b", "push=c", "public=yes"], "public=yes is neither true nor false"),
+        (
+            "export",
+            ["run=a", "to=b", "push=c", "public=yes"],
+            "public=yes is neither true nor false",
+        ),
     ],
 )
 def test_mistakes_of_the_other_commands(command, name, arguments, said):
@@ -338,7 +452,10 @@ def test_a_sweep_makes_one_run_each_and_hydra_writes_nothing(overrides, tmp_path
     settings = [*overrides, "run.steps=1", "eval.every=0", "update.lr=1e-4,1e-5"]
     settings = [s for s in settings if s != "update.lr=1e-3"]
     run = subprocess.run(
-        [sys.executable, ROOT / "launch" / "train.py", "-m", *settings], cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, ROOT / "launch" / "train.py", "-m", *settings],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
     )
     assert run.returncode == 0, run.stderr
     assert len([line for line in run.stdout.splitlines() if "fingerprint" in line]) == 2

@@ -10,14 +10,25 @@ import torch
 from conftest import WORDS, make_llama
 from transformers import BertConfig, BertForSequenceClassification
 
-from zo import tasks
-from zo.config import BatchConfig, Config, DataConfig, EstimatorConfig, RunConfig, UserError, check_threads
-from zo.data import Data, build_data, sequence_numbers
-from zo.rows import Rows, label_index
-from zo.tasks import Example, ModelInfo
+from zo.config.schema import (
+    BatchConfig,
+    Config,
+    DataConfig,
+    EstimatorConfig,
+    RunConfig,
+    check_threads,
+)
+from zo.data import tasks
+from zo.data.batches import Data, build_data, sequence_numbers
+from zo.data.rows import Rows, label_index
+from zo.data.tasks import Example
+from zo.errors import UserError
+from zo.model.info import ModelInfo
 
 CAUSAL = ModelInfo(
-    "causal-lm", 24, frozenset({"input_ids", "attention_mask", "position_ids", "logits_to_keep", "use_cache"})
+    "causal-lm",
+    24,
+    frozenset({"input_ids", "attention_mask", "position_ids", "logits_to_keep", "use_cache"}),
 )
 BARE = ModelInfo("causal-lm", 24, frozenset({"input_ids", "attention_mask", "use_cache"}))
 CLASSIFIER = ModelInfo("sequence-classification", 24, frozenset({"input_ids", "attention_mask"}))
@@ -104,7 +115,10 @@ def test_padding_does_not_change_the_loss_of_a_class():
     task = tasks.classification(CLASSIFIER, 0)
     examples = [Example((5, 6, 7), 0), Example((8, 9, 10, 11, 12, 13, 14), 2)]
     found = task.terms(model, task.collate(examples))
-    alone = [-model(input_ids=torch.tensor([e.ids])).logits[0].log_softmax(-1)[e.target].double() for e in examples]
+    alone = [
+        -model(input_ids=torch.tensor([e.ids])).logits[0].log_softmax(-1)[e.target].double()
+        for e in examples
+    ]
     torch.testing.assert_close(found[0], sum(alone), **CLOSE)
 
 
@@ -124,18 +138,26 @@ def test_the_kinds_of_rows(tokenizer, tmp_path):
         "text": ([{"text": "the good great"}], (the, good, great), 1),
     }
     for name, (rows, ids, target) in cases.items():
-        data = built(tokenizer, DataConfig(name=write(tmp_path / f"{name}.jsonl", rows), dev_examples=0))
+        data = built(
+            tokenizer, DataConfig(name=write(tmp_path / f"{name}.jsonl", rows), dev_examples=0)
+        )
         assert data.train == [Example(ids, target)]
 
 
 def test_messages_are_trained_on_the_last_one(tokenizer, tmp_path):
     said = [{"role": "user", "content": "the film"}, {"role": "assistant", "content": "good great"}]
-    data = built(tokenizer, DataConfig(name=write(tmp_path / "m.jsonl", [{"messages": said}]), dev_examples=0))
+    data = built(
+        tokenizer,
+        DataConfig(name=write(tmp_path / "m.jsonl", [{"messages": said}]), dev_examples=0),
+    )
     (example,) = data.train
     assert tokenizer.decode(example.ids[example.target :]).split() == ["good", "great"]
     for bad in ([], said[:1]):
         with pytest.raises(UserError, match="row 1: messages must end"):
-            built(tokenizer, DataConfig(name=write(tmp_path / "b.jsonl", [{"messages": bad}]), dev_examples=0))
+            built(
+                tokenizer,
+                DataConfig(name=write(tmp_path / "b.jsonl", [{"messages": bad}]), dev_examples=0),
+            )
 
 
 def test_files_of_every_kind_give_the_same_examples(tokenizer, tmp_path):
@@ -165,8 +187,15 @@ def test_held_out_rows_are_never_trained_on_and_the_same_for_every_seed(reviews)
 
 
 def test_what_is_too_long_loses_the_start_of_its_prompt(tokenizer, tmp_path):
-    rows = [{"prompt": " ".join(WORDS), "completion": "good great"}, {"prompt": "the", "completion": " ".join(WORDS)}]
-    data = built(tokenizer, DataConfig(name=write(tmp_path / "long.jsonl", rows), dev_examples=0), max_tokens=6)
+    rows = [
+        {"prompt": " ".join(WORDS), "completion": "good great"},
+        {"prompt": "the", "completion": " ".join(WORDS)},
+    ]
+    data = built(
+        tokenizer,
+        DataConfig(name=write(tmp_path / "long.jsonl", rows), dev_examples=0),
+        max_tokens=6,
+    )
     first, second = (tokenizer.decode(e.ids).split() for e in data.train)
     assert first == [*WORDS[-3:], "good", "great", "<eos>"]
     assert second == WORDS[:6]
@@ -185,13 +214,17 @@ def test_a_classifier_learns_its_classes_from_the_rows(tokenizer, reviews):
     assert (len(rows.train), len(rows.dev)) == (48, 12)
     assert rows.class_names() == ["great", "terrible"]
     assert rows.class_names(["terrible", "great", "neutral"]) == ["terrible", "great", "neutral"]
-    data = built(tokenizer, DataConfig(name=str(reviews), dev_examples=0), CLASSIFIER, ["terrible", "great"])
+    data = built(
+        tokenizer, DataConfig(name=str(reviews), dev_examples=0), CLASSIFIER, ["terrible", "great"]
+    )
     assert {e.target for e in data.train} == {0, 1}
     assert data.task.kind == "class"
 
 
 def test_synthetic_sequences_fill_the_budget_and_need_no_tokenizer():
-    config = Config(data=DataConfig(name="synthetic"), batch=BatchConfig(sequences=4, micro=2, max_tokens=16))
+    config = Config(
+        data=DataConfig(name="synthetic"), batch=BatchConfig(sequences=4, micro=2, max_tokens=16)
+    )
     data = build_data(Rows(config.data), config, None, CAUSAL, [])
     batches = [data.batches(step, column) for step in range(3) for column in range(2)]
     assert all(b["input_ids"].shape == (2, 16) and bool(b["attention_mask"].all()) for b in batches)
@@ -229,14 +262,23 @@ def test_text_of_any_script_and_separator_is_read_as_it_is(tmp_path, kind, mark)
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv"])
 def test_other_encodings_are_named(tmp_path, kind):
-    path, body = tmp_path / f"a.{kind}", {"csv": "text\na b\nc d\n"}.get(kind, '{"text": "a b"}\n{"text": "c"}\n')
-    for encoding, said in (("utf-16", "is UTF-16"), ("utf-32", "is UTF-32"), ("utf-16-le", "line 1 holds a zero byte")):
+    path, body = (
+        tmp_path / f"a.{kind}",
+        {"csv": "text\na b\nc d\n"}.get(kind, '{"text": "a b"}\n{"text": "c"}\n'),
+    )
+    for encoding, said in (
+        ("utf-16", "is UTF-16"),
+        ("utf-32", "is UTF-32"),
+        ("utf-16-le", "line 1 holds a zero byte"),
+    ):
         path.write_bytes(body.encode(encoding))
         with pytest.raises(UserError, match=f"{said}.*save it as UTF-8"):
             rows_of(path)
     path.write_bytes(body.encode().replace(b" b", b"\xe9b"))
     number = 2 if kind == "csv" else 1
-    with pytest.raises(UserError, match=rf"a\.{kind} line {number} is not UTF-8: byte 0xe9 at place"):
+    with pytest.raises(
+        UserError, match=rf"a\.{kind} line {number} is not UTF-8: byte 0xe9 at place"
+    ):
         rows_of(path)
 
 
@@ -259,7 +301,9 @@ def test_a_missing_label_names_its_own_row(tokenizer, tmp_path, kind, held_out, 
     labels[row - 1] = None
     path = tmp_path / f"a.{kind}"
     if kind == "csv":
-        path.write_text("text,label\n" + "".join(f"good,{'' if v is None else v}\n" for v in labels))
+        path.write_text(
+            "text,label\n" + "".join(f"good,{'' if v is None else v}\n" for v in labels)
+        )
     else:
         write(path, [{"text": "good", "label": v} for v in labels])
     settings = DataConfig(name=str(path), dev_examples=held_out, **CHOICE)
@@ -297,7 +341,8 @@ def test_a_label_that_is_an_identifier_makes_no_million_classes(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "template", ["{text} {", "{text} }", "{text:>9}", "{0}", "{}", "{text!r}", "{text.upper}", "{a[0]}"]
+    "template",
+    ["{text} {", "{text} }", "{text:>9}", "{0}", "{}", "{text!r}", "{text.upper}", "{a[0]}"],
 )
 def test_a_template_that_is_no_template_is_refused_before_anything_is_read(template):
     with pytest.raises(UserError, match=r"^data\.template='.*is not understood") as error:
@@ -335,13 +380,18 @@ def test_messages_of_another_form_are_refused_by_their_row(tokenizer, tmp_path, 
 
 
 @pytest.mark.parametrize(
-    "template", ["{{ raise_exception('roles must take turns') }}", "{{ messages[0].content + 1 }}", "{% if %}"]
+    "template",
+    ["{{ raise_exception('roles must take turns') }}", "{{ messages[0].content + 1 }}", "{% if %}"],
 )
-def test_messages_that_the_chat_template_refuses_are_named_by_their_row(tokenizer, tmp_path, template):
+def test_messages_that_the_chat_template_refuses_are_named_by_their_row(
+    tokenizer, tmp_path, template
+):
     said = [{"role": "user", "content": "the film"}, {"role": "assistant", "content": "good"}]
     name, strict = write(tmp_path / "a.jsonl", [{"messages": said}]), deepcopy(tokenizer)
     strict.chat_template = template
-    with pytest.raises(UserError, match=r"a\.jsonl row 1: the model's chat template refuses") as error:
+    with pytest.raises(
+        UserError, match=r"a\.jsonl row 1: the model's chat template refuses"
+    ) as error:
         built(strict, DataConfig(name=name, dev_examples=0))
     assert "\n" not in str(error.value)
 
@@ -349,10 +399,19 @@ def test_messages_that_the_chat_template_refuses_are_named_by_their_row(tokenize
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: BatchConfig(sequences=10**9, micro=7), "batch.sequences=1000000000 is out of range"),
-        (lambda: EstimatorConfig(directions=10**9), "estimator.directions=1000000000 is out of range"),
         (
-            lambda: Config(estimator=EstimatorConfig(directions=2**12), batch=BatchConfig(sequences=2**10, micro=1)),
+            lambda: BatchConfig(sequences=10**9, micro=7),
+            "batch.sequences=1000000000 is out of range",
+        ),
+        (
+            lambda: EstimatorConfig(directions=10**9),
+            "estimator.directions=1000000000 is out of range",
+        ),
+        (
+            lambda: Config(
+                estimator=EstimatorConfig(directions=2**12),
+                batch=BatchConfig(sequences=2**10, micro=1),
+            ),
             "are 4194304 pairs a step; use at most 1048576",
         ),
         (lambda: RunConfig(threads=100_000), "run.threads=100000 is out of range"),

@@ -6,7 +6,7 @@ import sys
 
 CHECK = """
 import os, torch
-from zo.determinism import make_deterministic
+from zo.io.determinism import make_deterministic
 make_deterministic("cpu")
 assert not torch.are_deterministic_algorithms_enabled()
 make_deterministic("cuda")
@@ -23,5 +23,7 @@ assert not torch.cuda.is_initialized()
 
 def test_a_gpu_run_sets_what_decides_its_bits_and_a_cpu_run_nothing():
     """The settings belong to the process, so they are looked at in one of their own."""
-    run = subprocess.run([sys.executable, "-c", CHECK], env=os.environ, capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        [sys.executable, "-c", CHECK], env=os.environ, capture_output=True, text=True, check=False
+    )
     assert run.returncode == 0, run.stderr

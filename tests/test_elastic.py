@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from ranks import KILLED, kill_at, lives, train
 
-from zo.log import read
+from zo.state.log import read
 
 pytestmark = pytest.mark.slow  # Whole runs, most of them in processes of their own.
 
@@ -41,10 +41,10 @@ def on_rank(rank, function, *arguments):
 
 
 MOMENTS = {
-    "in a gather of slices": ("zo.slices", "Slices.gather", 40, True),
-    "between ranks' visits": ("zo.slices", "Slices.earliest", 30, False),
-    "in the scalars": ("zo.process_group", "Mesh.gather", 3, True),
-    "in a write-back": ("zo.store", "HostStore.keep", 7, True),
+    "in a gather of slices": ("zo.distributed.slices", "Slices.gather", 40, True),
+    "between ranks' visits": ("zo.distributed.slices", "Slices.earliest", 30, False),
+    "in the scalars": ("zo.distributed.process_group", "Mesh.gather", 3, True),
+    "in a write-back": ("zo.streaming.stores", "HostStore.keep", 7, True),
 }
 
 
@@ -55,11 +55,14 @@ def test_a_rank_killed_is_named_and_no_step_is_lost(overrides, expected, tmp_pat
     assert results[rank] == KILLED
     assert f"RankError: rank {rank} (host {socket.gethostname()}) died" in results[1 - rank]
     # More ranks, or fewer: the mesh is not part of the result.
-    assert train([*settings, f"mesh.slice={rank + 1}"], ranks=rank + 1)["fingerprint"] == expected["fingerprint"]
+    assert (
+        train([*settings, f"mesh.slice={rank + 1}"], ranks=rank + 1)["fingerprint"]
+        == expected["fingerprint"]
+    )
 
 
 def sleep_at_step(step):
-    from zo import trainer
+    from zo.run import trainer
 
     original = trainer.Run.step
 
@@ -75,13 +78,16 @@ def test_a_rank_that_hangs_is_named_when_time_is_up(overrides, tmp_path):
     settings = [*overrides, "batch.micro=1", f"run.dir={tmp_path}/run", "mesh.timeout_s=3"]
     results = lives(settings, ranks=3, prelude=(on_rank, 2, sleep_at_step, 2))
     for result in results[:2]:
-        assert f"rank 2 (host {socket.gethostname()}) died, or was not there within mesh.timeout_s=3" in result
+        assert (
+            f"rank 2 (host {socket.gethostname()}) died, or was not there within mesh.timeout_s=3"
+            in result
+        )
     assert len(read(tmp_path / "run" / "steps.log")[1]) == 1
 
 
 def flip_bits(step):
     """After a step, one bit of every block that this rank stores is another."""
-    from zo import trainer
+    from zo.run import trainer
 
     original = trainer.Run.step
 
@@ -102,17 +108,31 @@ def flip_bits(step):
 def test_a_rank_that_diverges_is_caught_and_named(overrides, tmp_path, store):
     settings = [*overrides, *store, f"run.dir={tmp_path}/run", "mesh.check_every=1", "run.steps=4"]
     results = lives(settings, ranks=2, prelude=(on_rank, 1, flip_bits, 2))
-    assert all("RankError: after step 2 the weights of rank 1 (block " in result for result in results), results
+    assert all(
+        "RankError: after step 2 the weights of rank 1 (block " in result for result in results
+    ), results
     assert not any("of rank 0" in result for result in results)
     whole = train([*settings, "run.steps=4"], ranks=2)
-    assert whole["fingerprint"] == train([*overrides, "run.steps=4", f"run.dir={tmp_path}/alone"])["fingerprint"]
+    assert (
+        whole["fingerprint"]
+        == train([*overrides, "run.steps=4", f"run.dir={tmp_path}/alone"])["fingerprint"]
+    )
 
 
 @pytest.mark.parametrize("store", ["device", "disk"])
 def test_ranks_that_agree_pass_every_check(overrides, expected, tmp_path, store):
-    settings = [*overrides, f"memory.store={store}", "mesh.check_every=1", "run.steps=6", "memory.unit=module"]
+    settings = [
+        *overrides,
+        f"memory.store={store}",
+        "mesh.check_every=1",
+        "run.steps=6",
+        "memory.unit=module",
+    ]
     settings += ["mesh.slice=2"] if store == "disk" else []
-    assert train([*settings, f"run.dir={tmp_path}/run"], ranks=2)["fingerprint"] == expected["fingerprint"]
+    assert (
+        train([*settings, f"run.dir={tmp_path}/run"], ranks=2)["fingerprint"]
+        == expected["fingerprint"]
+    )
 
 
 def two_disks(tmp_path):
@@ -155,20 +175,27 @@ def test_logs_of_two_runs_are_never_mixed(overrides, tmp_path):
         lives([*overrides, "run.dir=run", f"update.lr={lr}"], folders=[folder])
     results = lives([*overrides, "run.dir=run"], ranks=2, nodes=2, folders=folders)
     assert all("holds another run: update.lr" in result for result in results)
-    (folders[1] / "run" / "config.yaml").write_bytes((folders[0] / "run" / "config.yaml").read_bytes())
+    (folders[1] / "run" / "config.yaml").write_bytes(
+        (folders[0] / "run" / "config.yaml").read_bytes()
+    )
     results = lives([*overrides, "run.dir=run"], ranks=2, nodes=2, folders=folders)
     assert all("differ: they are of two runs" in result for result in results)
 
 
 def test_nodes_of_other_versions_or_weights_are_named(overrides, tiny_model, tmp_path):
-    results = lives([*overrides, f"run.dir={tmp_path}/a"], ranks=2, prelude=(on_rank, 1, pretend_older))
+    results = lives(
+        [*overrides, f"run.dir={tmp_path}/a"], ranks=2, prelude=(on_rank, 1, pretend_older)
+    )
     assert all("rank 1 (host" in r and "has torch 2.0.0, not 2." in r for r in results), results
     other = tmp_path / "model"
     shutil.copytree(tiny_model, other)
     data = bytearray((other / "model.safetensors").read_bytes())
     data[-3] ^= 1
     (other / "model.safetensors").write_bytes(data)
-    each = [[*overrides, f"run.dir={tmp_path}/b"], [*overrides, f"run.dir={tmp_path}/b", f"model.name={other}"]]
+    each = [
+        [*overrides, f"run.dir={tmp_path}/b"],
+        [*overrides, f"run.dir={tmp_path}/b", f"model.name={other}"],
+    ]
     results = lives(each, ranks=2)
     assert all("has other base weights than rank 0" in result for result in results), results
     assert not (tmp_path / "a").exists()
@@ -177,20 +204,24 @@ def test_nodes_of_other_versions_or_weights_are_named(overrides, tiny_model, tmp
 
 def test_clocks_that_are_apart_are_named(overrides, tmp_path):
     """torchrun's rendezvous would take one of the nodes for dead."""
-    results = lives([*overrides, f"run.dir={tmp_path}/run"], ranks=2, prelude=(on_rank, 1, be_ahead, 60))
-    assert all("the clocks of rank 1 (host" in r and "are 60 s apart; set them (NTP)" in r for r in results), results
+    results = lives(
+        [*overrides, f"run.dir={tmp_path}/run"], ranks=2, prelude=(on_rank, 1, be_ahead, 60)
+    )
+    assert all(
+        "the clocks of rank 1 (host" in r and "are 60 s apart; set them (NTP)" in r for r in results
+    ), results
 
 
 def be_ahead(seconds):
     from types import SimpleNamespace
 
-    from zo import roll_call
+    from zo.run import startup as roll_call
 
     roll_call.time = SimpleNamespace(time=lambda: time.time() + seconds)
 
 
 def pretend_older():
-    from zo import roll_call
+    from zo.run import startup as roll_call
 
     true = roll_call.versions()
     roll_call.versions = lambda: true | {"torch": "2.0.0"}
@@ -225,7 +256,10 @@ def test_a_second_run_in_the_same_folder_is_refused_by_name(overrides, tmp_path)
         _, said = second.communicate(timeout=120)
         assert second.returncode == 2
         line = said.strip().splitlines()[-1]
-        assert f"is in use by a run that goes on (host {socket.gethostname()}, process {first.pid})" in line
+        assert (
+            f"is in use by a run that goes on (host {socket.gethostname()}, process {first.pid})"
+            in line
+        )
     finally:
         first.kill()
         first.communicate()
@@ -247,7 +281,15 @@ def test_sigterm_finishes_the_step_and_says_how_to_go_on(overrides, tmp_path):
 
 
 def test_a_run_that_may_restart_needs_a_folder(overrides):
-    launcher = [*TORCHRUN, "--nproc-per-node", "1", "--max-restarts", "1", "--master-port", str(free_port())]
+    launcher = [
+        *TORCHRUN,
+        "--nproc-per-node",
+        "1",
+        "--max-restarts",
+        "1",
+        "--master-port",
+        str(free_port()),
+    ]
     process = start(command(overrides, *launcher))
     _, said = process.communicate(timeout=120)
     assert process.returncode
@@ -259,7 +301,11 @@ def test_ranks_that_cannot_meet_say_so(overrides, tmp_path):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         environment = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-        environment |= {"MASTER_PORT": str(taken.getsockname()[1]), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+        environment |= {
+            "MASTER_PORT": str(taken.getsockname()[1]),
+            "LOCAL_RANK": "0",
+            "LOCAL_WORLD_SIZE": "2",
+        }
         done = subprocess.run(
             command([*overrides, f"run.dir={tmp_path}/run", "mesh.timeout_s=3"], sys.executable),
             env=os.environ | environment,

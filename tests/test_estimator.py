@@ -6,13 +6,20 @@ from itertools import pairwise
 import pytest
 import torch
 
-from zo.config import UserError
-from zo.estimator import ESTIMATORS, check_directions, directions_of, estimate, float32, probes
-from zo.kernels import visit
-from zo.log import Entry
-from zo.perturbation import Offset, Pass, rademacher
-from zo.table import LossTable
-from zo.update import SCHEDULES, learning_rate, sgd
+from zo.errors import UserError
+from zo.method.entry import Entry
+from zo.method.estimator import (
+    ESTIMATORS,
+    check_directions,
+    directions_of,
+    estimate,
+    float32,
+    probes,
+)
+from zo.method.kernels import visit
+from zo.method.perturbation import Offset, Pass, rademacher
+from zo.method.table import LossTable
+from zo.method.update import SCHEDULES, learning_rate, sgd
 
 EPS = 1e-3
 
@@ -26,7 +33,9 @@ def table_of(loss, rows, theta, address=0):
 
 def filled(rows, losses):
     """A table of one column with these losses."""
-    return LossTable(rows, 1).fill(torch.tensor([[value, 1, 1] for value in losses], dtype=torch.float64))
+    return LossTable(rows, 1).fill(
+        torch.tensor([[value, 1, 1] for value in losses], dtype=torch.float64)
+    )
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
@@ -69,19 +78,29 @@ def test_directions_are_never_used_twice():
 
 def test_the_pair_of_a_direction_stands_side_by_side():
     """The two signs share one z in a visit only if their rows are neighbours."""
-    assert probes("spsa", 2, 2, EPS) == [Offset(d, s * float32(EPS)) for d in (2, 3) for s in (1, -1)]
-    assert probes("one-sided", 1, 2, EPS) == [Offset(0, 0.0), Offset(0, float32(EPS)), Offset(1, float32(EPS))]
+    assert probes("spsa", 2, 2, EPS) == [
+        Offset(d, s * float32(EPS)) for d in (2, 3) for s in (1, -1)
+    ]
+    assert probes("one-sided", 1, 2, EPS) == [
+        Offset(0, 0.0),
+        Offset(0, float32(EPS)),
+        Offset(1, float32(EPS)),
+    ]
 
 
 def test_rows_are_means_over_terms_not_over_micro_batches():
-    table = torch.tensor([[[10.0, 1, 5], [2.0, 5, 9]], [[0.0, 0, 0], [0.0, 0, 0]]], dtype=torch.float64)
+    table = torch.tensor(
+        [[[10.0, 1, 5], [2.0, 5, 9]], [[0.0, 0, 0], [0.0, 0, 0]]], dtype=torch.float64
+    )
     first, empty = LossTable([None, None], 2, table).row_losses()
     assert first == 2.0
     assert math.isnan(empty)
 
 
 def test_only_directions_that_are_not_finite_count_as_zero():
-    scalars, skipped = estimate("spsa", filled(range(8), [1.0, 0.5, math.nan, 1.0, math.inf, 2.0, 1e300, -1e300]), 1e-3)
+    scalars, skipped = estimate(
+        "spsa", filled(range(8), [1.0, 0.5, math.nan, 1.0, math.inf, 2.0, 1e300, -1e300]), 1e-3
+    )
     assert skipped == 3
     assert scalars[0] == 250.0
     assert scalars[1:] == (0.0, 0.0, 0.0)
@@ -107,7 +126,9 @@ def test_direction_numbers_that_would_wrap_are_refused():
     assert directions_of(2**16 - 1, 2**16)[-1] < 2**32
     check_directions(2**32 - 1, 1)
     for steps, directions in ((2**16, 2**16), (2**32, 1), (20_000, 215_000)):
-        with pytest.raises(UserError, match=rf"^run\.steps={steps} x estimator\.directions={directions} [^\n]*$"):
+        with pytest.raises(
+            UserError, match=rf"^run\.steps={steps} x estimator\.directions={directions} [^\n]*$"
+        ):
             check_directions(steps, directions)
         with pytest.raises(UserError):
             directions_of(steps, directions)

@@ -24,9 +24,11 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from torch import nn
 
-from zo import export
-from zo.config import UserError
-from zo.export import Card, model_card, push, write_folder
+from zo.errors import UserError
+from zo.run import export
+from zo.run.export import write_folder
+from zo.run.hub import push
+from zo.run.model_card import Card, model_card
 
 pytestmark = pytest.mark.slow  # Whole runs, most of them in processes of their own.
 
@@ -47,15 +49,29 @@ CARD = Card(
 SMALL = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 MODELS = {
     "llama-tied": lambda: tf.LlamaForCausalLM(
-        tf.LlamaConfig(**SMALL, intermediate_size=48, num_key_value_heads=2, tie_word_embeddings=True)
+        tf.LlamaConfig(
+            **SMALL, intermediate_size=48, num_key_value_heads=2, tie_word_embeddings=True
+        )
     ),
-    "gpt2": lambda: tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=4, n_positions=32)),
+    "gpt2": lambda: tf.GPT2LMHeadModel(
+        tf.GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=4, n_positions=32)
+    ),
     "mixtral": lambda: tf.MixtralForCausalLM(
         tf.MixtralConfig(**SMALL, intermediate_size=48, num_key_value_heads=2, num_local_experts=4)
     ),
-    "bert": lambda: tf.BertForSequenceClassification(tf.BertConfig(**SMALL, intermediate_size=48, num_labels=3)),
+    "bert": lambda: tf.BertForSequenceClassification(
+        tf.BertConfig(**SMALL, intermediate_size=48, num_labels=3)
+    ),
     "t5": lambda: tf.T5ForConditionalGeneration(
-        tf.T5Config(vocab_size=96, d_model=32, d_ff=48, d_kv=8, num_layers=2, num_heads=4, tie_word_embeddings=True)
+        tf.T5Config(
+            vocab_size=96,
+            d_model=32,
+            d_ff=48,
+            d_kv=8,
+            num_layers=2,
+            num_heads=4,
+            tie_word_embeddings=True,
+        )
     ),
 }
 AUTO = (tf.AutoModelForCausalLM, tf.AutoModelForSequenceClassification, tf.AutoModelForSeq2SeqLM)
@@ -68,7 +84,9 @@ def into_flat_buffers(model):
         blocks.setdefault(".".join(name.split(".")[:4]), []).append(parameter)
     views = {}
     for parameters in blocks.values():
-        flat = torch.full((sum(-(-p.numel() // 128) * 128 for p in parameters) + 12800,), 7.0).to(parameters[0].dtype)
+        flat = torch.full((sum(-(-p.numel() // 128) * 128 for p in parameters) + 12800,), 7.0).to(
+            parameters[0].dtype
+        )
         start = 0
         for p in parameters:
             view = flat[start : start + p.numel()].view(p.shape)
@@ -128,7 +146,9 @@ def test_a_folder_loads_as_the_same_model(tmp_path, family, dtype):
     write_folder(model, tokenizer(), to, CARD)
     assert_same_when_loaded(model, to)
     # Only a model's own bytes: neither the padding and the neighbours in its storage, nor a tied tensor twice.
-    assert own_bytes(model) <= (to / "model.safetensors").stat().st_size <= own_bytes(model) + 16_384
+    assert (
+        own_bytes(model) <= (to / "model.safetensors").stat().st_size <= own_bytes(model) + 16_384
+    )
     assert tf.AutoTokenizer.from_pretrained(to)("good bad").input_ids == [1, 2]
     assert names_in(to.parent) == ["model"]
 
@@ -170,7 +190,11 @@ def test_parts_make_the_same_model_as_the_whole(tmp_path, family, monkeypatch):
     index = json.loads((tmp_path / "model" / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == own_bytes(model)
     assert set(index["weight_map"].values()) == {p.name for p in shards}
-    assert own_bytes(model) <= sum(p.stat().st_size for p in shards) <= own_bytes(model) + 8_192 * len(shards)
+    assert (
+        own_bytes(model)
+        <= sum(p.stat().st_size for p in shards)
+        <= own_bytes(model) + 8_192 * len(shards)
+    )
     others = [n for n in names_in(tmp_path / "model") if not n.endswith(".safetensors")]
     has_generation = ["generation_config.json"] if family != "bert" else []
     assert others == ["README.md", "config.json", *has_generation, "model.safetensors.index.json"]
@@ -184,7 +208,9 @@ def test_a_conversion_that_joins_layers_is_not_cut(monkeypatch):
     monkeypatch.setattr(
         export,
         "revert_weight_conversion",
-        lambda _, state: {joined if "input_layernorm" in name else name: tensor for name, tensor in state.items()},
+        lambda _, state: {
+            joined if "input_layernorm" in name else name: tensor for name, tensor in state.items()
+        },
     )
     assert len(export._Content(model).parts(model, 40_000)) == 1
 
@@ -195,7 +221,9 @@ def test_a_tie_between_layers_is_not_cut():
     assert len(export._Content(model).parts(model, 40_000)) == 1
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of resident memory from /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="reads the peak of resident memory from /proc"
+)
 def test_no_second_copy_of_the_model_is_made(tmp_path):
     """Resident memory over a model's in an export of 110 MiB, dense, of experts at once, and of experts in parts."""
     script = f"""
@@ -229,7 +257,9 @@ def test_no_second_copy_of_the_model_is_made(tmp_path):
     # glibc must give back at once what is freed, or a copy hides in memory that it kept.
     env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     code = textwrap.dedent(script)
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env
+    )
     dense, whole, parts = map(float, run.stdout.split())
     assert (tmp_path / "dense" / "model.safetensors").stat().st_size > 110 * 2**20
     assert dense < 8
@@ -242,7 +272,7 @@ sys.path.insert(0, {root!r})
 from pathlib import Path
 import torch, transformers as tf
 import test_export as t
-from zo.export import write_folder
+from zo.run.export import write_folder
 
 torch.set_num_threads(1)  # A child that was forked has no pool of threads.
 small, words, to = t.build("llama-tied"), t.tokenizer(), Path({to!r})
@@ -296,7 +326,9 @@ def test_a_killed_export_leaves_nothing_that_looks_like_a_model(tmp_path):
     to = tmp_path / "out" / "model"
     to.parent.mkdir()
     script = KILLED.format(root=str(Path(__file__).parent), to=str(to))
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
     assert run.returncode == 0, run.stderr
     assert int(run.stdout) >= 8
     # The export after them is whole, and swept up what they left.
@@ -353,7 +385,9 @@ def test_replace_refuses_a_link_to_a_folder_of_files(tmp_path):
     assert contents(tmp_path / "elsewhere" / "model") == before
 
 
-@pytest.mark.parametrize("limit", [300, 20_000, 170_000], ids=["configuration", "weights", "tokenizer"])
+@pytest.mark.parametrize(
+    "limit", [300, 20_000, 170_000], ids=["configuration", "weights", "tokenizer"]
+)
 def test_a_disk_that_fills_is_one_line_and_leaves_nothing(tmp_path, limit):
     """A limit on the file's size is the kernel's own refusal in the middle of a write."""
     model, words = build("gpt2"), tokenizer()
@@ -373,8 +407,12 @@ def test_a_disk_that_fills_is_one_line_and_leaves_nothing(tmp_path, limit):
 
 def test_a_disk_that_is_too_small_is_told_before_anything_is_written(tmp_path, monkeypatch):
     model = build("gpt2")
-    monkeypatch.setattr(export.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1_000_000}))
-    with pytest.raises(UserError, match=rf"needs {own_bytes(model) + export.ROOM_BYTES} bytes .* 1000000 free"):
+    monkeypatch.setattr(
+        export.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1_000_000})
+    )
+    with pytest.raises(
+        UserError, match=rf"needs {own_bytes(model) + export.ROOM_BYTES} bytes .* 1000000 free"
+    ):
         write_folder(model, None, tmp_path / "model", CARD)
     assert names_in(tmp_path) == []
 
@@ -440,7 +478,9 @@ def test_only_what_the_hub_has_is_linked(name, is_id, tmp_path, monkeypatch):
 
 
 def test_a_card_survives_awkward_values():
-    text = model_card(Card(**{**CARD.__dict__, "recipe": "a|b\nc", "metrics": {}, "data": "{x}: - [y"}))
+    text = model_card(
+        Card(**{**CARD.__dict__, "recipe": "a|b\nc", "metrics": {}, "data": "{x}: - [y"})
+    )
     assert "| recipe | a\\|b c |" in text
     assert "Not evaluated." in text
     assert "base_model" in front_matter(text)
@@ -471,11 +511,14 @@ def contents(folder):
 
 def test_the_bytes_arrive_in_a_private_repository(folder):
     """As a user does it: from another process, by environment variables alone."""
-    script = (
-        "import sys; from pathlib import Path; from zo.export import push; print(push(Path(sys.argv[1]), 'ann/tuned'))"
-    )
+    script = "import sys; from pathlib import Path; from zo.run.export import push; print(push(Path(sys.argv[1]), 'ann/tuned'))"
     with HubStandIn() as hub:
-        own = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0"}
+        own = {
+            "HF_ENDPOINT": hub.endpoint,
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_TOKEN": TOKEN,
+            "HF_HUB_OFFLINE": "0",
+        }
         run = subprocess.run(
             [sys.executable, "-c", script, folder],
             capture_output=True,
@@ -515,7 +558,11 @@ def test_a_second_push_leaves_no_weights_of_the_first(folder, monkeypatch):
     with hub_in_this_process(monkeypatch) as hub:
         push(folder, "tuned")
         files = hub.repos["ann/tuned"].files
-        files |= {"model-00001-of-00002.safetensors": b"old", "model.safetensors.index.json": b"{}", "LICENSE": b"mine"}
+        files |= {
+            "model-00001-of-00002.safetensors": b"old",
+            "model.safetensors.index.json": b"{}",
+            "LICENSE": b"mine",
+        }
         push(folder, "tuned")
         assert files == {**contents(folder), "LICENSE": b"mine"}
 

@@ -6,13 +6,15 @@ from conftest import make_llama
 from test_stores import Adapted
 from torch import nn
 
-from zo import Trainer, blocks, fingerprint, load_config
-from zo.base import OwnBase
-from zo.blocks import find_layout
-from zo.config import UserError
-from zo.fingerprint import Fingerprint
-from zo.layout import Slice
-from zo.store import DeviceStore, HostStore
+from zo import Trainer, load_config
+from zo.errors import UserError
+from zo.model import blocks
+from zo.model.blocks import find_layout
+from zo.model.fingerprint import Fingerprint
+from zo.model.layout import Slice
+from zo.model.source import OwnBase
+from zo.streaming import fingerprint
+from zo.streaming.stores import DeviceStore, HostStore
 
 
 class Counted(OwnBase):
@@ -47,7 +49,9 @@ def reference(model):
 @pytest.mark.parametrize("unit", ["layer", "module"])
 @pytest.mark.parametrize("slices", [1, 2, 3])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_slices_give_the_fingerprint_of_the_whole_and_read_every_byte_once(dtype, unit, slices, threads):
+def test_slices_give_the_fingerprint_of_the_whole_and_read_every_byte_once(
+    dtype, unit, slices, threads
+):
     model, layout = large_vocabulary(dtype), find_layout(large_vocabulary(dtype), unit)
     whole, base, before = Fingerprint(layout), Counted(model), torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -61,7 +65,10 @@ def test_slices_give_the_fingerprint_of_the_whole_and_read_every_byte_once(dtype
         torch.set_num_threads(before)
     assert whole.hexdigest() == reference(large_vocabulary(dtype))
     cuts = slices * len(layout.blocks)
-    assert base.read_bytes <= sum(b.size_bytes for b in layout.blocks) + 3 * cuts * fingerprint.LEAF_BYTES
+    assert (
+        base.read_bytes
+        <= sum(b.size_bytes for b in layout.blocks) + 3 * cuts * fingerprint.LEAF_BYTES
+    )
 
 
 def test_any_bit_name_shape_or_dtype_makes_another_fingerprint():
@@ -82,19 +89,31 @@ def test_any_bit_name_shape_or_dtype_makes_another_fingerprint():
 def adapted_run(tmp_path, change, steps):
     model, ids = Adapted(), torch.randint(3, 24, (4, 9), generator=torch.Generator().manual_seed(0))
     change(model)
-    settings = [f"run.steps={steps}", "batch.sequences=4", "batch.micro=4", "eval.every=0", "export.at_end=false"]
+    settings = [
+        f"run.steps={steps}",
+        "batch.sequences=4",
+        "batch.micro=4",
+        "eval.every=0",
+        "export.at_end=false",
+    ]
     settings += ["update.schedule=constant", "update.warmup_steps=0"]
     config = load_config("quickstart", [*settings, f"run.dir={tmp_path}/run"])
 
     def objective(model, batch):
-        loss = nn.functional.cross_entropy(model(batch["ids"]).flatten(0, 1), batch["ids"].flatten(), reduction="sum")
+        loss = nn.functional.cross_entropy(
+            model(batch["ids"]).flatten(0, 1), batch["ids"].flatten(), reduction="sum"
+        )
         return torch.stack((loss, torch.tensor(36.0)))
 
-    return Trainer(config, model=model, objective=objective, batches=lambda step, column: {"ids": ids}).train()
+    return Trainer(
+        config, model=model, objective=objective, batches=lambda step, column: {"ids": ids}
+    ).train()
 
 
 @pytest.mark.parametrize(
-    "name", ["inner.model.layers.0.mlp.up_proj.weight", "inner.model.embed_tokens.weight"], ids=["in a layer", "around"]
+    "name",
+    ["inner.model.layers.0.mlp.up_proj.weight", "inner.model.embed_tokens.weight"],
+    ids=["in a layer", "around"],
 )
 def test_a_resume_on_another_frozen_base_is_refused(tmp_path, name):
     """Else the log would be replayed on weights that it was not made with, and nobody would know."""

@@ -5,16 +5,22 @@ import os
 import pytest
 from ranks import train
 
-from zo.config import UserError
-from zo.folder import RunFolder
-from zo.recipe import load_config
+from zo.config.recipes import load_config
+from zo.errors import UserError
+from zo.state.run_folder import RunFolder
 
 DISK = ["memory.store=disk", "memory.lag=1", "eval.every=0", "run.steps=2"]
 
 
 def test_other_files_beside_a_stores_blocks_and_snapshots_stay(overrides, tmp_path):
-    mine = [tmp_path / "run" / "blocks" / "rank-00000" / "notes.txt", tmp_path / "run" / "blocks" / "readme"]
-    mine += [tmp_path / "run" / "snapshots" / name for name in ("step-by-step.safetensors", "draft.new", "a.txt")]
+    mine = [
+        tmp_path / "run" / "blocks" / "rank-00000" / "notes.txt",
+        tmp_path / "run" / "blocks" / "readme",
+    ]
+    mine += [
+        tmp_path / "run" / "snapshots" / name
+        for name in ("step-by-step.safetensors", "draft.new", "a.txt")
+    ]
     train([*overrides, *DISK, f"run.dir={tmp_path}/run"])
     for path in mine:
         path.parent.mkdir(exist_ok=True)
@@ -44,12 +50,16 @@ def test_a_link_in_place_of_a_folder_is_refused(overrides, tmp_path, place, begu
     os.symlink(elsewhere, run / place)
     if begun:
         RunFolder(run).create(config, {}, {"directions": 1}).close()
-    with pytest.raises(UserError, match=r"is a symbolic link|is not empty and holds no run") as error:
+    with pytest.raises(
+        UserError, match=r"is a symbolic link|is not empty and holds no run"
+    ) as error:
         RunFolder(run).check(config)
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("place", ["notes.txt", "blocks/notes.txt", "blocks/rank-00000/notes.txt", "steps.log"])
+@pytest.mark.parametrize(
+    "place", ["notes.txt", "blocks/notes.txt", "blocks/rank-00000/notes.txt", "steps.log"]
+)
 def test_a_folder_of_other_files_is_no_cut_start(overrides, tmp_path, place):
     config = load_config("quickstart", [*overrides, f"run.dir={tmp_path}/run"])
     (tmp_path / "run" / place).parent.mkdir(parents=True)

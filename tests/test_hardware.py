@@ -10,8 +10,9 @@ import pytest
 import torch
 from conftest import make_llama
 
-from zo import hardware, launcher
-from zo.config import UserError
+from zo.config import cli as launcher
+from zo.errors import UserError
+from zo.io import hardware
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
@@ -20,7 +21,11 @@ GIB = 2**30
 def group(folder, limit, used, inactive, v1=False):
     """Write the files of a control group."""
     folder.mkdir(parents=True, exist_ok=True)
-    names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if v1 else ("memory.max", "memory.current")
+    names = (
+        ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        if v1
+        else ("memory.max", "memory.current")
+    )
     (folder / names[0]).write_text(f"{limit}\n")
     (folder / names[1]).write_text(f"{used}\n")
     stat = f"anon 1\ninactive_file {inactive if not v1 else 3}\n"
@@ -37,7 +42,9 @@ def large_machine(monkeypatch):
     """Have the control groups decide."""
     from types import SimpleNamespace
 
-    monkeypatch.setattr(hardware.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000 * GIB))
+    monkeypatch.setattr(
+        hardware.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000 * GIB)
+    )
 
 
 def test_page_cache_counts_as_free(tmp_path):
@@ -81,7 +88,9 @@ def test_no_limit(tmp_path):
 def test_cuda_without_a_gpu_is_one_line():
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    with pytest.raises(UserError, match=r"run\.device=cuda needs a GPU, and PyTorch .* use run\.device=cpu"):
+    with pytest.raises(
+        UserError, match=r"run\.device=cuda needs a GPU, and PyTorch .* use run\.device=cpu"
+    ):
         hardware.choose_device("cuda")
     assert hardware.choose_device("auto") == torch.device("cpu")
 
@@ -113,8 +122,8 @@ def test_out_of_memory_says_what_to_change(kind):
 LIMITED = """
 import resource, runpy, sys
 sys.path.insert(0, {root!r})
-import zo.kernels_cpu, zo.trainer
-from zo.log import Log
+import zo.method.kernels.cpu, zo.run.trainer
+from zo.state.log import Log
 size = int(open('/proc/self/statm').read().split()[0]) * 4096
 resource.setrlimit(resource.RLIMIT_AS, (size + {room}, size + {room}))
 sys.argv = {argv!r}
@@ -130,13 +139,27 @@ def test_too_little_host_memory_is_one_line_and_exit_code_2(reviews, tokenizer, 
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     train = str(ROOT / "launch" / "train.py")
-    argv = [train, f"model.name={tmp_path}/model", f"data.name={reviews}", "data.template='{text} it was'"]
-    argv += ["data.label_words=[terrible,great]", "batch.sequences=2", "batch.micro=2", "run.steps=1", "run.threads=1"]
+    argv = [
+        train,
+        f"model.name={tmp_path}/model",
+        f"data.name={reviews}",
+        "data.template='{text} it was'",
+    ]
+    argv += [
+        "data.label_words=[terrible,great]",
+        "batch.sequences=2",
+        "batch.micro=2",
+        "run.steps=1",
+        "run.threads=1",
+    ]
     argv.append("batch.max_tokens=64")
     argv += [f"run.dir={tmp_path}/run", f"memory.store={store}"]
     code = LIMITED.format(root=str(ROOT), room=700 * 2**20, argv=argv)
     run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "NUMBA_NUM_THREADS": "2"}
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "NUMBA_NUM_THREADS": "2"},
     )
     assert run.returncode == 2, run.stderr
     assert "Traceback" not in run.stderr
@@ -162,11 +185,18 @@ def test_a_run_is_scored_on_its_own_device_and_torchrun_speaks_once(overrides, t
     assert json.loads(line)["eval"] == summary["eval"]
     assert json.loads(line)["fingerprint"] == summary["fingerprint"]
     refused = run(*torchrun, ROOT / "launch/export.py", f"run={tmp_path}/run", f"to={tmp_path}/out")
-    assert refused.stderr.count("error: a model is exported by one process; start it with python launch/export.py") == 1
+    assert (
+        refused.stderr.count(
+            "error: a model is exported by one process; start it with python launch/export.py"
+        )
+        == 1
+    )
     assert not (tmp_path / "out").exists()
     if not torch.cuda.is_available():
         for command in ("evaluate", "export"):
-            words = [f"run={tmp_path}/run", "run.device=cuda"] + [f"to={tmp_path}/out"] * (command == "export")
+            words = [f"run={tmp_path}/run", "run.device=cuda"] + [f"to={tmp_path}/out"] * (
+                command == "export"
+            )
             refused = run(ROOT / f"launch/{command}.py", *words)
             assert refused.returncode == 2
             assert refused.stderr.startswith("error: run.device=cuda needs a GPU")

@@ -12,8 +12,8 @@ import pytest
 import torch
 from test_perturbation import bits
 
-from zo.estimator import float32
-from zo.perturbation import STORED_DTYPES, Change, Offset, Pass, Z
+from zo.method.estimator import float32
+from zo.method.perturbation import STORED_DTYPES, Change, Offset, Pass, Z
 
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
@@ -30,21 +30,36 @@ def compare():
     import torch
     from test_perturbation import CHANGES, OFFSETS, weights
 
-    from zo.kernels_triton import visit_triton
-    from zo.perturbation import Pass, visit_reference
+    from zo.method.kernels.triton import visit_triton
+    from zo.method.perturbation import Pass, visit_reference
 
     for seed in (3, 2**64 - 1):
         for distribution, name, count, address in CASES:
             dtype = getattr(torch, name)
             expected, found = weights(count, dtype), weights(count, dtype)
-            expected_out, found_out = torch.zeros(4, count, dtype=dtype), torch.zeros(4, count, dtype=dtype)
-            visit_reference(expected, address, Pass(seed, distribution, CHANGES, OFFSETS), expected_out)
+            expected_out, found_out = (
+                torch.zeros(4, count, dtype=dtype),
+                torch.zeros(4, count, dtype=dtype),
+            )
+            visit_reference(
+                expected, address, Pass(seed, distribution, CHANGES, OFFSETS), expected_out
+            )
             visit_triton(found, address, Pass(seed, distribution, CHANGES, OFFSETS), found_out)
             assert torch.equal(bits(found), bits(expected)), (distribution, name, count, "weights")
-            assert torch.equal(bits(found_out), bits(expected_out)), (distribution, name, count, "probes")
+            assert torch.equal(bits(found_out), bits(expected_out)), (
+                distribution,
+                name,
+                count,
+                "probes",
+            )
             visit_triton(found, address, Pass(seed, distribution, CHANGES))
             visit_reference(expected, address, Pass(seed, distribution, CHANGES))
-            assert torch.equal(bits(found), bits(expected)), (distribution, name, count, "replay alone")
+            assert torch.equal(bits(found), bits(expected)), (
+                distribution,
+                name,
+                count,
+                "replay alone",
+            )
 
 
 def test_the_triton_kernel_has_the_bits_of_the_equation():
@@ -60,7 +75,7 @@ def specialized(work, dtype, address, count=4096):
     from triton.compiler import ASTSource, make_backend
     from triton.runtime.jit import create_function_from_signature
 
-    from zo import kernels_triton as k
+    from zo.method.kernels import triton as k
 
     stored = torch.zeros(count, dtype=dtype)
     out = torch.zeros(max(1, len(work.offsets)), count, dtype=dtype) if work.offsets else None
@@ -68,14 +83,18 @@ def specialized(work, dtype, address, count=4096):
     bind = create_function_from_signature(k._visit.signature, k._visit.params, backend)
     positional, named = k.arguments(stored, address, work, k._table(work, stored.device, 0), out)
     bound, specialization, options = bind(*positional, **named)
-    _, signature, constants, attributes = k._visit._pack_args(backend, dict(options), bound, specialization, options)
+    _, signature, constants, attributes = k._visit._pack_args(
+        backend, dict(options), bound, specialization, options
+    )
     source = ASTSource(fn=k._visit, signature=signature, constexprs=constants, attrs=attributes)
     return str(specialization), source, options
 
 
 def changes(lag, directions):
     coefficients = tuple(float32(1e-3 * (k + 1)) for k in range(directions))
-    return tuple(Change(step, tuple(range(step, step + directions)), coefficients) for step in range(lag))
+    return tuple(
+        Change(step, tuple(range(step, step + directions)), coefficients) for step in range(lag)
+    )
 
 
 def test_nothing_that_changes_within_a_run_compiles_another_variant():
@@ -87,7 +106,9 @@ def test_nothing_that_changes_within_a_run_compiles_another_variant():
         for directions in (1, 2, 16, 33):
             for probes in (0, 1, 2, 16):
                 for address in (0, 128, 2**31, 2**31 + 128, 2**39):
-                    work = Pass(1, "rademacher", changes(lag, directions), (Offset(1, 1.0),) * probes)
+                    work = Pass(
+                        1, "rademacher", changes(lag, directions), (Offset(1, 1.0),) * probes
+                    )
                     variants.add(specialized(work, torch.bfloat16, address)[0])
     for count in (16, 32, 4096, 100_000):
         variants.add(specialized(Pass(1, "rademacher"), torch.bfloat16, 0, count)[0])
@@ -96,7 +117,8 @@ def test_nothing_that_changes_within_a_run_compiles_another_variant():
 
 def test_a_segment_of_any_size_needs_one_more_variant():
     whole, ragged, one, odd = (
-        specialized(Pass(1, "rademacher"), torch.float32, 0, count)[0] for count in (4096, 4097, 1, 777)
+        specialized(Pass(1, "rademacher"), torch.float32, 0, count)[0]
+        for count in (4096, 4097, 1, 777)
     )
     assert len({ragged, one, odd}) == 1
     assert whole != ragged
@@ -104,7 +126,7 @@ def test_a_segment_of_any_size_needs_one_more_variant():
 
 def test_one_table_serves_all_segments_of_a_pass():
     """Else a launch costs a list, a tensor, a page-locked buffer and a copy for each of hundreds of segments."""
-    from zo.kernels_triton import _table
+    from zo.method.kernels.triton import _table
 
     device = torch.device("cpu")
     first = _table(Pass(1, "rademacher", changes(3, 2)), device, 0)
@@ -140,7 +162,11 @@ def test_compiled_code_neither_contracts_nor_flushes(capability, distribution, d
 
     work = Pass(1, distribution, changes(2, 2), (Offset(1, 1.0), Offset(1, -1.0)))
     _, source, options = specialized(work, dtype, 2**31)
-    ptx = compile(source, target=GPUTarget("cuda", capability, 32), options=dict(options)).asm["ptx"]
+    ptx = compile(source, target=GPUTarget("cuda", capability, 32), options=dict(options)).asm[
+        "ptx"
+    ]
     assert f".target sm_{capability}" in ptx
-    assert re.search(r"\bmul\.(rn\.)?f32(x2)?\b", ptx)  # the pattern below is looked for in code that computes
+    assert re.search(
+        r"\bmul\.(rn\.)?f32(x2)?\b", ptx
+    )  # the pattern below is looked for in code that computes
     assert not re.findall(r"\bfma\.\S+|\bmad\.\S*f32|\S+\.ftz\S*|\S+\.approx\S*", ptx)

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from zo.estimator import ESTIMATORS
-from zo.mesh import fit, idle_report
-from zo.recipe import load_config
+from zo.config.recipes import load_config
+from zo.distributed.mesh import fit, idle_report
+from zo.method.estimator import ESTIMATORS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ["README.md", "launch/slurm.sbatch", "launch/kubernetes.yaml", "docker/Dockerfile"]
@@ -18,9 +18,15 @@ GPUS_PER_NODE = 8
 
 
 def texts():
-    for path in [*(ROOT / page for page in PAGES), *ROOT.glob("recipes/*.yaml"), *ROOT.glob("docs/**/*.md")]:
+    for path in [
+        *(ROOT / page for page in PAGES),
+        *ROOT.glob("recipes/*.yaml"),
+        *ROOT.glob("docs/**/*.md"),
+    ]:
         yield path.relative_to(ROOT), path.read_text()
-    command = yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text())["services"]["train"]["command"]
+    command = yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text())["services"]["train"][
+        "command"
+    ]
     yield Path("docker/compose.yaml"), shlex.join(command)
 
 
@@ -47,7 +53,10 @@ def worlds(words):
 
 def test_lines_are_found():
     found = [param.id for param in launch_lines()]
-    assert all(any(page in line for line in found) for page in [*PAGES, "docker/compose.yaml", "recipes/opt-66b.yaml"])
+    assert all(
+        any(page in line for line in found)
+        for page in [*PAGES, "docker/compose.yaml", "recipes/opt-66b.yaml"]
+    )
     assert len(found) > 12
 
 
@@ -56,7 +65,9 @@ def test_a_launch_line_leaves_no_rank_idle(line):
     words = line.replace(")", " ").split()
     keys = [word for word in words if re.match(r"[a-z_]+(\.[a-z_]+)+=|recipe=", word)]
     recipe = next(key for key in keys if key.startswith("recipe=")).removeprefix("recipe=")
-    config = load_config(recipe, [key for key in keys if not key.startswith(("recipe=", "data.template"))])
+    config = load_config(
+        recipe, [key for key in keys if not key.startswith(("recipe=", "data.template"))]
+    )
     nodes, local = worlds(words)
     scales = ESTIMATORS[config.estimator.name].scales
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from zo import hardware
-from zo.config import UserError
-from zo.disk import DeepNvme
+from zo.errors import UserError
+from zo.io import hardware
+from zo.io.engines import DeepNvme
 
 
 class Handle:
@@ -16,10 +16,12 @@ class Handle:
 
 
 def test_slots_that_together_are_over_the_limit_are_refused(monkeypatch):
-    monkeypatch.setattr("zo.disk._deepnvme_handle", lambda: lambda *settings: Handle())
+    monkeypatch.setattr("zo.io.engines._deepnvme_handle", lambda: lambda *settings: Handle())
     monkeypatch.setattr(hardware, "lockable_bytes", lambda: 3.0 * 2**20)
     engine = DeepNvme()
     engine.allocate(2 * 2**20)
-    with pytest.raises(UserError, match=r"needs 4194304 bytes of host memory that is locked.*may lock 3145728"):
+    with pytest.raises(
+        UserError, match=r"needs 4194304 bytes of host memory that is locked.*may lock 3145728"
+    ):
         engine.allocate(2 * 2**20)
     engine.allocate(2**20)

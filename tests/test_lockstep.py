@@ -8,14 +8,15 @@ import torch
 import transformers as t
 from torch import nn
 
-from zo.base import OwnBase
-from zo.blocks import find_layout, layer_lists
-from zo.config import MemoryConfig, UserError
-from zo.estimator import float32
-from zo.log import Log
-from zo.perturbation import Offset, rademacher
-from zo.replica import Replica
-from zo.selfcheck import miniature, self_check
+from zo.config.schema import MemoryConfig
+from zo.errors import UserError
+from zo.method.estimator import float32
+from zo.method.perturbation import Offset, rademacher
+from zo.model.blocks import find_layout, layer_lists
+from zo.model.source import OwnBase
+from zo.state.log import Log
+from zo.streaming.replica import Replica
+from zo.streaming.selfcheck import miniature, self_check
 
 SIZES = {
     "vocab_size": 120,
@@ -31,7 +32,9 @@ SIZES = {
 GROUPED = {**SIZES, "num_key_value_heads": 2}
 IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 FAMILIES = {
-    "opt": lambda: t.OPTForCausalLM(t.OPTConfig(**{**SIZES, "ffn_dim": 64, "word_embed_proj_dim": 16})),
+    "opt": lambda: t.OPTForCausalLM(
+        t.OPTConfig(**{**SIZES, "ffn_dim": 64, "word_embed_proj_dim": 16})
+    ),
     "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**GROUPED, tie_word_embeddings=True)),
     "qwen3": lambda: t.Qwen3ForCausalLM(t.Qwen3Config(**GROUPED, head_dim=8)),
     "mistral": lambda: t.MistralForCausalLM(t.MistralConfig(**GROUPED, sliding_window=4)),
@@ -43,7 +46,15 @@ FAMILIES = {
     "mixtral": lambda: t.MixtralForCausalLM(t.MixtralConfig(**GROUPED, num_local_experts=4)),
     "bert": lambda: t.BertForSequenceClassification(t.BertConfig(**SIZES)),
     "t5": lambda: t.T5ForConditionalGeneration(
-        t.T5Config(vocab_size=120, d_model=32, d_ff=64, num_layers=3, num_heads=4, d_kv=8, decoder_start_token_id=0)
+        t.T5Config(
+            vocab_size=120,
+            d_model=32,
+            d_ff=64,
+            num_layers=3,
+            num_heads=4,
+            d_kv=8,
+            decoder_start_token_id=0,
+        )
     ),
 }
 
@@ -68,13 +79,21 @@ def forwards(model):
     return cells
 
 
-HEADER = {"directions": 1, "seed": 1, "distribution": "rademacher", "rule": "sgd", "weight_decay": 0.0}
+HEADER = {
+    "directions": 1,
+    "seed": 1,
+    "distribution": "rademacher",
+    "rule": "sgd",
+    "weight_decay": 0.0,
+}
 CPU = torch.device("cpu")
 
 
 def replica_of(model, layout=None, **memory):
     layout = layout or find_layout(model)
-    replica = Replica(model, layout, lambda engine: OwnBase(model), MemoryConfig(**memory), CPU, Path())
+    replica = Replica(
+        model, layout, lambda engine: OwnBase(model), MemoryConfig(**memory), CPU, Path()
+    )
     replica.open(Log(HEADER))
     return replica
 
@@ -89,7 +108,9 @@ def test_lockstep_is_plain_forwards(name, dtype):
     eps = float32(0.01)
     probes = [Offset(0, 0.0), Offset(0, eps), Offset(0, -eps), Offset(1, eps), Offset(2, eps)]
     cells = [(row, forward) for row in range(len(probes)) for forward in forwards(model)]
-    together = replica.table(probes, [row for row, _ in cells], [lambda f=f: f(model) for _, f in cells])
+    together = replica.table(
+        probes, [row for row, _ in cells], [lambda f=f: f(model) for _, f in cells]
+    )
     parameters = dict(reference.named_parameters(remove_duplicate=False))
     placed = list(find_layout(reference).parameters)
     masters = {p.name: parameters[p.name].data.clone() for p in placed}
@@ -174,7 +195,9 @@ def test_a_weight_read_outside_its_module_is_found():
 
 def test_a_weight_outside_any_visited_block_is_refused_by_name():
     torch.manual_seed(0)
-    model = t.DebertaV2ForSequenceClassification(t.DebertaV2Config(**SIZES, relative_attention=True)).eval()
+    model = t.DebertaV2ForSequenceClassification(
+        t.DebertaV2Config(**SIZES, relative_attention=True)
+    ).eval()
     with pytest.raises(UserError, match="rel_embeddings"):
         self_check([model], forwards(model), CPU, "rademacher")
 
@@ -189,7 +212,9 @@ def test_a_cell_that_fails_ends_the_others_and_leaves_the_master_in_place():
         raise RuntimeError("objective")
 
     with torch.no_grad(), pytest.raises(RuntimeError, match="objective"):
-        replica.table([Offset(0, 1.0), Offset(0, -1.0)], [0, 1], [lambda: forwards(model)[0](model), fails])
+        replica.table(
+            [Offset(0, 1.0), Offset(0, -1.0)], [0, 1], [lambda: forwards(model)[0](model), fails]
+        )
     replica.close()
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
 

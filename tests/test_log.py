@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from zo.config import UserError
-from zo.log import Entry, Log, _header_bytes, main, read
+from zo.errors import UserError
+from zo.method.entry import Entry
+from zo.state.log import Log, main, read
+from zo.state.log_file import _header_bytes
 
 HEADER = {"directions": 2, "seed": 1, "base": "abc"}
 
@@ -56,7 +58,9 @@ def test_a_tail_torn_at_any_byte_costs_only_its_own_entry(tmp_path):
         assert path.read_bytes() == data
 
 
-def test_a_flipped_byte_with_whole_steps_after_it_is_damage_and_the_last_entrys_a_torn_tail(tmp_path):
+def test_a_flipped_byte_with_whole_steps_after_it_is_damage_and_the_last_entrys_a_torn_tail(
+    tmp_path,
+):
     """Cutting at the damage would lose the steps after it without a word."""
     path = tmp_path / "steps.log"
     data, start = written(path, 4), len(written(tmp_path / "none", 0))
@@ -113,7 +117,10 @@ def test_lost_and_exchanged_entries_are_noticed(tmp_path):
 
 
 def test_a_log_that_was_deleted_or_moved_takes_no_more_steps(tmp_path):
-    for change, said in ((Path.unlink, "was deleted"), (lambda p: p.rename(tmp_path / "elsewhere"), "was moved")):
+    for change, said in (
+        (Path.unlink, "was deleted"),
+        (lambda p: p.rename(tmp_path / "elsewhere"), "was moved"),
+    ):
         path = tmp_path / "steps.log"
         written(path, 2)
         log = Log.open(path)
@@ -125,7 +132,14 @@ def test_a_log_that_was_deleted_or_moved_takes_no_more_steps(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"directions": -1}, {"directions": "2"}, {"directions": 10**12}, {"seed": None}, {"directions": True}]
+    "changes",
+    [
+        {"directions": -1},
+        {"directions": "2"},
+        {"directions": 10**12},
+        {"seed": None},
+        {"directions": True},
+    ],
 )
 def test_a_header_that_no_run_writes_is_one_line(tmp_path, changes):
     path = tmp_path / "steps.log"
@@ -138,7 +152,9 @@ def test_numbers_that_are_not_finite_are_damage(tmp_path):
     path = tmp_path / "steps.log"
     data = written(path, 1)
     body = struct.pack("<QQd2f", 2, 32, 1.0, float("nan"), 0.0)
-    path.write_bytes(data + body + struct.pack("<I", zlib.crc32(body, struct.unpack("<I", data[-4:])[0])))
+    path.write_bytes(
+        data + body + struct.pack("<I", zlib.crc32(body, struct.unpack("<I", data[-4:])[0]))
+    )
     with pytest.raises(UserError, match="step 2 has a number that is not finite"):
         read(path)
 
@@ -173,7 +189,10 @@ def test_what_is_no_log_is_refused_in_one_line(tmp_path, content, capsys):
 def test_printed_as_one_json_object_a_line(tmp_path):
     written(tmp_path / "steps.log", 2)
     run = subprocess.run(
-        [sys.executable, "-m", "zo.log", tmp_path / "steps.log"], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "zo.state.log", tmp_path / "steps.log"],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     lines = [json.loads(line) for line in run.stdout.splitlines()]
     assert lines[0] == HEADER
@@ -187,8 +206,8 @@ def test_a_full_disk_loses_nothing(tmp_path):
     script = f"""
 import resource
 from pathlib import Path
-from zo.config import UserError
-from zo.log import Entry, Log
+from zo.config.schema import UserError
+from zo.state.log import Entry, Log
 log = Log.open(Path({str(path)!r}))
 resource.setrlimit(resource.RLIMIT_FSIZE, ({len(data) + 10}, {len(data) + 10}))
 try:

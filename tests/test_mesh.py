@@ -12,9 +12,10 @@ import torch
 from logs import same_log
 from ranks import context, lives, train
 
-from zo.config import MeshConfig, UserError
-from zo.mesh import Shape, fit, idle_report, places
-from zo.table import owners, share
+from zo.config.schema import MeshConfig
+from zo.distributed.mesh import Shape, fit, idle_report, places
+from zo.errors import UserError
+from zo.method.table import owners, share
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -22,7 +23,9 @@ Q2 = ["estimator.directions=2", "model.dtype=bfloat16", "update.weight_decay=0.1
 MESHES = [(2, 1, 1), (1, 2, 1), (2, 2, 1), (2, 1, 2), (1, 2, 2), (2, 2, 4), (4, 1, 2)]
 
 
-@pytest.mark.parametrize("extra", [["estimator.directions=1"], ["estimator.directions=3", "model.dtype=bfloat16"]])
+@pytest.mark.parametrize(
+    "extra", [["estimator.directions=1"], ["estimator.directions=3", "model.dtype=bfloat16"]]
+)
 def test_same_bits_on_any_mesh(overrides, tmp_path, extra):
     """Log, weights, scores: nothing may depend on who computed a cell."""
     alone = train([*overrides, *extra, f"run.dir={tmp_path}/alone"])
@@ -51,8 +54,18 @@ def test_same_bits_whoever_keeps_a_slice(overrides, alone, tmp_path, mesh, store
         expected |= train([*overrides, *Q2, f"run.dir={whole}", "export.at_end=true"])
     perturb, data, slices = mesh
     unit = "module" if slices == 2 else "layer"
-    where = [f"memory.store={store}", f"memory.unit={unit}", f"run.dir={tmp_path}/run", "run.snapshot_every=3"]
-    shape = [f"mesh.perturb={perturb}", f"mesh.data={data}", f"mesh.slice={slices}", "export.at_end=true"]
+    where = [
+        f"memory.store={store}",
+        f"memory.unit={unit}",
+        f"run.dir={tmp_path}/run",
+        "run.snapshot_every=3",
+    ]
+    shape = [
+        f"mesh.perturb={perturb}",
+        f"mesh.data={data}",
+        f"mesh.slice={slices}",
+        "export.at_end=true",
+    ]
     found = train([*overrides, *Q2, *where, *shape], ranks=perturb * data)
     assert found["fingerprint"] == expected["fingerprint"]
     assert found["eval"] == expected["eval"]
@@ -76,7 +89,9 @@ def test_a_slice_is_what_a_rank_reads_and_the_scalars_are_few(overrides, tmp_pat
         folder = tmp_path / str(slices)
         train([*settings, f"mesh.slice={slices}", f"run.dir={folder}"], ranks=2)
         steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        moved[slices] = [sum(step[key] for step in steps[1:]) for key in ("read_bytes", "gathered_bytes")]
+        moved[slices] = [
+            sum(step[key] for step in steps[1:]) for key in ("read_bytes", "gathered_bytes")
+        ]
         assert all(0 < step["scalar_bytes"] < 1000 for step in steps)
     whole, gathered = moved[1][0], moved[2][1]
     assert moved[1][1] == 0
@@ -130,7 +145,8 @@ def test_an_empty_mesh_is_filled_in(config, ranks, rows, columns, expected):
 
 
 @pytest.mark.parametrize(
-    ("config", "ranks"), [(MeshConfig(perturb=3), 1), (MeshConfig(perturb=2, data=2), 2), (MeshConfig(), 5)]
+    ("config", "ranks"),
+    [(MeshConfig(perturb=3), 1), (MeshConfig(perturb=2, data=2), 2), (MeshConfig(), 5)],
 )
 def test_a_mesh_that_does_not_fit_is_refused_with_what_would(config, ranks):
     with pytest.raises(UserError, match=r"use mesh.perturb=\d mesh.data=\d|start at most 4 ranks"):
@@ -138,13 +154,17 @@ def test_a_mesh_that_does_not_fit_is_refused_with_what_would(config, ranks):
 
 
 def test_slices_do_not_reach_over_nodes():
-    with pytest.raises(UserError, match=r"mesh.slice=4 does not divide the 2 ranks of a node.*use 1, 2$"):
+    with pytest.raises(
+        UserError, match=r"mesh.slice=4 does not divide the 2 ranks of a node.*use 1, 2$"
+    ):
         fit(MeshConfig(slice=4), 4, 4, 1, local_ranks=2)
 
 
 def test_slices_of_a_device_store_are_refused(overrides, tmp_path):
     said = lives([*overrides, "mesh.slice=2", f"run.dir={tmp_path}/run"], ranks=2)
-    assert all("mesh.slice=2 cuts weights" in text and "memory.store=host or disk" in text for text in said)
+    assert all(
+        "mesh.slice=2 cuts weights" in text and "memory.store=host or disk" in text for text in said
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -152,14 +172,19 @@ def keep_slice(index, of, found):
     """One rank's slice of a host store, and the memory that making it took."""
     from transformers import OPTConfig, OPTForCausalLM
 
-    from zo.base import RandomBase
-    from zo.blocks import find_layout
-    from zo.host_memory import return_freed_memory, return_memory_at_once
-    from zo.layout import Slice
-    from zo.store import HostStore
+    from zo.io.host_memory import return_freed_memory, return_memory_at_once
+    from zo.model.blocks import find_layout
+    from zo.model.layout import Slice
+    from zo.model.source import RandomBase
+    from zo.streaming.stores import HostStore
 
     return_memory_at_once()
-    sizes = {"hidden_size": 512, "ffn_dim": 2048, "word_embed_proj_dim": 512, "num_attention_heads": 8}
+    sizes = {
+        "hidden_size": 512,
+        "ffn_dim": 2048,
+        "word_embed_proj_dim": 512,
+        "num_attention_heads": 8,
+    }
     with torch.device("meta"):
         model = OPTForCausalLM(OPTConfig(**sizes, num_hidden_layers=24, vocab_size=8192))
     layout = find_layout(model, "layer")
@@ -213,10 +238,16 @@ def test_idle_ranks_are_counted_and_the_remedy_fills_them(rows_of, ranks, sequen
                 assert said.startswith(f"{idle} of {ranks} ranks ha")
             else:
                 assert said.startswith(f"ranks have {min(counts)} or {max(counts)} cells each")
-            remedies = re.findall(r"(batch\.micro|estimator\.directions)=(\d+) \((\d+) cells\)", said)
+            remedies = re.findall(
+                r"(batch\.micro|estimator\.directions)=(\d+) \((\d+) cells\)", said
+            )
             assert remedies
             for key, value, cells in remedies:
-                q, m = (int(value), micro) if key == "estimator.directions" else (directions, int(value))
+                q, m = (
+                    (int(value), micro)
+                    if key == "estimator.directions"
+                    else (directions, int(value))
+                )
                 assert sequences % m == 0
                 assert rows_of(q) * (sequences // m) == int(cells)
                 assert idle_report(shape, rows_of, q, sequences, m) is None
@@ -233,8 +264,22 @@ def test_idle_ranks_of_a_large_recipe_by_name():
 
 def test_a_run_says_once_that_ranks_have_no_cell(overrides, tmp_path):
     """As a user reads it: on stderr, from rank 0 alone."""
-    settings = [*overrides, "batch.micro=4", "memory.store=host", "mesh.slice=4", "run.steps=2", "eval.every=0"]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4", "--standalone"]
+    settings = [
+        *overrides,
+        "batch.micro=4",
+        "memory.store=host",
+        "mesh.slice=4",
+        "run.steps=2",
+        "eval.every=0",
+    ]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "4",
+        "--standalone",
+    ]
     done = subprocess.run(
         [*launcher, "launch/train.py", *settings, f"run.dir={tmp_path}/run"],
         cwd=ROOT,
@@ -245,7 +290,12 @@ def test_a_run_says_once_that_ranks_have_no_cell(overrides, tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("2 of 4 ranks have no cell: the loss table has 2 rows (probes) x 1 column") == 1
+    assert (
+        done.stderr.count(
+            "2 of 4 ranks have no cell: the loss table has 2 rows (probes) x 1 column"
+        )
+        == 1
+    )
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
@@ -270,7 +320,9 @@ def test_values_of_a_large_run_are_placed_in_one_pass():
             Counted.comparisons += 1
             return int(self) == int(other)
 
-    of_cells = tuple(Counted(rank) for rank in owners(Shape(2000, 2), 2000, 2) + owners(Shape(2, 1000), 2, 2000))
+    of_cells = tuple(
+        Counted(rank) for rank in owners(Shape(2000, 2), 2000, 2) + owners(Shape(2, 1000), 2, 2000)
+    )
     most, at = places.__wrapped__(of_cells, 4000)
     assert most == 3
     assert len(set(at)) == len(of_cells) == 8000

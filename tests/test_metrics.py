@@ -6,7 +6,7 @@ import math
 import pytest
 from ranks import train
 
-from zo.metrics import MetricsFile, last_scores
+from zo.observe.metrics import MetricsFile, last_scores
 
 BAD = [
     b'{"step": 2, "loss": \n',
@@ -28,8 +28,15 @@ def line(step, **more):
 @pytest.mark.parametrize("bad", BAD, ids=range(len(BAD)))
 def test_a_bad_line_costs_no_other_line(tmp_path, bad):
     path, said = tmp_path / "metrics.jsonl", []
-    good = line(1, loss=0.5), line(2, eval={"accuracy": 0.5}), line(3, loss=0.25), line(4, eval={"accuracy": 0.75})
-    path.write_bytes(good[0] + bad + b"".join(good[1:]) + bad + line(5, eval={"accuracy": 1.0}) + line(5)[:-4])
+    good = (
+        line(1, loss=0.5),
+        line(2, eval={"accuracy": 0.5}),
+        line(3, loss=0.25),
+        line(4, eval={"accuracy": 0.75}),
+    )
+    path.write_bytes(
+        good[0] + bad + b"".join(good[1:]) + bad + line(5, eval={"accuracy": 1.0}) + line(5)[:-4]
+    )
     assert last_scores(path, 4) == {"accuracy": 0.75}
     file = MetricsFile(path, 4, said.append)
     assert file.scores == {2: {"accuracy": 0.5}, 4: {"accuracy": 0.75}}
@@ -49,7 +56,9 @@ def test_steps_that_the_log_does_not_have_are_dropped(tmp_path):
     assert path.read_bytes() == line(1) + line(2, eval={"loss": 1.0}) + line(2, eval={"loss": 2.0})
     for kept in (2, 1, 0):
         MetricsFile(path, kept).close()
-        assert [json.loads(text)["step"] for text in path.read_bytes().splitlines()] == [1, 2, 2][: (0, 1, 3)[kept]]
+        assert [json.loads(text)["step"] for text in path.read_bytes().splitlines()] == [1, 2, 2][
+            : (0, 1, 3)[kept]
+        ]
     assert [found.name for found in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
@@ -59,7 +68,11 @@ def test_scores_that_are_not_numbers_are_written_and_read(tmp_path):
     file = MetricsFile(path, 0)
     file.write({"step": 0, "eval": {"accuracy": 0.5, "loss": math.nan}, "scalars": [math.inf]})
     file.close()
-    assert json.loads(path.read_text()) == {"step": 0, "eval": {"accuracy": 0.5, "loss": None}, "scalars": [None]}
+    assert json.loads(path.read_text()) == {
+        "step": 0,
+        "eval": {"accuracy": 0.5, "loss": None},
+        "scalars": [None],
+    }
     scores = MetricsFile(path, 0).scores[0]
     assert scores["accuracy"] == 0.5
     assert math.isnan(scores["loss"])

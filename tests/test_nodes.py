@@ -13,7 +13,7 @@ import pytest
 from logs import same_log
 from ranks import train
 
-from zo.log import read
+from zo.state.log import read
 
 pytestmark = pytest.mark.slow  # Whole runs, most of them in processes of their own.
 
@@ -50,9 +50,31 @@ def nodes():
 
 def start(node, index, overrides, folder, said):
     name, end = node
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "2"]
-    torchrun += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{ADDRESSES[0]}:29871", "--rdzv-id", "zo"]
-    torchrun += ["--rdzv-conf", f"is_host={1 - index}", "--local-addr", ADDRESSES[index], "--max-restarts", "3"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nnodes",
+        "2",
+        "--nproc-per-node",
+        "2",
+    ]
+    torchrun += [
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        f"{ADDRESSES[0]}:29871",
+        "--rdzv-id",
+        "zo",
+    ]
+    torchrun += [
+        "--rdzv-conf",
+        f"is_host={1 - index}",
+        "--local-addr",
+        ADDRESSES[index],
+        "--max-restarts",
+        "3",
+    ]
     torchrun += ["--monitor-interval", "0.2", str(ROOT / "launch" / "train.py"), *overrides]
     environment = os.environ | {"GLOO_SOCKET_IFNAME": end, "OMP_NUM_THREADS": "1"}
     environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
@@ -73,7 +95,14 @@ def kill_all(process):
 
 
 def test_a_node_dies_and_comes_back(overrides, nodes, tmp_path):
-    settings = [*overrides, "run.dir=run", f"run.steps={STEPS}", "eval.every=0", "memory.store=host", "mesh.slice=2"]
+    settings = [
+        *overrides,
+        "run.dir=run",
+        f"run.steps={STEPS}",
+        "eval.every=0",
+        "memory.store=host",
+        "mesh.slice=2",
+    ]
     settings += ["estimator.directions=2", "model.dtype=bfloat16"]
     folders = [tmp_path / "node0", tmp_path / "node1"]
     for folder in folders:
@@ -92,7 +121,9 @@ def test_a_node_dies_and_comes_back(overrides, nodes, tmp_path):
                 kill_all(process)
     alone = train([*settings, f"run.dir={tmp_path}/alone", "mesh.slice=1"])
     summaries = [text for folder in folders if (text := (folder / "out").read_text().strip())]
-    assert [json.loads(text.splitlines()[-1])["fingerprint"] for text in summaries] == [alone["fingerprint"]]
+    assert [json.loads(text.splitlines()[-1])["fingerprint"] for text in summaries] == [
+        alone["fingerprint"]
+    ]
     logs = [(folder / "run" / "steps.log").read_bytes() for folder in folders]
     assert logs[0] == logs[1]
     assert same_log(folders[0] / "run" / "steps.log", tmp_path / "alone" / "steps.log")

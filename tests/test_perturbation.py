@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from zo.estimator import float32
-from zo.kernels import visit
-from zo.perturbation import (
+from zo.method.estimator import float32
+from zo.method.kernels import visit
+from zo.method.perturbation import (
     STORED_DTYPES,
     Change,
     Offset,
@@ -20,7 +20,7 @@ from zo.perturbation import (
     rademacher,
     visit_reference,
 )
-from zo.rounding import round_stochastic, rounding_bits
+from zo.method.rounding import round_stochastic, rounding_bits
 
 EPS, SEED = float32(1e-3), 2**63 + 12345
 CHANGES = (
@@ -66,7 +66,9 @@ def test_polynomials_are_as_good_as_float32_allows():
     word = torch.cat([torch.tensor([0, 1, 2**31, 2**32 - 1]), torch.randint(0, 2**32, (1 << 18,))])
     u = (word.to(torch.float32) * 2.0**-32 + 2.0**-33).double()
     assert ((_log_uniform(word) - u.log()).abs() <= 2e-7 * u.log().abs() + 1e-9).all()
-    turns = 2 * math.pi * ((word & 0x3FFFFFFF).float().double() * 2.0**-32 + (word >> 30) / 4 - 1 / 8)
+    turns = (
+        2 * math.pi * ((word & 0x3FFFFFFF).float().double() * 2.0**-32 + (word >> 30) / 4 - 1 / 8)
+    )
     cos, sin = _cos_sin_turns(word)
     assert (cos - turns.cos()).abs().max() < 2e-7
     assert (sin - turns.sin()).abs().max() < 2e-7

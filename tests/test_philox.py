@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from zo.philox import MASK, Purpose, philox4x32, word_stream, words
+from zo.method.philox import MASK, Purpose, philox4x32, word_stream, words
 
 # Known-answer vectors of Random123's philox4x32 with 10 rounds (Salmon et al. 2011).
 PI = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0)
@@ -38,4 +38,6 @@ def test_streams_of_other_seeds_directions_and_purposes_share_nothing():
 
 def test_calls_beyond_32_bits_do_not_repeat_the_first_ones():
     calls = torch.arange(10)
-    assert not torch.equal(words(1, calls, 0, Purpose.GAUSSIAN), words(1, calls + 2**32, 0, Purpose.GAUSSIAN))
+    assert not torch.equal(
+        words(1, calls, 0, Purpose.GAUSSIAN), words(1, calls + 2**32, 0, Purpose.GAUSSIAN)
+    )

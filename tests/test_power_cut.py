@@ -14,15 +14,23 @@ import pytest
 import torch
 from torch import nn
 
-from zo import disk
-from zo.base import OwnBase
-from zo.blocks import find_layout
-from zo.config import MemoryConfig
-from zo.log import Entry, Log
-from zo.replica import Replica
+from zo.config.schema import MemoryConfig
+from zo.io import engines as disk
+from zo.method.entry import Entry
+from zo.model.blocks import find_layout
+from zo.model.source import OwnBase
+from zo.state.log import Log
+from zo.streaming.replica import Replica
 
 STEPS, PAGE = 5, 4096
-HEADER = {"base": "b", "data": "d", "directions": 1, "distribution": "rademacher", "rule": "sgd", "seed": 3}
+HEADER = {
+    "base": "b",
+    "data": "d",
+    "directions": 1,
+    "distribution": "rademacher",
+    "rule": "sgd",
+    "seed": 3,
+}
 MEMORY = MemoryConfig(store="disk", unit="module", slots=2, lag=1)
 
 
@@ -43,7 +51,12 @@ def go(folder, base=OwnBase, seed=3):
     folder.mkdir(exist_ok=True)
     net = model()
     replica = Replica(
-        net, find_layout(net, "module"), lambda engine: base(net), MEMORY, torch.device("cpu"), folder / "b"
+        net,
+        find_layout(net, "module"),
+        lambda engine: base(net),
+        MEMORY,
+        torch.device("cpu"),
+        folder / "b",
     )
     path = folder / "steps.log"
     header = {**HEADER, "run": uuid.uuid4().hex, "seed": seed, "weight_decay": 0.1}

@@ -11,8 +11,8 @@ import torch
 from ranks import train
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from zo import assets
-from zo.config import UserError
+from zo.errors import UserError
+from zo.io import quickstart as assets
 
 pytestmark = pytest.mark.slow  # Whole runs, most of them in processes of their own.
 
@@ -26,7 +26,10 @@ def test_the_reviews_are_the_published_ones():
 
 def test_the_model_is_whole_and_loads_as_any_other():
     folder = assets.model_folder("smollm2-135m-instruct")
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(folder),
+        AutoTokenizer.from_pretrained(folder),
+    )
     assert sum(p.numel() for p in model.parameters()) == 134_515_008
     assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
     assert [len(tokenizer(word)["input_ids"]) for word in (" terrible", " great")] == [1, 1]
@@ -51,17 +54,23 @@ def empty_cache(monkeypatch, tmp_path):
     return tmp_path / "cache"
 
 
-def test_an_index_that_cannot_be_reached_ends_in_one_line_and_leaves_nothing(empty_cache, monkeypatch):
+def test_an_index_that_cannot_be_reached_ends_in_one_line_and_leaves_nothing(
+    empty_cache, monkeypatch
+):
     for name, value in {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "PIP_NO_CACHE_DIR": "1"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=r"pip could not fetch vaderSentiment==3\.3\.2: .*") as caught:
+    with pytest.raises(
+        UserError, match=r"pip could not fetch vaderSentiment==3\.3\.2: .*"
+    ) as caught:
         assets.movie_reviews()
     assert "\n" not in str(caught.value)
     assert [path.name for path in empty_cache.iterdir()] == ["movie-reviews.lock"]
 
 
 def test_a_file_with_another_hash_is_refused(empty_cache, monkeypatch):
-    monkeypatch.setattr(assets, "VADER", replace(assets.VADER, sha256=hashlib.sha256(b"other").hexdigest()))
+    monkeypatch.setattr(
+        assets, "VADER", replace(assets.VADER, sha256=hashlib.sha256(b"other").hexdigest())
+    )
     with pytest.raises(UserError, match="pip could not fetch"):
         assets.movie_reviews()
     assert [path.name for path in empty_cache.iterdir()] == ["movie-reviews.lock"]
@@ -81,13 +90,19 @@ def count_rows(cache, results):
 def test_ranks_that_start_together_fill_the_cache_once(tmp_path):
     context = multiprocessing.get_context("forkserver")
     results = context.Queue()
-    processes = [context.Process(target=count_rows, args=(str(tmp_path / "cache"), results)) for _ in range(3)]
+    processes = [
+        context.Process(target=count_rows, args=(str(tmp_path / "cache"), results))
+        for _ in range(3)
+    ]
     for process in processes:
         process.start()
     assert [results.get(timeout=120) for _ in processes] == [9023] * 3
     for process in processes:
         process.join()
-    assert {path.name for path in (tmp_path / "cache").iterdir()} == {"movie-reviews", "movie-reviews.lock"}
+    assert {path.name for path in (tmp_path / "cache").iterdir()} == {
+        "movie-reviews",
+        "movie-reviews.lock",
+    }
 
 
 def test_the_folder_of_the_cache_is_the_users_choice(monkeypatch, tmp_path):

@@ -8,17 +8,17 @@ import pytest
 from logs import same_log
 from ranks import KILLED, kill_at, lives, train
 
-from zo.log import read
+from zo.state.log import read
 
 pytestmark = pytest.mark.slow  # Whole runs, most of them in processes of their own.
 
 MOMENTS = {
-    "before the log's append": ("zo.log", "Log.append", 3, True),
-    "after the log's append": ("zo.log", "Log.append", 3, False),
+    "before the log's append": ("zo.state.log", "Log.append", 3, True),
+    "after the log's append": ("zo.state.log", "Log.append", 3, False),
     "in the middle of the log's append": ("os", "pwrite", 4, False),
-    "after config.yaml, before the log": ("zo.log", "Log.create", 1, True),
-    "while a snapshot is written": ("zo.snapshot", "Writer.write", 9, False),
-    "before a snapshot": ("zo.log", "Log.append", 6, False),
+    "after config.yaml, before the log": ("zo.state.log", "Log.create", 1, True),
+    "while a snapshot is written": ("zo.state.snapshot", "Writer.write", 9, False),
+    "before a snapshot": ("zo.state.log", "Log.append", 6, False),
 }
 
 
@@ -52,9 +52,9 @@ STARTS = {
     for before in (True, False)
 } | {
     "after the lock": ("os", "pwrite", 1, False),
-    "config.yaml half written": ("zo.folder", "yaml.safe_dump", 1, False),
-    "after the log's file is begun": ("zo.log", "_header_bytes", 1, False),
-    "in a write of a block": ("zo.disk", "_reserve", 2, False),
+    "config.yaml half written": ("zo.state.run_folder", "yaml.safe_dump", 1, False),
+    "after the log's file is begun": ("zo.state.log", "_header_bytes", 1, False),
+    "in a write of a block": ("zo.io.engines", "_reserve", 2, False),
     "before a block's rename": ("pathlib", "Path.rename", 2, True),
 }
 
@@ -62,7 +62,13 @@ STARTS = {
 @pytest.mark.parametrize("moment", STARTS)
 def test_a_start_that_was_killed_starts_again(overrides, uninterrupted, tmp_path, moment):
     """Random weights on disk are the blocks that a run writes before its log; then config.yaml, then the log."""
-    settings = [*overrides, "run.steps=1", "eval.every=0", "memory.store=disk", "model.weights=random"]
+    settings = [
+        *overrides,
+        "run.steps=1",
+        "eval.every=0",
+        "memory.store=disk",
+        "model.weights=random",
+    ]
     settings.append(f"run.dir={tmp_path}/run")
     assert train(settings, prelude=(kill_at, *STARTS[moment])) == KILLED
     assert {path.name for path in (tmp_path / "run").iterdir()} >= {"lock"}
@@ -92,14 +98,22 @@ def no_room_in(module, function):
     setattr(owner, function, full)
 
 
-@pytest.mark.parametrize("place", [("zo.folder", "_write_whole"), ("zo.log", "Log.create")], ids=["config", "log"])
+@pytest.mark.parametrize(
+    "place",
+    [("zo.state.run_folder", "_write_whole"), ("zo.state.log", "Log.create")],
+    ids=["config", "log"],
+)
 def test_a_start_without_room_starts_again(overrides, tmp_path, place):
     settings = [*overrides, "run.steps=1", "eval.every=0", f"run.dir={tmp_path}/run"]
     (said,) = lives(settings, prelude=(no_room_in, *place))
     assert "UserError" in said
     assert "cannot be written: File too large; choose another folder or make room" in said
     assert train(settings)["steps"] == 1
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.yaml", "steps.log", "metrics.jsonl"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        "config.yaml",
+        "steps.log",
+        "metrics.jsonl",
+    }
 
 
 def test_a_rank_killed_takes_no_step_with_it(overrides, tmp_path):
@@ -133,4 +147,7 @@ def test_more_steps_of_a_finished_run(overrides, tmp_path):
     """Raising run.steps goes on where the run ended; with a constant rate the bits are those of one long run."""
     expected = train([*overrides, "run.steps=6", f"run.dir={tmp_path}/long"])
     train([*overrides, "run.steps=4", f"run.dir={tmp_path}/run"])
-    assert train([*overrides, "run.steps=6", f"run.dir={tmp_path}/run"])["fingerprint"] == expected["fingerprint"]
+    assert (
+        train([*overrides, "run.steps=6", f"run.dir={tmp_path}/run"])["fingerprint"]
+        == expected["fingerprint"]
+    )

@@ -3,7 +3,7 @@
 import pytest
 from test_commands import command  # noqa: F401
 
-from zo.redact import without_secrets, without_secrets_in
+from zo.config.redact import without_secrets, without_secrets_in
 
 TOKEN = "hf_" + "aB3dE5gH7jK9mN1pQ3sT5vW7xY9zA2c"
 HIDDEN = [
@@ -24,8 +24,14 @@ HIDDEN = [
     ("model.key=Zx81kQ0pLm29vBn4", "model.key=***"),
     ("data.name=https://user:pass@host/a.jsonl", "data.name=https://***@host/a.jsonl"),
     ("data.name=https://oauth2-token@host/a.jsonl", "data.name=https://***@host/a.jsonl"),
-    ("data.name=https://host/a.jsonl?token=abc&x=1", "data.name=https://host/a.jsonl?token=***&x=1"),
-    ("data.name=https://host/a?X-Amz-Signature=0f3&b=2", "data.name=https://host/a?X-Amz-Signature=***&b=2"),
+    (
+        "data.name=https://host/a.jsonl?token=abc&x=1",
+        "data.name=https://host/a.jsonl?token=***&x=1",
+    ),
+    (
+        "data.name=https://host/a?X-Amz-Signature=0f3&b=2",
+        "data.name=https://host/a?X-Amz-Signature=***&b=2",
+    ),
     ("x=ghp_0123456789abcdefABCDEF0123456789abcd", "x=***"),
     ("x=AKIAIOSFODNN7EXAMPLE", "x=***"),
     ("x=sk-proj-0123456789abcdefghij", "x=***"),
@@ -57,7 +63,10 @@ def test_what_is_no_secret_is_stored_word_for_word(typed):
 
 
 def test_groups_and_lists_are_gone_through():
-    tree = {"config": {"batch": {"max_tokens": 512}, "hub": {"token": "abc", "names": [TOKEN, "x"]}}, "command": TOKEN}
+    tree = {
+        "config": {"batch": {"max_tokens": 512}, "hub": {"token": "abc", "names": [TOKEN, "x"]}},
+        "command": TOKEN,
+    }
     assert without_secrets_in(tree) == {
         "config": {"batch": {"max_tokens": 512}, "hub": {"token": "***", "names": ["***", "x"]}},
         "command": "***",
@@ -68,7 +77,13 @@ def test_no_file_of_a_run_holds_a_secret(command, overrides, reviews, tmp_path):
     """And a run whose stored keys were cleaned is the same run to the command that began it."""
     data = tmp_path / f"{TOKEN}.jsonl"
     data.write_bytes(reviews.read_bytes())
-    settings = [overrides[0], f"data.name={data}", *overrides[2:-1], "export.at_end=true", f"run.dir={tmp_path}/run"]
+    settings = [
+        overrides[0],
+        f"data.name={data}",
+        *overrides[2:-1],
+        "export.at_end=true",
+        f"run.dir={tmp_path}/run",
+    ]
     for steps in (2, 3):
         code, _, err = command("train", *settings, f"run.steps={steps}")
         assert code == 0, err

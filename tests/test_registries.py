@@ -2,12 +2,13 @@
 
 import pytest
 
-from zo.config import EstimatorConfig, MemoryConfig, ModelConfig, UpdateConfig, UserError
-from zo.disk import ENGINES
-from zo.estimator import ESTIMATORS
-from zo.model import AUTO_CLASS
-from zo.perturbation import Z
-from zo.update import RULES, SCHEDULES
+from zo.config.schema import EstimatorConfig, MemoryConfig, ModelConfig, UpdateConfig
+from zo.errors import UserError
+from zo.io.engines import ENGINES
+from zo.method.estimator import ESTIMATORS
+from zo.method.perturbation import Z
+from zo.method.update import RULES, SCHEDULES
+from zo.model.build import AUTO_CLASS
 
 CHOICES = {
     "estimator.name": (EstimatorConfig, ESTIMATORS),

@@ -4,9 +4,10 @@ import pytest
 import torch
 from conftest import make_llama
 
-from zo.blocks import find_layout
-from zo.log import Entry, Log
-from zo.replay import Replay
+from zo.method.entry import Entry
+from zo.model.blocks import find_layout
+from zo.state.log import Log
+from zo.state.replay import Replay
 
 HEADER = {"directions": 2, "seed": 1, "distribution": "rademacher", "rule": "sgd"}
 
@@ -17,11 +18,16 @@ def blocks():
     return find_layout(model, "layer").blocks
 
 
-@pytest.mark.parametrize("scalars", [(0.0, 0.0), (0.0, 1.0)], ids=["nothing measured", "something measured"])
+@pytest.mark.parametrize(
+    "scalars", [(0.0, 0.0), (0.0, 1.0)], ids=["nothing measured", "something measured"]
+)
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_what_changes_nothing_is_known_and_what_changes_something_too(scalars, weight_decay):
     """The answer against replay itself, on weights with negative zeros, block by block."""
-    log = Log({**HEADER, "weight_decay": weight_decay}, [Entry(1, 1, 1e-2, scalars), Entry(2, 2, 1e-2, (0.0, 0.0))])
+    log = Log(
+        {**HEADER, "weight_decay": weight_decay},
+        [Entry(1, 1, 1e-2, scalars), Entry(2, 2, 1e-2, (0.0, 0.0))],
+    )
     replay, answers = Replay(log), set()
     for block in blocks():
         image = torch.zeros(block.size_bytes, dtype=torch.uint8)

@@ -2,8 +2,8 @@
 
 import pytest
 
-from zo.budget import slot_capacities
-from zo.ring import Ring
+from zo.streaming.budget import slot_capacities
+from zo.streaming.ring import Ring
 
 
 class Clock:

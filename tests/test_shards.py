@@ -14,14 +14,16 @@ import transformers as t
 from safetensors.torch import load_file, save_file
 from test_lockstep import FAMILIES, SIZES, build
 
-from zo.base import RandomBase
-from zo.blocks import find_layout
-from zo.config import MemoryConfig, ModelConfig, UserError
-from zo.disk import ENGINES, Header, checksum
-from zo.layout import views
-from zo.model import Source
-from zo.replica import Replica
-from zo.store import DeviceStore
+from zo.config.schema import MemoryConfig, ModelConfig
+from zo.errors import UserError
+from zo.io.block_file import Header, checksum
+from zo.io.engines import ENGINES
+from zo.model.blocks import find_layout
+from zo.model.build import Source
+from zo.model.layout import views
+from zo.model.source import RandomBase
+from zo.streaming.replica import Replica
+from zo.streaming.stores import DeviceStore
 
 CPU = torch.device("cpu")
 
@@ -29,13 +31,22 @@ CPU = torch.device("cpu")
 def loaded(folder, unit="layer", dtype="float32", **memory):
     """A checkpoint through our loader: the model with its weights in place."""
     source = Source(
-        ModelConfig(name=str(folder), dtype=dtype, **({"task": memory.pop("task")} if "task" in memory else {}))
+        ModelConfig(
+            name=str(folder),
+            dtype=dtype,
+            **({"task": memory.pop("task")} if "task" in memory else {}),
+        )
     )
     skeleton = source.skeleton()
     model = source.skeleton()
     layout = find_layout(skeleton, unit)
     replica = Replica(
-        model, layout, lambda e: source.base(skeleton, 0, e), MemoryConfig(**memory), CPU, folder / "none"
+        model,
+        layout,
+        lambda e: source.base(skeleton, 0, e),
+        MemoryConfig(**memory),
+        CPU,
+        folder / "none",
     )
     assert isinstance(replica.store, DeviceStore)
     for group, segments in zip(layout.groups, replica.store.groups, strict=True):
@@ -79,11 +90,17 @@ def test_a_head_that_the_checkpoint_lacks_is_made_from_the_seed(tmp_path):
 def test_parameters_that_stay_float32_do(tmp_path):
     """Their family says so; a store of one type for all would change the model."""
     config = t.T5Config(
-        vocab_size=120, d_model=32, d_ff=64, num_layers=2, num_heads=4, d_kv=8, decoder_start_token_id=0
+        vocab_size=120,
+        d_model=32,
+        d_ff=64,
+        num_layers=2,
+        num_heads=4,
+        d_kv=8,
+        decoder_start_token_id=0,
     )
     source = Source.__new__(Source)
     source.config, source.hf_config, source.task = ModelConfig(dtype="float16"), config, "causal-lm"
-    from zo import model as models
+    from zo.model import build as models
 
     kept = dict(models.AUTO_CLASS)
     models.AUTO_CLASS["causal-lm"] = t.AutoModelForSeq2SeqLM
@@ -159,10 +176,13 @@ def test_a_header_that_contradicts_itself_is_one_line(tmp_path, damage):
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize(
-    ("start", "count"), [(0, 4096), (8, 100), (4096, 8192), (4090, 12), (123, 40_000_000), (41_000_007, 70)]
+    ("start", "count"),
+    [(0, 4096), (8, 100), (4096, 8192), (4090, 12), (123, 40_000_000), (41_000_007, 70)],
 )
 def test_an_engine_reads_any_bytes(tmp_path, engine, start, count):
-    data = torch.randint(0, 256, (41_000_077,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    data = torch.randint(
+        0, 256, (41_000_077,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     path = tmp_path / "file"
     path.write_bytes(data.numpy().tobytes())
     made = ENGINES[engine]()
@@ -210,7 +230,9 @@ def test_random_weights_are_the_same_however_they_are_cut_and_as_transformers_wo
         for block in reversed(layout.blocks):
             image = torch.full((block.size_bytes,), 7, dtype=torch.uint8)
             base.read(block, layout, image)
-            weights |= {part.parameter.name: view.clone() for part, view in views(block, block.carve(image))}
+            weights |= {
+                part.parameter.name: view.clone() for part, view in views(block, block.carve(image))
+            }
         found.append(weights)
     assert all(torch.equal(tensor, found[1][key]) for key, tensor in found[0].items())
     for key, parameter in build(name).named_parameters():
@@ -221,19 +243,27 @@ def test_random_weights_are_the_same_however_they_are_cut_and_as_transformers_wo
     assert len({tensor.sum().item() for tensor in found[0].values() if tensor.dim() > 1}) > 3
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of resident memory from /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="reads the peak of resident memory from /proc"
+)
 def test_a_model_larger_than_the_memory_it_may_have_trains_from_its_shards(tmp_path):
     """540 MB of weights; the process may grow by no more than three quarters of that, the export included."""
     config = t.LlamaConfig(
-        vocab_size=2000, hidden_size=1024, intermediate_size=4096, num_hidden_layers=16, num_attention_heads=8
+        vocab_size=2000,
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=16,
+        num_attention_heads=8,
     )
-    t.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "model", max_shard_size="200MB")
+    t.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(
+        tmp_path / "model", max_shard_size="200MB"
+    )
     size = sum(path.stat().st_size for path in (tmp_path / "model").glob("*.safetensors"))
     assert size > 500e6
     script = f"""
         import json
         from pathlib import Path
-        import zo.trainer, zo.kernels_cpu
+        import zo.run.trainer, zo.method.kernels.cpu
         from zo import Trainer, load_config
 
         def peak():
@@ -248,7 +278,11 @@ def test_a_model_larger_than_the_memory_it_may_have_trains_from_its_shards(tmp_p
     """
     code = textwrap.dedent(script)
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=dict(os.environ)
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=dict(os.environ),
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) < 0.75 * size

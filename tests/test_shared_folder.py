@@ -20,7 +20,8 @@ def mount(folder):
     """Let this process see ``folder``, and what lies in it, as a client of a network file system does."""
     folder, missing, held = str(folder), {}, {}
     real = {
-        name: getattr(os, name) for name in ("open", "stat", "mkdir", "rename", "pwrite", "fsync", "close", "ftruncate")
+        name: getattr(os, name)
+        for name in ("open", "stat", "mkdir", "rename", "pwrite", "fsync", "close", "ftruncate")
     }
     real_open = io.open
 
@@ -94,14 +95,16 @@ def test_nodes_that_share_a_folder_over_a_network_find_that_they_do(overrides, t
     """Every node but rank 0's took the shared folder for its own and ended with "in use ... host None"."""
     settings = [*overrides, f"run.dir={tmp_path}/run", "eval.every=0"]
     for steps in (2, 4):  # Begun, and gone on with.
-        found = lives([*settings, f"run.steps={steps}"], ranks=2, nodes=2, prelude=(mount, tmp_path / "run"))
+        found = lives(
+            [*settings, f"run.steps={steps}"], ranks=2, nodes=2, prelude=(mount, tmp_path / "run")
+        )
         assert all(isinstance(result, dict) and result["steps"] == steps for result in found), found
     assert not list((tmp_path / "run").glob("lock*"))
 
 
 @pytest.mark.parametrize("exists", [False, True])
 def test_a_folder_of_its_own_is_known_within_seconds(tmp_path, exists):
-    from zo.folder import Lock, shares
+    from zo.state.lock import Lock, shares
 
     if exists:
         (tmp_path / "own").mkdir()

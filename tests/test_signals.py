@@ -12,13 +12,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from zo.log import read
+from zo.state.log import read
 
 pytestmark = pytest.mark.slow  # Whole runs in processes of their own.
 
 ROOT = Path(__file__).resolve().parent.parent
 PREPARED = "import sys; sys.path.insert(0, {root!r}); sys.argv = {argv!r}; {before}; "
-SLOW_STEPS = "import time; from zo.log import Log; a = Log.append; Log.append = lambda s, e: (time.sleep(0.5), a(s, e))"
+SLOW_STEPS = "import time; from zo.state.log import Log; a = Log.append; Log.append = lambda s, e: (time.sleep(0.5), a(s, e))"
 
 
 def start(script, arguments, cwd, before="pass", prefix=()):
@@ -81,7 +81,7 @@ def test_during_imports(tmp_path, sent, code):
 @pytest.mark.parametrize("phase", ["reading", "checking", "loading"])
 def test_before_the_first_step(long_run, tmp_path, phase):
     """Each phase is told before it begins; held up there, the process answers Ctrl-C."""
-    held = "import time, zo.trainer as t; t.{} = lambda *a, **k: time.sleep(600)".format(
+    held = "import time, zo.run.trainer as t; t.{} = lambda *a, **k: time.sleep(600)".format(
         {"reading": "build_problem", "checking": "self_check", "loading": "Weights"}[phase]
     )
     process = start("train", long_run, tmp_path, held)
@@ -95,7 +95,11 @@ def test_ctrl_c_in_a_step_loses_no_step(long_run, tmp_path):
     lines_until(process, "step 1/1000")
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
-    ended(process, 130, f"ended by SIGINT; no completed step is lost: the same command with run.dir={tmp_path}/run")
+    ended(
+        process,
+        130,
+        f"ended by SIGINT; no completed step is lost: the same command with run.dir={tmp_path}/run",
+    )
     steps = len(read(tmp_path / "run" / "steps.log")[1])
     assert steps >= 1
     again = start("train", [*long_run, f"run.steps={steps + 1}"], tmp_path)
@@ -118,7 +122,7 @@ def test_sigterm_answers_at_once_and_ends_after_the_step(long_run, tmp_path):
 
 def test_a_second_sigterm_ends_within_the_step(long_run, tmp_path):
     """Also where the main thread waits in C and runs no handler, as for a rank that does not come."""
-    stuck = "import ctypes; from zo.log import Log; Log.append = lambda s, e: [" + (
+    stuck = "import ctypes; from zo.state.log import Log; Log.append = lambda s, e: [" + (
         "ctypes.CDLL(None).sleep(600) for _ in range(600)]"
     )
     process = start("train", long_run, tmp_path, stuck)
@@ -136,7 +140,7 @@ def test_in_an_export_nothing_is_left(overrides, tmp_path):
     run = [*overrides, "run.steps=1", "eval.every=0", f"run.dir={tmp_path}/run"]
     assert start("train", run, tmp_path).wait(120) == 0
     held = (
-        "import time, pathlib, zo.export as x; w = x._write_weights; "
+        "import time, pathlib, zo.run.export as x; w = x._write_weights; "
         "x._write_weights = lambda m, c, s, folder: (w(m, c, s, folder), print('written', file=sys.stderr), "
         "time.sleep(600))"
     )
@@ -150,7 +154,14 @@ def test_in_an_export_nothing_is_left(overrides, tmp_path):
 
 def test_under_torchrun_one_rank_speaks(long_run, tmp_path):
     """torchrun hands the signal on to its ranks, and has a traceback of its own; the ranks have none."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", ROOT / "launch" / "train.py"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        ROOT / "launch" / "train.py",
+    ]
     process = subprocess.Popen(
         [*torchrun, *long_run],
         cwd=tmp_path,

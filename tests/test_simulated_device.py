@@ -7,8 +7,8 @@ from simulated_device import RaceError, SimulatedDevice, install, simulated
 from torch import nn
 
 from zo import Trainer, load_config
-from zo import cache as caches
-from zo.transfer import Mark, Queue, Slot, Staging
+from zo.streaming import cache as caches
+from zo.streaming.transfer import Mark, Queue, Slot, Staging
 
 BITS = ["model.dtype=bfloat16", "update.weight_decay=0.1", "run.steps=5", "mesh.check_every=2"]
 PLACES = [
@@ -41,7 +41,9 @@ def test_a_copy_that_nothing_orders_is_a_race():
     device = SimulatedDevice(0)
     slot, stream = device.empty(4096), device.stream()
     device.copy(slot, torch.ones(4096, dtype=torch.uint8), stream)
-    with pytest.raises(RaceError, match=r"read by stream 0 is not ordered after copy to by stream 1"):
+    with pytest.raises(
+        RaceError, match=r"read by stream 0 is not ordered after copy to by stream 1"
+    ):
         device.access(slot, False, "read")
 
 
@@ -82,13 +84,23 @@ def test_two_runs_in_one_process_and_an_export(overrides, expected, tmp_path):
 def test_a_model_of_ones_own(tmp_path):
     def fingerprint(*place):
         torch.manual_seed(0)
-        net = nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 1))
-        settings = ["run.steps=6", "batch.sequences=4", "batch.micro=2", "update.lr=1e-2", "export.at_end=false"]
+        net = nn.Sequential(
+            nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 1)
+        )
+        settings = [
+            "run.steps=6",
+            "batch.sequences=4",
+            "batch.micro=2",
+            "update.lr=1e-2",
+            "export.at_end=false",
+        ]
         folder = tmp_path / str(len(place))
         trainer = Trainer(
             load_config("quickstart", [*settings, *place, f"run.dir={folder}"]),
             model=net,
-            objective=lambda net, batch: torch.stack([(net(batch["x"]) - 1).square().sum(), torch.tensor(2.0)]),
+            objective=lambda net, batch: torch.stack(
+                [(net(batch["x"]) - 1).square().sum(), torch.tensor(2.0)]
+            ),
             batches=lambda step, column: {"x": torch.full((2, 8), step + column / 2)},
         )
         return trainer.train()["fingerprint"]
@@ -102,7 +114,9 @@ def test_a_model_of_ones_own(tmp_path):
 @pytest.mark.parametrize("store", ["host", "disk"])
 def test_ranks_that_share_slices(overrides, expected, tmp_path, store, seed):
     place = [f"memory.store={store}", "memory.unit=module", "memory.lag=2", "mesh.slice=2"]
-    found = train([*overrides, *BITS, *place, f"run.dir={tmp_path}"], ranks=2, prelude=(install, seed))
+    found = train(
+        [*overrides, *BITS, *place, f"run.dir={tmp_path}"], ranks=2, prelude=(install, seed)
+    )
     assert found["fingerprint"] == expected
 
 

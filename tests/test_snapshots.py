@@ -10,15 +10,22 @@ from conftest import make_llama
 from ranks import context, train
 from safetensors.torch import load_file
 
-from zo.base import OwnBase
-from zo.blocks import find_layout
-from zo.config import MemoryConfig, UserError
-from zo.finished import restore_snapshot
-from zo.folder import RunFolder
-from zo.log import Log
-from zo.replica import Replica
+from zo.config.schema import MemoryConfig
+from zo.errors import UserError
+from zo.model.blocks import find_layout
+from zo.model.source import OwnBase
+from zo.run.restore import restore_snapshot
+from zo.state.log import Log
+from zo.state.run_folder import RunFolder
+from zo.streaming.replica import Replica
 
-HEADER = {"directions": 1, "seed": 1, "distribution": "rademacher", "rule": "sgd", "weight_decay": 0.0}
+HEADER = {
+    "directions": 1,
+    "seed": 1,
+    "distribution": "rademacher",
+    "rule": "sgd",
+    "weight_decay": 0.0,
+}
 
 
 def held_bytes(name="RssAnon"):
@@ -32,17 +39,24 @@ def peak_of_a_snapshot(folder, found):
 
     from transformers import OPTConfig, OPTForCausalLM
 
-    from zo.base import RandomBase
-    from zo.host_memory import return_freed_memory, return_memory_at_once
+    from zo.io.host_memory import return_freed_memory, return_memory_at_once
+    from zo.model.source import RandomBase
 
     return_memory_at_once()
     torch.set_num_threads(1)
-    sizes = {"hidden_size": 512, "ffn_dim": 2048, "word_embed_proj_dim": 512, "num_attention_heads": 8}
+    sizes = {
+        "hidden_size": 512,
+        "ffn_dim": 2048,
+        "word_embed_proj_dim": 512,
+        "num_attention_heads": 8,
+    }
     with torch.device("meta"):
         model = OPTForCausalLM(OPTConfig(**sizes, num_hidden_layers=24, vocab_size=8192))
     layout = find_layout(model, "layer")
     memory = MemoryConfig(store="host", slots=2)
-    replica = Replica(model, layout, lambda e: RandomBase(model, 0), memory, torch.device("cpu"), Path())
+    replica = Replica(
+        model, layout, lambda e: RandomBase(model, 0), memory, torch.device("cpu"), Path()
+    )
     replica.open(Log(HEADER))
     run = RunFolder(folder)
     replica.pass_over()  # Slots are in memory once they are touched.
@@ -58,7 +72,10 @@ def peak_of_a_snapshot(folder, found):
     run.save_snapshot(0, replica, replica.store.base)
     ends.set()
     watcher.join()
-    largest, total = max(b.size_bytes for b in layout.blocks), sum(b.size_bytes for b in layout.blocks)
+    largest, total = (
+        max(b.size_bytes for b in layout.blocks),
+        sum(b.size_bytes for b in layout.blocks),
+    )
     written = (folder / "snapshots" / "step-000000000.safetensors").stat().st_size
     replica.close()
     found.put((peak[0] - before, largest, total, written))
@@ -78,7 +95,7 @@ def test_a_snapshot_takes_no_more_memory_than_two_blocks(tmp_path):
 @pytest.mark.parametrize("unit", ["layer", "module"])
 @torch.no_grad()
 def test_a_snapshot_is_the_weights_and_any_store_takes_them_over(tmp_path, monkeypatch, unit):
-    from zo import blocks
+    from zo.model import blocks
 
     monkeypatch.setattr(blocks, "CHUNK_BYTES", 16_384)
 
@@ -130,7 +147,9 @@ def test_a_run_goes_on_from_a_snapshot_alone(overrides, tmp_path, slices):
 def test_a_disk_that_fills_in_a_snapshot_leaves_the_older_ones(tmp_path):
     made = make_llama()
     memory = MemoryConfig(store="host")
-    replica = Replica(made, find_layout(made), lambda e: OwnBase(made), memory, torch.device("cpu"), Path())
+    replica = Replica(
+        made, find_layout(made), lambda e: OwnBase(made), memory, torch.device("cpu"), Path()
+    )
     replica.open(Log(HEADER))
     run = RunFolder(tmp_path)
     run.save_snapshot(0, replica, replica.store.base)
@@ -138,7 +157,9 @@ def test_a_disk_that_fills_in_a_snapshot_leaves_the_older_ones(tmp_path):
     before, limits = older.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
     try:
-        with pytest.raises(UserError, match=r"snapshot of step 1 cannot be written: .*the log is safe: make room"):
+        with pytest.raises(
+            UserError, match=r"snapshot of step 1 cannot be written: .*the log is safe: make room"
+        ):
             run.save_snapshot(1, replica, replica.store.base)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

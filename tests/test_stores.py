@@ -12,23 +12,48 @@ from logs import same_log
 from ranks import KILLED, kill_at, train
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
 
-from zo import Trainer, blocks, load_config, trainer
-from zo.config import UserError
-from zo.log import read
+from zo import Trainer, load_config
+from zo.errors import UserError
+from zo.model import blocks
+from zo.run import trainer
+from zo.state.log import read
 
 pytestmark = pytest.mark.slow  # Whole runs, most of them in processes of their own.
 
 BITS = ["model.dtype=bfloat16", "update.weight_decay=0.1", "run.steps=6"]
-SIZES = {"vocab_size": 24, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "eos_token_id": 2}
+SIZES = {
+    "vocab_size": 24,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "eos_token_id": 2,
+}
 MODELS = {
     "untied": lambda: make_llama(tie_word_embeddings=False),
     "experts": lambda: MixtralForCausalLM(
-        MixtralConfig(**SIZES, intermediate_size=64, num_key_value_heads=2, num_local_experts=4, pad_token_id=0)
+        MixtralConfig(
+            **SIZES,
+            intermediate_size=64,
+            num_key_value_heads=2,
+            num_local_experts=4,
+            pad_token_id=0,
+        )
     ),
     "large vocabulary": lambda: OPTForCausalLM(
-        OPTConfig(**{**SIZES, "vocab_size": 700}, ffn_dim=64, word_embed_proj_dim=32, max_position_embeddings=64)
+        OPTConfig(
+            **{**SIZES, "vocab_size": 700},
+            ffn_dim=64,
+            word_embed_proj_dim=32,
+            max_position_embeddings=64,
+        )
     ),
 }
 PLACES = [
@@ -37,7 +62,13 @@ PLACES = [
     ["memory.store=host", "memory.unit=module", "memory.slots=5", "memory.lag=4"],
     ["memory.store=disk", "memory.unit=layer", "memory.slots=3", "memory.lag=4"],
     ["memory.store=disk", "memory.unit=module", "memory.slots=2", "memory.lag=1"],
-    ["memory.store=disk", "memory.unit=module", "memory.slots=3", "memory.lag=4", "memory.disk_engine=deepnvme"],
+    [
+        "memory.store=disk",
+        "memory.unit=module",
+        "memory.slots=3",
+        "memory.lag=4",
+        "memory.disk_engine=deepnvme",
+    ],
 ]
 DISK = ["memory.store=disk", "memory.unit=module", "memory.lag=2"]
 
@@ -80,13 +111,21 @@ def test_nor_is_it_for_other_kinds_of_models(overrides, tmp_path, monkeypatch, m
     expected = run(settings, tmp_path / "device")
     found = run([*settings, *place], tmp_path / "run", "export.at_end=true")
     assert found["fingerprint"] == expected["fingerprint"]
-    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", dtype="bfloat16").state_dict()
+    saved = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "run" / "model", dtype="bfloat16"
+    ).state_dict()
     assert all(not tensor.isnan().any() for tensor in saved.values())
 
 
 @pytest.mark.parametrize("store", ["host", "disk"])
 def test_two_ranks_have_the_bits_of_one(overrides, expected, tmp_path, store):
-    settings = [*overrides, *BITS, f"memory.store={store}", "memory.unit=module", f"run.dir={tmp_path}/run"]
+    settings = [
+        *overrides,
+        *BITS,
+        f"memory.store={store}",
+        "memory.unit=module",
+        f"run.dir={tmp_path}/run",
+    ]
     assert train(settings, ranks=2)["fingerprint"] == expected[1]["fingerprint"]
 
 
@@ -99,12 +138,17 @@ def test_where_hidden_states_wait_is_not_part_of_the_result(overrides, expected,
 @pytest.fixture
 def places(why_no_deepnvme):
     """PLACES; the page cache stands in for an engine that this machine cannot build, whose own cases say so."""
-    return [[w.replace("deepnvme", "mmap") if why_no_deepnvme else w for w in place] for place in PLACES]
+    return [
+        [w.replace("deepnvme", "mmap") if why_no_deepnvme else w for w in place] for place in PLACES
+    ]
 
 
 def test_random_weights_are_the_same_in_every_store(overrides, places, tmp_path):
     settings = [*overrides, *BITS, "model.weights=random"]
-    found = {run([*settings, *place], tmp_path / str(i))["fingerprint"] for i, place in enumerate([[], *places])}
+    found = {
+        run([*settings, *place], tmp_path / str(i))["fingerprint"]
+        for i, place in enumerate([[], *places])
+    }
     assert len(found) == 1
 
 
@@ -119,7 +163,9 @@ def test_scores_and_folders_are_the_same_from_disk(overrides, tmp_path):
     for store in ("device", "disk"):
         settings = [*overrides, *BITS, f"memory.store={store}", "memory.unit=module"]
         run(settings, tmp_path / store, "export.at_end=true")
-    one, other = (load_file(tmp_path / store / "model" / "model.safetensors") for store in ("device", "disk"))
+    one, other = (
+        load_file(tmp_path / store / "model" / "model.safetensors") for store in ("device", "disk")
+    )
     assert one.keys() == other.keys()
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
@@ -143,14 +189,25 @@ class Adapted(nn.Module):
 def frozen_run(tmp_path, name, *place):
     model, ids = Adapted(), torch.randint(3, 24, (4, 9), generator=torch.Generator().manual_seed(0))
     frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
-    settings = ["run.steps=3", "batch.sequences=4", "batch.micro=4", "update.lr=1e-3", "eval.every=0", *place]
+    settings = [
+        "run.steps=3",
+        "batch.sequences=4",
+        "batch.micro=4",
+        "update.lr=1e-3",
+        "eval.every=0",
+        *place,
+    ]
     config = load_config("quickstart", [*settings, f"run.dir={tmp_path}/{name}"])
 
     def objective(model, batch):
-        loss = nn.functional.cross_entropy(model(batch["ids"]).flatten(0, 1), batch["ids"].flatten(), reduction="sum")
+        loss = nn.functional.cross_entropy(
+            model(batch["ids"]).flatten(0, 1), batch["ids"].flatten(), reduction="sum"
+        )
         return torch.stack((loss, torch.tensor(36.0)))
 
-    summary = Trainer(config, model=model, objective=objective, batches=lambda step, column: {"ids": ids}).train()
+    summary = Trainer(
+        config, model=model, objective=objective, batches=lambda step, column: {"ids": ids}
+    ).train()
     assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
     return summary["fingerprint"], {n: p.detach().clone() for n, p in model.named_parameters()}
 
@@ -164,12 +221,12 @@ def test_frozen_parameters_travel_and_never_change(tmp_path, place):
 
 
 MOMENTS = {
-    "in a write-back": ("zo.disk", "Mapped.write", 5, False),
+    "in a write-back": ("zo.io.engines", "Mapped.write", 5, False),
     "before a rename": ("pathlib", "Path.rename", 9, True),
     "after a rename": ("pathlib", "Path.rename", 17, False),
-    "while a file is begun": ("zo.disk", "_reserve", 11, True),
-    "while loading": ("zo.shards", "ShardBase.read", 7, False),
-    "in a read": ("zo.store", "DiskStore.fetch", 60, True),
+    "while a file is begun": ("zo.io.engines", "_reserve", 11, True),
+    "while loading": ("zo.model.checkpoint", "ShardBase.read", 7, False),
+    "in a read": ("zo.streaming.stores", "DiskStore.fetch", 60, True),
 }
 
 
@@ -186,7 +243,9 @@ def block_files(folder):
 
 
 @pytest.mark.parametrize("where", [100, 5000], ids=["header", "bytes"])
-def test_a_flipped_byte_in_a_block_is_found_and_the_block_made_anew(overrides, expected, tmp_path, capsys, where):
+def test_a_flipped_byte_in_a_block_is_found_and_the_block_made_anew(
+    overrides, expected, tmp_path, capsys, where
+):
     settings = [*overrides, *BITS, *DISK]
     run(settings, tmp_path / "run", "run.steps=4")
     for path in block_files(tmp_path / "run")[:3]:
@@ -293,7 +352,9 @@ def small_disk(tmp_path):
         folder.mkdir()
         options = f"size={size_bytes}"
         done = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, check=False
+            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder],
+            capture_output=True,
+            check=False,
         )
         if done.returncode:
             pytest.skip(f"no file system can be mounted here: {done.stderr.decode().strip()}")
@@ -307,7 +368,9 @@ def small_disk(tmp_path):
 
 def test_a_folder_without_room_is_refused_with_the_bytes_needed(overrides, small_disk, tmp_path):
     folder = small_disk(200_000)
-    with pytest.raises(UserError, match=r"memory\.store=disk needs \d+ bytes .* make room") as caught:
+    with pytest.raises(
+        UserError, match=r"memory\.store=disk needs \d+ bytes .* make room"
+    ) as caught:
         run([*overrides, *DISK], folder / "run")
     assert "\n" not in str(caught.value)
     assert not (folder / "run").exists()
@@ -362,14 +425,22 @@ def test_metrics_tell_what_was_moved(overrides, tmp_path):
     assert 0.2 * weights < written < 0.5 * weights
     assert all(0 <= step["wait_share"] <= 1 for step in steps)
     run(settings, tmp_path / "device", "run.steps=2")
-    assert [(s["read_bytes"], s["written_bytes"]) for s in metrics(tmp_path / "device")] == [(0, 0)] * 2
+    assert [(s["read_bytes"], s["written_bytes"]) for s in metrics(tmp_path / "device")] == [
+        (0, 0)
+    ] * 2
 
 
 def test_a_timeline_is_drawn(overrides, tmp_path):
     run([*overrides, *BITS, *DISK], tmp_path / "run", "profile.steps=3..4")
     events = json.loads((tmp_path / "run" / "timeline.json").read_text())["traceEvents"]
     lanes = [e["args"]["name"] for e in events if e["ph"] == "M"]
-    assert lanes == ["read", "wait", "replay+perturb", *(f"forward {i}" for i in range(4)), "write-back"]
+    assert lanes == [
+        "read",
+        "wait",
+        "replay+perturb",
+        *(f"forward {i}" for i in range(4)),
+        "write-back",
+    ]
     spans = [e for e in events if e["ph"] == "X"]
     assert {e["tid"] for e in spans} == set(range(len(lanes)))
     assert all(e["ts"] >= 0 and e["dur"] >= 0 for e in spans)
@@ -377,9 +448,15 @@ def test_a_timeline_is_drawn(overrides, tmp_path):
 
 
 MISTAKES = {
-    "one slot": (["memory.slots=1"], r"memory\.slots=1 is out of range; use a number of at least 2"),
+    "one slot": (
+        ["memory.slots=1"],
+        r"memory\.slots=1 is out of range; use a number of at least 2",
+    ),
     "no lag": (["memory.lag=0"], r"memory\.lag=0 is out of range"),
-    "unknown store": (["memory.store=tape"], r"memory\.store='tape' is not known; use one of device, disk, host"),
+    "unknown store": (
+        ["memory.store=tape"],
+        r"memory\.store='tape' is not known; use one of device, disk, host",
+    ),
     "unknown unit": (["memory.unit=head"], r"use one of layer, module"),
     "unknown engine": (["memory.disk_engine=aio"], r"use one of deepnvme, mmap"),
     "profile of nothing": (["profile.steps=3"], r"profile\.steps=3 is no range of steps"),
@@ -395,7 +472,9 @@ def test_a_mistake_is_told_before_anything_is_read(mistake):
 
 def test_deepnvme_without_a_compiler_or_libaio_is_one_line(overrides, tmp_path, monkeypatch):
     monkeypatch.setenv("CC", "false")
-    with pytest.raises(UserError, match=r"deepnvme needs libaio.*memory\.disk_engine=mmap") as caught:
+    with pytest.raises(
+        UserError, match=r"deepnvme needs libaio.*memory\.disk_engine=mmap"
+    ) as caught:
         run([*overrides, *DISK, "memory.disk_engine=deepnvme"], tmp_path / "run")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
@@ -408,8 +487,10 @@ def test_deepnvme_without_deepspeed_is_one_line(overrides, tmp_path, monkeypatch
 
 
 def test_too_little_host_memory_is_told_before_any_is_taken(overrides, tmp_path, monkeypatch):
-    from zo import hardware
+    from zo.io import hardware
 
     monkeypatch.setattr(hardware, "available_host_bytes", lambda: 1000)
-    with pytest.raises(UserError, match=r"memory\.store=host needs \d+ bytes .* of host memory and 1000 "):
+    with pytest.raises(
+        UserError, match=r"memory\.store=host needs \d+ bytes .* of host memory and 1000 "
+    ):
         run([*overrides, "memory.store=host"], tmp_path / "run")

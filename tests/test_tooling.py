@@ -15,7 +15,11 @@ ARGUMENTS = {"ruff format": ["--check", "."], "ruff check": ["."], "mypy": []}
 @pytest.mark.parametrize("hook", HOOKS)
 def test_hook(hook):
     run = subprocess.run(
-        [sys.executable, "-m", *hook.split(), *ARGUMENTS[hook]], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "-m", *hook.split(), *ARGUMENTS[hook]],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert run.returncode == 0, run.stdout + run.stderr
 

@@ -9,10 +9,10 @@ from conftest import make_llama
 from torch import nn
 
 from zo import Trainer, load_config
-from zo.config import UserError
-from zo.estimator import float32
-from zo.log import read
-from zo.perturbation import gaussian
+from zo.errors import UserError
+from zo.method.estimator import float32
+from zo.method.perturbation import gaussian
+from zo.state.log import read
 
 pytestmark = pytest.mark.slow  # Whole runs, most of them in processes of their own.
 
@@ -25,11 +25,24 @@ def test_a_step_is_a_plain_mezo_step_with_the_same_z(tmp_path):
 
     def objective(model, batch):
         logits = model(input_ids=batch["ids"], use_cache=False).logits[:, :-1].double()
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1), batch["ids"][:, 1:].flatten(), reduction="sum")
+        loss = nn.functional.cross_entropy(
+            logits.flatten(0, 1), batch["ids"][:, 1:].flatten(), reduction="sum"
+        )
         return torch.stack((loss, torch.tensor(16.0, dtype=torch.float64)))
 
-    settings = ["batch.sequences=4", "batch.micro=2", "run.steps=1", f"estimator.eps={eps}", f"update.lr={lr}"]
-    settings += ["estimator.distribution=gaussian", f"run.seed={seed}", f"run.dir={tmp_path}/run", "eval.every=0"]
+    settings = [
+        "batch.sequences=4",
+        "batch.micro=2",
+        "run.steps=1",
+        f"estimator.eps={eps}",
+        f"update.lr={lr}",
+    ]
+    settings += [
+        "estimator.distribution=gaussian",
+        f"run.seed={seed}",
+        f"run.dir={tmp_path}/run",
+        "eval.every=0",
+    ]
     settings += ["export.at_end=false", "update.schedule=constant", "update.weight_decay=0.1"]
     model = make_llama(tie_word_embeddings=False)
     trainer = Trainer(
@@ -40,7 +53,7 @@ def test_a_step_is_a_plain_mezo_step_with_the_same_z(tmp_path):
     )
     trainer.train()
 
-    from zo.blocks import find_layout
+    from zo.model.blocks import find_layout
 
     plain = make_llama(tie_word_embeddings=False)
     named = dict(plain.named_parameters())
@@ -82,11 +95,22 @@ class Net(nn.Module):
 
 
 def own(tmp_path, objective, *changes, model=None):
-    settings = ["run.steps=150", "batch.sequences=64", "batch.micro=32", "estimator.directions=4", "update.lr=2e-2"]
+    settings = [
+        "run.steps=150",
+        "batch.sequences=64",
+        "batch.micro=32",
+        "estimator.directions=4",
+        "update.lr=2e-2",
+    ]
     settings += [f"run.dir={tmp_path}/run", "eval.every=0", "update.schedule=constant", *changes]
     x = torch.randn(64, 4, generator=torch.Generator().manual_seed(2))
     batches = lambda step, column: {"x": x[32 * column : 32 * column + 32]}  # noqa: E731
-    return Trainer(load_config("quickstart", settings), model=model or Net(), objective=objective, batches=batches)
+    return Trainer(
+        load_config("quickstart", settings),
+        model=model or Net(),
+        objective=objective,
+        batches=batches,
+    )
 
 
 def squares(model, batch):
@@ -96,7 +120,10 @@ def squares(model, batch):
 
 def test_a_model_of_ones_own_learns(tmp_path):
     summary = own(tmp_path, squares).train()
-    losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = [
+        json.loads(line)["loss"]
+        for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert losses[-1] < 0.3 * losses[0]
     assert summary["steps"] == 150
     assert not (tmp_path / "run" / "model").exists()
@@ -107,10 +134,15 @@ def test_an_objective_without_a_gradient_learns(tmp_path):
 
     def wrong(model, batch):
         decided = model(batch["x"]).squeeze(-1) > 0
-        return torch.stack(((decided != (batch["x"].sum(-1) > 0)).double().sum(), torch.tensor(32.0).double()))
+        return torch.stack(
+            ((decided != (batch["x"].sum(-1) > 0)).double().sum(), torch.tensor(32.0).double())
+        )
 
     own(tmp_path, wrong, "estimator.eps=0.1", "update.lr=0.02").train()
-    losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = [
+        json.loads(line)["loss"]
+        for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
 
 
@@ -126,14 +158,18 @@ def test_a_step_without_a_finite_loss_moves_nothing_and_is_reported(tmp_path, ca
     entries = read(tmp_path / "run" / "steps.log")[1]
     assert [any(e.scalars) for e in entries] == [True, False, True]
     assert "step 2: 4 of 4 directions had no finite loss" in capsys.readouterr().err
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert [line.get("skipped") for line in lines] == [None, 4, None]
     assert lines[1]["loss"] is None
 
 
 def test_a_run_that_stays_without_finite_losses_stops_with_advice(tmp_path):
     never = lambda model, batch: squares(model, batch) * math.inf  # noqa: E731
-    with pytest.raises(UserError, match=r"no finite loss in 3 steps in a row .* smaller update\.lr"):
+    with pytest.raises(
+        UserError, match=r"no finite loss in 3 steps in a row .* smaller update\.lr"
+    ):
         own(tmp_path, never, "run.max_skipped=3").train()
     assert len(read(tmp_path / "run" / "steps.log")[1]) == 3
 
@@ -148,7 +184,9 @@ def test_a_loss_that_does_not_feel_the_perturbation_is_reported(tmp_path, capsys
 
 
 def test_a_first_order_learning_rate_is_warned_about_and_not_forbidden(tmp_path, capsys):
-    own(tmp_path, squares, "run.steps=1", "estimator.distribution=gaussian", "update.lr=2e-5").train()
+    own(
+        tmp_path, squares, "run.steps=1", "estimator.distribution=gaussian", "update.lr=2e-5"
+    ).train()
     assert "update.lr=2e-05" in capsys.readouterr().err
 
 

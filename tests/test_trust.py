@@ -38,10 +38,20 @@ def strange(tmp_path, monkeypatch):
     """Folder of a model that brings code, and the marker that this code leaves wherever it runs."""
     folder, marker = tmp_path / "strange", tmp_path / "marker"
     folder.mkdir()
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(
+        "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules")
+    )
     (folder / "strange.py").write_text(CODE.format(marker=str(marker)))
-    classes = {"AutoConfig": "strange.StrangeConfig", "AutoModelForCausalLM": "strange.StrangeForCausalLM"}
-    config = {"model_type": "strange", "architectures": ["StrangeForCausalLM"], "auto_map": classes, **SIZES}
+    classes = {
+        "AutoConfig": "strange.StrangeConfig",
+        "AutoModelForCausalLM": "strange.StrangeForCausalLM",
+    }
+    config = {
+        "model_type": "strange",
+        "architectures": ["StrangeForCausalLM"],
+        "auto_map": classes,
+        **SIZES,
+    }
     (folder / "config.json").write_text(json.dumps(config))
     make_tokenizer().save_pretrained(folder)
     return folder, marker
@@ -53,7 +63,11 @@ def run_folder(command, overrides, strange, tmp_path):  # noqa: F811
     folder, marker = strange
     settings = [*overrides[1:], "model.weights=random", "run.steps=1", "eval.every=0"]
     code, _, err = command(
-        "train", f"model.name={folder}", *settings, f"run.dir={tmp_path}/run", "model.trust_remote_code=true"
+        "train",
+        f"model.name={folder}",
+        *settings,
+        f"run.dir={tmp_path}/run",
+        "model.trust_remote_code=true",
     )
     assert code == 0, err
     assert marker.exists()
@@ -92,7 +106,9 @@ def test_a_strangers_run_runs_no_code(command, run_folder, strange, tmp_path, na
     assert marker.exists()
 
 
-def test_a_resume_runs_code_only_where_its_own_command_says_so(command, run_folder, strange, monkeypatch):  # noqa: F811
+def test_a_resume_runs_code_only_where_its_own_command_says_so(
+    command, run_folder, strange, monkeypatch
+):
     folder, settings = run_folder
     forget_imports(monkeypatch)
     code, _, err = command("train", *settings, f"run.dir={folder}", "run.steps=2")

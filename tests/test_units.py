@@ -9,11 +9,11 @@ import transformers as t
 from test_lockstep import CPU, FAMILIES, SIZES, build, forwards, replica_of
 from torch import nn
 
-from zo import blocks
-from zo.blocks import find_layout, pattern
-from zo.config import UserError
-from zo.perturbation import Offset
-from zo.selfcheck import self_check
+from zo.errors import UserError
+from zo.method.perturbation import Offset
+from zo.model import blocks
+from zo.model.blocks import find_layout, pattern
+from zo.streaming.selfcheck import self_check
 
 GROUPED = {**SIZES, "num_key_value_heads": 2}
 ELSEWHERE = {
@@ -54,7 +54,9 @@ def test_a_weight_that_is_read_elsewhere_coarsens_its_block_alone(name):
 @pytest.mark.parametrize("unit", ["layer", "module"])
 def test_a_weight_that_is_read_outside_its_layer_is_refused_by_name(unit):
     torch.manual_seed(0)
-    model = t.DebertaV2ForSequenceClassification(t.DebertaV2Config(**SIZES, relative_attention=True)).eval()
+    model = t.DebertaV2ForSequenceClassification(
+        t.DebertaV2Config(**SIZES, relative_attention=True)
+    ).eval()
     with pytest.raises(UserError, match="rel_embeddings"):
         self_check([model], forwards(model), CPU, "rademacher", unit)
 
@@ -98,7 +100,9 @@ def test_what_the_watch_cannot_see_the_bits_tell():
 def test_units_change_no_address(name):
     model = build(name)
     layer, module = find_layout(model), find_layout(model, "module")
-    assert {(p.name, p.start) for p in layer.parameters} == {(p.name, p.start) for p in module.parameters}
+    assert {(p.name, p.start) for p in layer.parameters} == {
+        (p.name, p.start) for p in module.parameters
+    }
     parts = sorted((part.start, part.stop) for b in module.blocks for part in b.parts)
     assert all(stop == start for (_, stop), (start, _) in pairwise(parts))
     assert len(module.blocks) > len(layer.blocks)
@@ -124,7 +128,9 @@ def test_a_vocabulary_in_chunks_has_the_bits_of_the_whole(monkeypatch, dtype, ti
 
     def make():
         torch.manual_seed(0)
-        return t.LlamaForCausalLM(t.LlamaConfig(**{**GROUPED, "vocab_size": 1500}, tie_word_embeddings=tie)).to(dtype)
+        return t.LlamaForCausalLM(
+            t.LlamaConfig(**{**GROUPED, "vocab_size": 1500}, tie_word_embeddings=tie)
+        ).to(dtype)
 
     found = []
     for unit in ("layer", "module"):
@@ -136,7 +142,9 @@ def test_a_vocabulary_in_chunks_has_the_bits_of_the_whole(monkeypatch, dtype, ti
         replica.close()
         found.append([model(input_ids=ids, use_cache=False).logits])
     chunked = find_layout(make(), "module")
-    assert sum(b.parts[0].rows is not None for b in chunked.blocks) >= (5 if dtype == torch.float32 else 3)
+    assert sum(b.parts[0].rows is not None for b in chunked.blocks) >= (
+        5 if dtype == torch.float32 else 3
+    )
     whole, plain, in_chunks, after = found
     assert all(torch.equal(a, b) for a, b in zip(whole, in_chunks, strict=True))
     assert torch.equal(plain[0], after[0])
@@ -152,7 +160,7 @@ def test_a_scaled_lookup_is_left_whole(monkeypatch):
 @torch.no_grad()
 def test_parked_hidden_states_take_no_memory_of_the_device_and_come_back():
     """What waits while others compute: the memory that a table of many cells would need."""
-    from zo.lockstep import _park
+    from zo.model.lockstep import _park
 
     hidden = torch.randn(3, 5)
     kept, view = hidden.clone(), hidden[1]
@@ -165,7 +173,7 @@ def test_parked_hidden_states_take_no_memory_of_the_device_and_come_back():
 
 def test_a_head_whose_chunks_have_other_bits_is_left_whole(monkeypatch):
     """As a GPU's may be, which chooses its kernel by the matrix's shape."""
-    from zo import lockstep
+    from zo.model import lockstep
 
     monkeypatch.setattr(blocks, "CHUNK_BYTES", 4000)
     original = lockstep.Lockstep._head

@@ -1,0 +1,1 @@
+"""Keys, recipes and command lines."""

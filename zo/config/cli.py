@@ -1,0 +1,186 @@
+"""What the commands of ``launch/`` share: arguments, ``--help``, and how a user's mistake ends."""
+
+import errno
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from zo.config.recipes import DEFAULT, FOLDER, keys, recipe_names, resolve
+from zo.errors import RankError, UserError
+from zo.io.hardware import name_accelerator
+from zo.io.signals import end_with_agent
+
+DONE, RANK_LOST, USER_ERROR = 0, 1, 2
+
+
+def run(command: Callable[[list[str]], None]) -> int:
+    """Run a command on the process's arguments.
+
+    A user's mistake, or too little memory, becomes one line on stderr and exit code 2, the loss of another rank one
+    line and exit code 1.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    quiet_libraries()
+    try:
+        end_with_agent()
+        share_cores()
+        command(sys.argv[1:])
+    except UserError as error:
+        # Most mistakes are met by every rank; rank 0 speaks, and its end lets torchrun end the others.
+        if rank:
+            time.sleep(3)
+        print(
+            f"error: {error}" if not rank else f"error on rank {rank}: {error}",
+            file=sys.stderr,
+            flush=True,
+        )
+        return USER_ERROR
+    except RankError as error:
+        print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
+        # A worker may still wait for the lost rank; what it writes is whole under its name or not there.
+        os._exit(RANK_LOST)
+    except (MemoryError, RuntimeError, OSError) as error:
+        if (remedy := out_of_memory(error)) is None:
+            raise
+        print(
+            f"error on rank {rank}: {remedy}" if rank else f"error: {remedy}",
+            file=sys.stderr,
+            flush=True,
+        )
+        # Threads may hold what the memory went to, or fail for want of it while Python winds down.
+        os._exit(USER_ERROR)
+    return DONE
+
+
+def out_of_memory(error: Exception) -> str | None:
+    """Return one line on what to change if an error means too little memory, else ``None``.
+
+    torch has a class of its own for a GPU's memory and none for the host's.
+    """
+    said = " ".join(str(error).split())[:200]
+    # A command that fails before it has imported torch has not run out of a GPU's memory.
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        return (
+            f"the GPU's memory is too small ({said}); use memory.store=host, a smaller batch.micro or "
+            "batch.max_tokens, memory.activations=host, or model.dtype=bfloat16"
+        )
+    if (
+        isinstance(error, MemoryError)
+        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+        or any(words in said for words in HOST_MEMORY_WORDS)
+    ):
+        return (
+            f"the host's memory is too small ({said or type(error).__name__}); use memory.store=disk, a smaller "
+            "batch.micro or batch.max_tokens, or model.dtype=bfloat16; fewer ranks on a node share its memory, too"
+        )
+    return None
+
+
+HOST_MEMORY_WORDS = (
+    "DefaultCPUAllocator: ",
+    "Cannot allocate memory",
+    "std::bad_alloc",
+    "unable to mmap",
+)
+"""Words of torch's and the system's errors when the host has no memory left."""
+
+
+def quiet_libraries() -> None:
+    """Have libraries keep their warnings and progress bars to themselves, unless the environment asks for them.
+
+    Downloads, which may take an hour, keep their bars where somebody looks: on rank 0, at a terminal.
+    """
+    name_accelerator()
+    for library in ("TRANSFORMERS", "DATASETS", "HF_HUB"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    if int(os.environ.get("RANK", 0)) or not sys.stderr.isatty():
+        for library in ("HF_HUB", "HF_DATASETS"):
+            os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+
+
+def share_cores() -> None:
+    """Share the machine's cores among its ranks; torchrun would give each rank one, however many there are."""
+    if (
+        int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1
+        and os.environ.get("OMP_NUM_THREADS", "1") == "1"
+    ):
+        import torch
+
+        torch.set_num_threads(
+            max(1, len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_WORLD_SIZE"]))
+        )
+
+
+def split(arguments: Sequence[str], own: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """A command's own ``key=value`` arguments, and the rest."""
+    mine, rest = {}, []
+    for argument in arguments:
+        key, sign, value = argument.partition("=")
+        if sign and key in own:
+            mine[key] = value
+        else:
+            rest.append(argument)
+    return mine, rest
+
+
+def flag(own: Mapping[str, str], key: str, meaning: str) -> bool:
+    """Return a command's own argument that is true or false; false where it is not given.
+
+    Raises:
+        UserError: it is neither; ``meaning`` ends the message.
+    """
+    value = own.get(key, "false")
+    if value not in ("true", "false"):
+        raise UserError(f"{key}={value} is neither true nor false; {meaning}")
+    return value == "true"
+
+
+def asked_for_text(
+    arguments: list[str], recipe: str, overrides: list[str], usage: str
+) -> str | None:
+    """What ``--help`` or ``--cfg job`` print, if one of them is asked for."""
+    if "--help" in arguments or "-h" in arguments:
+        return help_text(usage)
+    if "--cfg" in arguments:
+        at = overrides.index("--cfg")
+        if overrides[at + 1 : at + 2] != ["job"]:
+            raise UserError("--cfg shows one thing: --cfg job, the resolved configuration")
+        return OmegaConf.to_yaml(resolve(recipe, overrides[:at] + overrides[at + 2 :])).rstrip()
+    return None
+
+
+def help_text(usage: str) -> str:
+    """Usage, the recipes with their first line, and every key with its default and sentence."""
+    lines = [usage, "", "recipes:"]
+    for name in recipe_names():
+        first = (FOLDER / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+        lines.append(f"  {name:<14} {first}{' (default)' if name == DEFAULT else ''}")
+    lines += ["", "keys (default):"]
+    lines += [
+        f"  {key} ({'' if default is None else default}): {sentence}"
+        for key, default, sentence in keys()
+    ]
+    return "\n".join(lines)
+
+
+def existing_run(path: str) -> Path:
+    """The folder of a run.
+
+    Raises:
+        UserError: there is none.
+    """
+    folder = Path(path).expanduser()
+    if not (folder / "config.yaml").exists():
+        raise UserError(
+            f"run={path} holds no run; give the folder that the last line of a training named run_dir"
+        )
+    return folder

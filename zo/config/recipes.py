@@ -1,0 +1,142 @@
+"""Recipes: a YAML file that states what it changes, composed by Hydra over the typed schema of ``config``."""
+
+import ast
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, fields, is_dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from zo.config import schema as schema
+from zo.config.schema import Config
+from zo.errors import UserError
+
+FOLDER = Path(__file__).resolve().parents[2] / "recipes"
+DEFAULT = "quickstart"
+
+
+def _schema() -> DictConfig:
+    """The typed schema, into which values may be merged."""
+    node: DictConfig = OmegaConf.structured(Config)
+    for group in (node, *(node[f.name] for f in fields(Config) if is_dataclass(f.type))):
+        # Frozen dataclasses become read-only nodes, which a recipe could not be merged into.
+        OmegaConf.set_readonly(group, None)
+    return node
+
+
+def recipe_names() -> list[str]:
+    """The recipes there are."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def resolve(recipe: str = DEFAULT, overrides: Sequence[str] = ()) -> DictConfig:
+    """A recipe with overrides, types checked, as Hydra composes it.
+
+    Raises:
+        UserError: unknown recipe or key, wrong type, or an override that is no ``key=value``.
+    """
+    if recipe not in recipe_names():
+        raise UserError(f"recipe={recipe} is not known; use one of {', '.join(recipe_names())}")
+    # Every recipe names the schema first in its defaults.
+    ConfigStore.instance().store("schema", _schema())
+    try:
+        with initialize_config_dir(str(FOLDER), version_base="1.3"):
+            return compose(recipe, overrides=[*overrides, f"recipe={recipe}"])
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_explain(error)) from error
+
+
+def load_config(recipe: str = DEFAULT, overrides: Sequence[str] = ()) -> Config:
+    """A recipe with overrides as a checked configuration.
+
+    Args:
+        recipe: name of a file in ``recipes/``.
+        overrides: ``key=value`` as on the command line.
+
+    Raises:
+        UserError: as :func:`resolve`, or a value out of its range.
+    """
+    return as_config(resolve(recipe, overrides))
+
+
+def as_config(node: DictConfig) -> Config:
+    """A composed node as a checked configuration."""
+    made = OmegaConf.to_object(node)
+    assert isinstance(made, Config)
+    return made
+
+
+def config_of(tree: Mapping[str, Any]) -> Config:
+    """Return a checked configuration from nested keys, as a run's ``config.yaml`` holds them.
+
+    ``model.trust_remote_code`` is always false in it: a folder that someone sends must not decide that code is run.
+
+    Raises:
+        UserError: a key or a value that this version does not know.
+    """
+    # Stored values are resolved ones: an interpolation would read this machine's environment into what is written.
+    if "${" in str(tree):
+        raise UserError(
+            "the run's config.yaml holds an interpolation, ${...}, which no run writes; take it out"
+        )
+    try:
+        node = OmegaConf.merge(
+            _schema(), OmegaConf.create(dict(tree)), {"model": {"trust_remote_code": False}}
+        )
+    except OmegaConfBaseException as error:
+        raise UserError(
+            f"the run's config.yaml does not fit this version of zo: {str(error).splitlines()[0]}"
+        ) from error
+    assert isinstance(node, DictConfig)
+    return as_config(node)
+
+
+def _explain(error: Exception) -> str:
+    """What Hydra or OmegaConf says of an override, as one line that names the key."""
+    if isinstance(error, OverrideParseException):
+        return f"{error.override} is not understood; give key=value, and quote a value with special characters: key='...'"
+    # Hydra's outer message names the override, OmegaConf's inner one says what is wrong with it.
+    inner = str(error.__cause__ or "").split("\n")[0]
+    outer = str(error).split("\n")[0]
+    full_key = getattr(error.__cause__, "full_key", None)
+    if inner.startswith("Key "):
+        close = [
+            key
+            for key, _, _ in keys()
+            if full_key and key.split(".")[-1][:2] == str(full_key).split(".")[-1][:2]
+        ]
+        hint = f"did you mean {' or '.join(close[:3])}? " if close else ""
+        return f"{full_key or outer} is no key of a run; {hint}see --help for all keys"
+    return f"{outer.rstrip('.')}: {inner}" if inner else outer
+
+
+def keys() -> Iterator[tuple[str, Any, str]]:
+    """Every key with its default and its sentence."""
+    for group in fields(Config):
+        if is_dataclass(group.type):
+            sentences = _sentences(group.type)  # type: ignore[arg-type]
+            for f in fields(group.type):
+                default = f.default if f.default is not MISSING else None
+                yield f"{group.name}.{f.name}", default, sentences.get(f.name, "")
+
+
+def _sentences(dataclass: type) -> dict[str, str]:
+    """The string under each field of a dataclass in its source."""
+    tree = ast.parse(inspect.getsource(schema))
+    body = next(
+        n.body for n in tree.body if isinstance(n, ast.ClassDef) and n.name == dataclass.__name__
+    )
+    found = {}
+    for statement, following in pairwise(body):
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            text = getattr(getattr(following, "value", None), "value", None)
+            if isinstance(text, str):
+                found[statement.target.id] = " ".join(text.replace("``", "").split())
+    return found

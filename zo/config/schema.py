@@ -1,0 +1,366 @@
+"""A run's configuration: frozen dataclasses, one a group of keys, each checked once when it is made.
+
+Units stand in the names or in the sentence under a field. What one group can know is checked in its
+``__post_init__``; what needs two groups, in ``Config``'s; what needs the machine, the data or the model, where those
+are met. Every check raises :class:`UserError`, whose text is one line: field, value, constraint, remedy.
+"""
+
+import math
+import re
+import string
+from dataclasses import dataclass, field
+from typing import Any
+
+from zo.errors import UserError
+
+
+def choice(key: str, value: str, choices: Any) -> None:
+    """Raise :class:`UserError` unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise UserError(f"{key}={value!r} is not known; use one of {', '.join(sorted(choices))}")
+
+
+MAX_CELLS = 2**20
+"""Directions, sequences, and directions times micro-batches of a step, at most. Every cell is one forward and three
+float64 numbers that each rank gathers: a table of that many rows has 24 MiB, and a step of it takes days."""
+MAX_THREADS, THREADS_A_CORE = 1024, 4
+"""More threads than cores gain nothing, and some tens of thousands end the process."""
+
+
+def at_most(key: str, value: int, maximum: int) -> None:
+    """Raise :class:`UserError` unless ``value`` is <= ``maximum``."""
+    if value > maximum:
+        raise UserError(f"{key}={value} is out of range; use a number of at most {maximum}")
+
+
+def check_threads(threads: int, cores: int) -> None:
+    """Raise :class:`UserError` where a machine of so many cores can make no use of that many threads."""
+    if threads > cores * THREADS_A_CORE:
+        raise UserError(
+            f"run.threads={threads} is too many for the {cores} cores of this machine; use at most "
+            f"{cores * THREADS_A_CORE}, or leave it empty"
+        )
+
+
+def template_columns(template: str) -> list[str]:
+    """Return the columns that a prompt's template names.
+
+    Raises:
+        UserError: a single brace, an empty or numbered field, or a field with a format.
+    """
+    wrong = None
+    try:
+        found = [part[1:] for part in string.Formatter().parse(template) if part[1] is not None]
+    except ValueError as error:
+        found, wrong = [], str(error)
+    columns = []
+    for name, form, conversion in found:
+        if form or conversion or not name or name.isdigit() or set(name) & set(".[]"):
+            wrong = (
+                wrong
+                or f"{{{name}{f'!{conversion}' if conversion else ''}{f':{form}' if form else ''}}}"
+            )
+        columns.append(str(name))
+    if wrong:
+        raise UserError(
+            f"data.template={template!r} is not understood ({wrong}); write {{column}} for a column's text, and {{{{ "
+            "or }} for a brace"
+        )
+    return columns
+
+
+def at_least(key: str, value: float, minimum: float) -> None:
+    """Raise :class:`UserError` unless ``value`` is a finite number >= ``minimum``."""
+    if (isinstance(value, float) and not math.isfinite(value)) or value < minimum:
+        raise UserError(f"{key}={value} is out of range; use a number of at least {minimum}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model, from where, stored in which type."""
+
+    name: str = ""
+    """Hub id, local folder, or the quickstart's packaged model ``smollm2-135m-instruct``."""
+    weights: str = "pretrained"
+    """``pretrained``, or ``random`` to build from the configuration alone."""
+    dtype: str = "float32"
+    """Stored type of the weights: ``float32``, ``bfloat16`` or ``float16``."""
+    task: str = "auto"
+    """``causal-lm``, ``sequence-classification``, or ``auto`` to read it from the model's configuration."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    tokenizer: str | None = None
+    """Hub id or folder of the tokenizer, where it is not the model's own."""
+    attention: str = "auto"
+    """``attn_implementation`` of transformers, or ``auto``: ``sdpa`` where the model supports it, else ``eager``."""
+    trust_remote_code: bool = False
+    """Run code that the model's repository brings."""
+
+    def __post_init__(self) -> None:
+        choice("model.weights", self.weights, ("pretrained", "random"))
+        choice("model.dtype", self.dtype, ("float32", "bfloat16", "float16"))
+        choice("model.task", self.task, ("auto", "causal-lm", "sequence-classification"))
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which examples, and how they become a prompt."""
+
+    name: str = ""
+    """A task (``movie-reviews``), a file (.jsonl, .json, .csv, .parquet), a hub id, or ``synthetic``."""
+    subset: str | None = None
+    """Configuration of a hub data set, such as ``sst2`` of ``nyu-mll/glue``."""
+    split: str = "train"
+    """Split of a hub data set to train on."""
+    dev: str | None = None
+    """File or split to evaluate on; without it, examples are held out of the training data."""
+    dev_examples: int = 256
+    """Examples evaluated on, at most; held out of the training data, at most a fifth of it."""
+    train_examples: int | None = None
+    """Examples trained on, at most; all by default."""
+    template: str | None = None
+    """Prompt of an example with a label; ``{column}`` stands for the column's text. A task brings its own."""
+    label_words: list[str] | None = None
+    """One word a class, in the order of the labels; each one token of the model's tokenizer, given with its space."""
+
+    def __post_init__(self) -> None:
+        at_least("data.dev_examples", self.dev_examples, 0)
+        if self.train_examples is not None:
+            at_least("data.train_examples", self.train_examples, 1)
+        if self.label_words is not None and len(set(self.label_words)) < max(
+            2, len(self.label_words)
+        ):
+            raise UserError(
+                f"data.label_words={self.label_words} needs two or more different words"
+            )
+        if self.template is not None:
+            template_columns(self.template)
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """The columns of the loss table."""
+
+    sequences: int = 16
+    """Sequences a step."""
+    micro: int = 8
+    """Sequences that one forward sees."""
+    max_tokens: int = 512
+    """Tokens a sequence at most; a longer one loses the start of its prompt."""
+
+    def __post_init__(self) -> None:
+        for key in ("sequences", "micro"):
+            at_least(f"batch.{key}", getattr(self, key), 1)
+        at_most("batch.sequences", self.sequences, MAX_CELLS)
+        at_least("batch.max_tokens", self.max_tokens, 2)
+        if self.sequences % self.micro:
+            fits = ", ".join(
+                str(d) for d in range(1, self.sequences + 1) if self.sequences % d == 0
+            )
+            raise UserError(
+                f"batch.micro={self.micro} does not divide batch.sequences={self.sequences}; use {fits}"
+            )
+
+    @property
+    def columns(self) -> int:
+        """Micro-batches a step."""
+        return self.sequences // self.micro
+
+
+@dataclass(frozen=True)
+class EstimatorConfig:
+    """The rows of the loss table."""
+
+    name: str = "spsa"
+    """``spsa`` (two-sided) or ``one-sided``."""
+    directions: int = 1
+    """Directions a step."""
+    eps: float = 1e-3
+    """Length of the step along a direction."""
+    distribution: str = "rademacher"
+    """``rademacher`` or ``gaussian``."""
+
+    def __post_init__(self) -> None:
+        choice("estimator.name", self.name, ("spsa", "one-sided"))
+        at_least("estimator.directions", self.directions, 1)
+        at_most("estimator.directions", self.directions, MAX_CELLS)
+        choice("estimator.distribution", self.distribution, ("rademacher", "gaussian"))
+        if not (math.isfinite(self.eps) and self.eps > 0):
+            raise UserError(
+                f"estimator.eps={self.eps} must be a number above 0; MeZO uses 1e-3 for full fine-tuning"
+            )
+
+
+@dataclass(frozen=True)
+class UpdateConfig:
+    """How scalars become a change of the weights."""
+
+    name: str = "sgd"
+    """The rule; ``sgd``."""
+    lr: float = 1e-6
+    """Learning rate."""
+    schedule: str = "constant"
+    """``constant``, ``linear`` or ``cosine``; both reach 0 one step after the last, so that the last still moves."""
+    warmup_steps: int = 0
+    """Steps over which the rate rises linearly from 0."""
+    weight_decay: float = 0.0
+    """Decay a step is lr times this; none on parameters of fewer than two dims (biases, norms)."""
+
+    def __post_init__(self) -> None:
+        choice("update.name", self.name, ("sgd",))
+        choice("update.schedule", self.schedule, ("constant", "linear", "cosine"))
+        for key in ("lr", "warmup_steps", "weight_decay"):
+            at_least(f"update.{key}", getattr(self, key), 0)
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """How ranks share a step: perturb x data is their number. Empty axes: the first that fits, perturb first."""
+
+    perturb: int | None = None
+    """Ranks that share the rows (probes)."""
+    data: int | None = None
+    """Ranks that share the columns (micro-batches)."""
+    slice: int = 1
+    """Ranks of a node that keep one copy of the weights together, with memory.store=host or disk."""
+    timeout_s: int = 1800
+    """Seconds that ranks wait for one another before the run ends, naming the one that is missing."""
+    check_every: int = 100
+    """Steps between checks that every rank's weights are what the log makes of the base; 0: never."""
+
+    def __post_init__(self) -> None:
+        for axis in ("perturb", "data", "slice", "timeout_s"):
+            if (size := getattr(self, axis)) is not None:
+                at_least(f"mesh.{axis}", size, 1)
+        at_least("mesh.check_every", self.check_every, 0)
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """Where the weights live between visits, and what one visit brings."""
+
+    store: str = "device"
+    """``device``: all weights where the model computes; ``host``: in host memory; ``disk``: in the run's folder."""
+    unit: str = "layer"
+    """What one visit brings: a ``layer``, or each ``module`` that owns parameters, for the least memory."""
+    slots: int = 3
+    """Blocks that have room where the model computes: one computes, one comes, one goes; at least 2."""
+    lag: int = 4
+    """Entries that a block in a store may lag behind before it is written back; replayed in one pass at its visits."""
+    disk_engine: str = "mmap"
+    """``mmap``, or ``deepnvme``: DeepSpeed's direct I/O, which needs the extra nvme and libaio."""
+    pin: bool = True
+    """Lock a host store's memory for the GPU's copies; without effect where there is no GPU."""
+    activations: str = "device"
+    """Where a forward's hidden states wait while others compute: ``device``, or ``host``."""
+
+    def __post_init__(self) -> None:
+        choice("memory.store", self.store, ("device", "host", "disk"))
+        choice("memory.unit", self.unit, ("layer", "module"))
+        choice("memory.disk_engine", self.disk_engine, ("mmap", "deepnvme"))
+        choice("memory.activations", self.activations, ("device", "host"))
+        at_least("memory.slots", self.slots, 2)
+        at_least("memory.lag", self.lag, 1)
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    """What is looked at while a run goes on."""
+
+    steps: str | None = None
+    """Steps ``a..b`` whose timeline is drawn: ``timeline.json`` for Chrome or Perfetto and ``timeline.png``."""
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and not self.range:
+            raise UserError(
+                f"profile.steps={self.steps} is no range of steps; give the first and the last, such as 3..4"
+            )
+
+    @property
+    def range(self) -> range:
+        """The steps, from 1."""
+        found = re.fullmatch(r"(\d+)\.\.(\d+)", self.steps or "")
+        return range(int(found[1]), int(found[2]) + 1) if found and int(found[1]) else range(0)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where, how long, from which seed."""
+
+    dir: str | None = None
+    """The run's folder; by default ``runs/`` and the recipe's name with the time."""
+    steps: int = 1000
+    """Steps in all, resumed ones included."""
+    seed: int = 0
+    """Seed of everything that is random."""
+    snapshot_every: int = 0
+    """Steps between snapshots of the weights, which bound how much a resume replays; 0: never. Of a run with
+    memory.store=disk the blocks on disk are that already, so none are made."""
+    device: str = "auto"
+    """``cpu``, ``cuda``, or ``auto`` for ``cuda`` where there is one."""
+    threads: int | None = None
+    """Threads that a rank computes with on CPU; by default the machine's cores, shared among its ranks. Products of a
+    few rows in float32 may depend on it."""
+    max_skipped: int = 10
+    """Steps in a row that may give no finite estimate before the run stops."""
+
+    def __post_init__(self) -> None:
+        for key in ("steps", "seed", "snapshot_every"):
+            at_least(f"run.{key}", getattr(self, key), 0)
+        at_least("run.max_skipped", self.max_skipped, 1)
+        if self.threads is not None:
+            at_least("run.threads", self.threads, 1)
+            at_most("run.threads", self.threads, MAX_THREADS)
+        if self.seed >= 2**63:
+            raise UserError(f"run.seed={self.seed} is out of range; use a number below 2**63")
+        choice("run.device", self.device, ("auto", "cpu", "cuda"))
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """When a run is scored."""
+
+    every: int = 0
+    """Steps between evaluations; 0: never. Otherwise also before the first and after the last step."""
+
+    def __post_init__(self) -> None:
+        at_least("eval.every", self.every, 0)
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """What is left beside the log when a run is done."""
+
+    at_end: bool = True
+    """Write ``model/``, a Hugging Face folder."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    recipe: str = ""
+    """Name of the recipe it came from; a label."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    estimator: EstimatorConfig = field(default_factory=EstimatorConfig)
+    update: UpdateConfig = field(default_factory=UpdateConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+
+    def __post_init__(self) -> None:
+        if (cells := self.estimator.directions * self.batch.columns) > MAX_CELLS:
+            raise UserError(
+                f"estimator.directions={self.estimator.directions} on {self.batch.columns} micro-batches "
+                f"(batch.sequences / batch.micro) are {cells} pairs a step; use at most {MAX_CELLS}"
+            )
+        if self.mesh.slice > 1 and self.memory.store == "device":
+            raise UserError(
+                f"mesh.slice={self.mesh.slice} cuts weights that come to the device at every visit; use "
+                "memory.store=host or disk, or mesh.slice=1"
+            )

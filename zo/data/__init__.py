@@ -1,0 +1,1 @@
+"""Rows, encoding, batches and tasks."""

@@ -1,0 +1,1 @@
+"""The ranks of a run: mesh, process group, failures, slices."""

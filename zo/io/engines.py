@@ -1,0 +1,223 @@
+"""Engines that move bytes between files and memory.
+
+``mmap`` maps a file and copies, through the page cache; ``deepnvme`` is DeepSpeed's asynchronous direct I/O, which
+bypasses the page cache and takes none of the processor.
+"""
+
+import mmap
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from zo.errors import UserError
+from zo.io import hardware
+
+PAGE = 4096
+MADV_POPULATE_READ = 22
+"""Of mman.h; Python 3.11 has no name for it."""
+BOUNCE_BYTES = 16 * 2**20
+"""What a direct read of unaligned bytes goes through."""
+
+
+def padded(size_bytes: int) -> int:
+    """Rounded up to whole pages."""
+    return -(-size_bytes // PAGE) * PAGE
+
+
+class Engine(Protocol):
+    """Moves bytes; calls block, but not other threads."""
+
+    def allocate(self, size_bytes: int) -> Tensor:
+        """Zeroed host memory that needs no copy in between: uint8 of shape ``[size_bytes]``, on a page's boundary."""
+        ...
+
+    def read(self, path: Path, offset: int, into: Tensor) -> None:
+        """Fill uint8 ``into`` from a file.
+
+        Raises:
+            OSError: the file is missing, or shorter than that.
+        """
+        ...
+
+    def write(self, path: Path, data: Tensor) -> None:
+        """Write uint8 ``data``, whole pages of it, to a file that is new or of this size.
+
+        Raises:
+            OSError: the disk refuses.
+        """
+        ...
+
+
+def _check_length(path: Path, end: int) -> None:
+    found = path.stat().st_size
+    if found < end:
+        raise OSError(f"{path} is cut short: {found} bytes, {end} are needed")
+
+
+class Mapped:
+    """The page cache of the system."""
+
+    def allocate(self, size_bytes: int) -> Tensor:
+        """Anonymous pages, huge ones where they fit, committed when they are touched."""
+        pages = mmap.mmap(-1, padded(size_bytes))
+        with suppress(OSError, AttributeError):
+            pages.madvise(mmap.MADV_HUGEPAGE)
+        return torch.frombuffer(pages, dtype=torch.uint8)[:size_bytes]
+
+    def read(self, path: Path, offset: int, into: Tensor) -> None:
+        """Map, copy, unmap: a mapping that stayed would count as this process's memory."""
+        if not into.numel():
+            return
+        _check_length(path, offset + into.numel())
+        first = offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+        with (
+            open(path, "rb") as file,
+            mmap.mmap(
+                file.fileno(), offset + into.numel() - first, offset=first, access=mmap.ACCESS_READ
+            ) as mapped,
+        ):
+            _populate(mapped)
+            source = np.frombuffer(mapped, np.uint8)
+            np.copyto(into.numpy(), source[offset - first :])
+            del source  # A mapping with a view of it cannot be closed.
+
+    def write(self, path: Path, data: Tensor) -> None:
+        """Into the page cache; the system writes it out in its own time."""
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o644), "wb", buffering=0) as file:
+            _reserve(file.fileno(), data.numel())
+            rest = memoryview(data.numpy())  # type: ignore[arg-type]
+            while rest:
+                rest = rest[file.write(rest) :]
+
+
+def _populate(mapped: mmap.mmap) -> None:
+    """Have the pages of a mapping at hand in one call; without it each is a fault of its own."""
+    try:
+        mapped.madvise(MADV_POPULATE_READ)
+    except OSError:
+        mapped.madvise(mmap.MADV_WILLNEED)  # Linux before 5.14; the same bytes, slower.
+
+
+class DeepNvme:
+    """DeepSpeed's engine: O_DIRECT reads and writes by libaio, in a thread of its own."""
+
+    def __init__(self) -> None:
+        """Load the engine; it is compiled on the first use.
+
+        Raises:
+            UserError: deepspeed, a compiler or libaio is missing.
+        """
+        make = _deepnvme_handle()
+        # Enough in flight to keep a disk busy; deeper queues gave nothing here.
+        self._reader, self._writer = (make(2**20, 32, False, True, 1) for _ in range(2))
+        self._bounce: Tensor | None = None
+        self._locked_bytes = 0
+
+    def allocate(self, size_bytes: int) -> Tensor:
+        """Locked pages.
+
+        Raises:
+            UserError: the process may not lock that much.
+        """
+        # Locked tensors stay locked: the engine lets go of them at its end.
+        needed = self._locked_bytes + padded(size_bytes)
+        if (allowed := hardware.lockable_bytes()) < needed:
+            raise UserError(
+                f"memory.disk_engine=deepnvme needs {needed} bytes of host memory that is locked, and this process "
+                f"may lock {int(allowed)}; raise it (ulimit -l unlimited; Docker: --ulimit memlock=-1), or use "
+                "memory.disk_engine=mmap"
+            )
+        self._locked_bytes = needed
+        made: Tensor = self._reader.new_cpu_locked_tensor(
+            padded(size_bytes), torch.empty(0, dtype=torch.uint8)
+        )
+        return made.zero_()[:size_bytes]
+
+    def read(self, path: Path, offset: int, into: Tensor) -> None:
+        """Direct where addresses and sizes are whole pages of locked memory; else through a bounce buffer."""
+        _check_length(path, offset + into.numel())
+        if self._direct(offset, into):
+            self._pread(path, offset, into)
+            return
+        if self._bounce is None:
+            self._bounce = self.allocate(BOUNCE_BYTES)
+        # What is left of the last page of a file is read by the system: direct reads have whole sectors alone.
+        done, whole_pages = 0, path.stat().st_size // PAGE * PAGE
+        while done < into.numel() and offset + done < whole_pages:
+            first = (offset + done) // PAGE * PAGE
+            stop = min(first + BOUNCE_BYTES, padded(offset + into.numel()), whole_pages)
+            self._pread(path, first, self._bounce[: stop - first])
+            count = min(stop - offset, into.numel()) - done
+            into[done : done + count] = self._bounce[offset + done - first :][:count]
+            done += count
+        if done < into.numel():
+            with open(path, "rb") as file:
+                file.seek(offset + done)
+                into[done:] = torch.frombuffer(
+                    bytearray(file.read(into.numel() - done)), dtype=torch.uint8
+                )
+
+    def _direct(self, offset: int, into: Tensor) -> bool:
+        aligned = not (offset % PAGE or into.numel() % PAGE or into.data_ptr() % PAGE)
+        return aligned and bool(self._reader.is_pinned(into))
+
+    def _pread(self, path: Path, offset: int, into: Tensor) -> None:
+        if self._reader.sync_pread(into, str(path), offset) < 0:
+            raise OSError(f"{path} cannot be read by DeepNVMe")
+
+    def write(self, path: Path, data: Tensor) -> None:
+        """Straight to the disk."""
+        # The engine does not look at the results of its writes: room is made sure of here, bytes when they are read.
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+        try:
+            _reserve(descriptor, data.numel())
+        finally:
+            os.close(descriptor)
+        if self._writer.sync_pwrite(data, str(path), 0) < 0:
+            raise OSError(f"{path} cannot be written by DeepNVMe")
+
+
+def _reserve(descriptor: int, size_bytes: int) -> None:
+    """Have the disk's room before a byte is written."""
+    try:
+        os.posix_fallocate(descriptor, 0, size_bytes)
+    except OSError as error:
+        # Some file systems have no such call; there a full disk shows in the write.
+        if error.errno not in (95, 22):
+            raise
+
+
+def _deepnvme_handle() -> Callable[..., Any]:
+    remedy = "install it with: apt install libaio-dev g++ && pip install -e '.[nvme]', or use memory.disk_engine=mmap"
+    hardware.name_accelerator()
+    try:
+        import logging
+
+        from deepspeed.ops.op_builder import AsyncIOBuilder
+        from deepspeed.utils import logger
+
+        logger.setLevel(logging.ERROR)  # It warns of a consumer disk's wear at every first write.
+        builder = AsyncIOBuilder()
+    except ImportError as error:
+        raise UserError(
+            f"memory.disk_engine=deepnvme needs the extra nvme ({error}); {remedy}"
+        ) from error
+    try:
+        if not builder.is_compatible(verbose=False):
+            raise UserError(
+                f"memory.disk_engine=deepnvme needs libaio, which is not there; {remedy}"
+            )
+        return builder.load(verbose=False).aio_handle  # type: ignore[no-any-return]
+    except (RuntimeError, OSError, ImportError) as error:
+        said = " ".join(str(error).split())[:300]
+        raise UserError(f"memory.disk_engine=deepnvme cannot be built: {said}; {remedy}") from error
+
+
+ENGINES: dict[str, Callable[[], Engine]] = {"mmap": Mapped, "deepnvme": DeepNvme}
+"""The engines, by the name that ``memory.disk_engine`` takes."""

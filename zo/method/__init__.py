@@ -1,0 +1,1 @@
+"""Pure mathematics of zeroth-order training: no I/O, no device chosen."""

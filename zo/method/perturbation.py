@@ -1,0 +1,196 @@
+"""A perturbation is a function, not a state: z(seed, direction, address), and its fused use on a block.
+
+The visit is the one operation on weights that training has. On a run of parameters that starts at a flat address it
+replays pending log entries in place and writes the probes beside, all in one pass over memory:
+
+    for each change:  w <- round(decay * w + sum_k coefficient_k * z(direction_k))        (stored dtype)
+    for each probe:   out_p = nearest(w + offset_p * z(direction_p))
+
+This file holds the equation in plain torch (any device, slow); ``kernels`` chooses what repeats it bit for bit.
+Every floating-point operation is a separate IEEE float32 operation: nothing is contracted, so devices agree.
+
+Sources: Spall 1992 and Sadegh & Spall 1998 (SPSA, Rademacher); Box & Muller 1958; Malladi et al. 2023 (MeZO).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from zo.method.philox import Purpose, words
+from zo.method.rounding import round_stochastic, rounding_bits
+
+ALIGNMENT = 128
+"""Addresses of parameters, slices and kernels' tiles are multiples of this: the signs that one Philox call makes."""
+
+STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# log(1 + t) = t - t^2/2 + t^3 P(t) on [2^-1/2 - 1, 2^1/2 - 1]; sin and cos of a quarter turn times t, |t| <= 1/2.
+# Minimax fits of our own; tests/test_perturbation.py bounds their error against float64.
+LOG_P = (
+    0.3333333134651184,
+    -0.250008225440979,
+    0.20001225173473358,
+    -0.16623347997665405,
+    0.14201806485652924,
+    -0.1316031664609909,
+    0.1276128739118576,
+    -0.0763377919793129,
+)
+SIN_P = (1.5707963705062866, -0.6459634900093079, 0.07968022674322128, -0.004602177068591118)
+COS_P = (1.0, -1.2336970567703247, 0.2535986304283142, -0.020408352836966515)
+LN_2 = 0.6931471824645996
+SQRT_HALF_BITS = 0x3F3504F3
+
+
+@dataclass(frozen=True)
+class Change:
+    """One log entry as a block sees it: ``w <- decay * w + sum_k coefficients[k] * z(directions[k])``."""
+
+    step: int
+    """The entry's step, >= 0; names the stream of its stochastic rounding."""
+    directions: tuple[int, ...]
+    coefficients: tuple[float, ...]
+    """One float32 value a direction."""
+    decay: float = 1.0
+    """float32 factor of the weights before the directions are added; 1.0 leaves them alone."""
+
+
+@dataclass(frozen=True)
+class Offset:
+    """Where one probe lies: ``w + scale * z(direction)``; scale 0 is the unperturbed point."""
+
+    direction: int
+    scale: float
+
+
+@dataclass(frozen=True)
+class Pass:
+    """The arithmetic of one pass over memory, wherever the weights lie: the changes, then the probes of the result.
+
+    A value: what a kernel derives from it (its launch table) is kept under it and serves every segment of a step.
+    """
+
+    seed: int
+    """The run's seed, in [0, 2**64)."""
+    distribution: str
+    """``rademacher`` or ``gaussian``."""
+    changes: tuple[Change, ...] = ()
+    """Log entries to apply, oldest first; each is rounded to the stored dtype, stochastically below float32."""
+    offsets: tuple[Offset, ...] = ()
+    """The probes."""
+
+    def __post_init__(self) -> None:
+        """Check ranges: numbers that do not fit the counter would wrap, on each device in another way."""
+        assert 0 <= self.seed < 1 << 64, self.seed
+        numbers = [c.step for c in self.changes] + [d for c in self.changes for d in c.directions]
+        numbers += [o.direction for o in self.offsets]
+        assert all(0 <= number < 1 << 32 for number in numbers), (min(numbers), max(numbers))
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.seed, self.distribution, self.changes, self.offsets))
+
+    def __hash__(self) -> int:
+        """Return the hash, counted once: a long replay has thousands of changes."""
+        return self._hash
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a matrix that begins at a visit's first address: the only ones that will be read of its probes."""
+
+    numbers: Tensor
+    """int64 of shape ``[k]``."""
+    width: int
+    """Elements a row."""
+
+
+def rademacher(
+    seed: int, direction: int, address: int, count: int, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Z = +1 or -1 for ``count`` addresses from ``address``; float32 of shape ``[count]``.
+
+    Address a takes bit ``a % 32`` of word ``a % 128 // 32`` of call ``a // 128``; a set bit is +1.
+    """
+    first = address // 128
+    calls = torch.arange(first, (address + count + 127) // 128, dtype=torch.int64, device=device)
+    w = words(seed, calls, direction, Purpose.RADEMACHER)
+    bits = (w[..., None] >> torch.arange(32, device=device)) & 1
+    return (bits * 2 - 1).to(torch.float32).reshape(-1)[address - 128 * first :][:count]
+
+
+def gaussian(
+    seed: int, direction: int, address: int, count: int, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Standard normal z for ``count`` addresses from ``address``; float32 of shape ``[count]``.
+
+    Address a takes number ``a % 4`` of call ``a // 4``; words (0, 1) and (2, 3) each give a Box-Muller pair,
+    cosine first. |z| is at most 6.8.
+    """
+    first = address // 4
+    calls = torch.arange(first, (address + count + 3) // 4, dtype=torch.int64, device=device)
+    w = words(seed, calls, direction, Purpose.GAUSSIAN).reshape(-1, 2)
+    # torch.sqrt of float32 is not correctly rounded on every CPU; through float64 it is (53 >= 2 * 24 + 2 bits).
+    radius = (-2.0 * _log_uniform(w[:, 0])).double().sqrt().float()
+    cos, sin = _cos_sin_turns(w[:, 1])
+    return torch.stack((radius * cos, radius * sin), dim=-1).reshape(-1)[address - 4 * first :][
+        :count
+    ]
+
+
+def _log_uniform(word: Tensor) -> Tensor:
+    """Natural logarithm of ``(word + 1/2) / 2**32`` (to float32), word int64 in [0, 2**32)."""
+    u = word.to(torch.float32) * 2.0**-32 + 2.0**-33
+    bits = u.view(torch.int32)
+    exponent = (bits - SQRT_HALF_BITS) >> 23
+    t = (bits - (exponent << 23)).view(torch.float32) - 1.0
+    p = _horner(LOG_P, t)
+    square = t * t
+    return exponent.to(torch.float32) * LN_2 + ((p * (square * t) - square * 0.5) + t)
+
+
+def _cos_sin_turns(word: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of ``word / 2**32`` turns, less an eighth of a turn; the top two bits are the quadrant."""
+    quadrant = word >> 30
+    t = (word & 0x3FFFFFFF).to(torch.float32) * 2.0**-30 - 0.5
+    square = t * t
+    sin, cos = _horner(SIN_P, square) * t, _horner(COS_P, square)
+    odd = (quadrant & 1) == 1
+    x, y = torch.where(odd, -sin, cos), torch.where(odd, cos, sin)
+    return torch.where(quadrant >= 2, -x, x), torch.where(quadrant >= 2, -y, y)
+
+
+def _horner(coefficients: Sequence[float], t: Tensor) -> Tensor:
+    value = torch.full_like(t, coefficients[-1])
+    for c in reversed(coefficients[:-1]):
+        value = value * t + c
+    return value
+
+
+Z: dict[str, Callable[..., Tensor]] = {"rademacher": rademacher, "gaussian": gaussian}
+"""The distributions of z, by the name that ``estimator.distribution`` takes."""
+
+
+def visit_reference(
+    weights: Tensor, address: int, work: Pass, out: Tensor | None = None, rows: Rows | None = None
+) -> None:
+    """Compute :func:`zo.method.kernels.visit` in plain torch, on any device; the kernels must give the same bits."""
+    z, seed, count, device = Z[work.distribution], work.seed, weights.numel(), weights.device
+    for change in work.changes:
+        values = weights.to(torch.float32)
+        if change.decay != 1.0:
+            values = values * change.decay
+        for direction, coefficient in zip(change.directions, change.coefficients, strict=True):
+            if coefficient != 0.0:
+                values = values + z(seed, direction, address, count, device) * coefficient
+        random16 = rounding_bits(seed, change.step, address, count, device)
+        weights.copy_(round_stochastic(values, random16, weights.dtype))
+    for row, offset in enumerate(work.offsets):
+        assert out is not None
+        values = weights.to(torch.float32)
+        if offset.scale != 0.0:
+            values = values + z(seed, offset.direction, address, count, device) * offset.scale
+        out[row].copy_(values)

@@ -1,0 +1,80 @@
+"""The loss table of a step: rows are probes, columns are micro-batches, and a cell is one forward.
+
+Which rank computes a cell follows from the sizes of the mesh's axes alone, and a row's loss is summed in the order of
+the columns, so nothing about a step's result depends on who computed what.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from math import nan
+
+from torch import Tensor
+
+from zo.method.perturbation import Offset
+
+
+def share(lines: int, axis: int, index: int) -> range:
+    """Return the contiguous lines of a table that one index of an axis owns; sizes differ by at most one."""
+    return range(lines * index // axis, lines * (index + 1) // axis)
+
+
+@lru_cache(maxsize=8)
+def owners(rows: int, columns: int, perturb: int, data: int) -> tuple[int, ...]:
+    """Return the rank that computes each cell, row by row.
+
+    Where the axes divide the table, rank = perturb index * data size + data index. Otherwise its cells are dealt out
+    in order, and no rank has more than one above another.
+    """
+    if rows % perturb == 0 and columns % data == 0:
+        tall, wide = rows // perturb, columns // data
+        return tuple(r // tall * data + c // wide for r in range(rows) for c in range(columns))
+    ranks = perturb * data
+    return tuple(rank for rank in range(ranks) for _ in share(rows * columns, ranks, rank))
+
+
+@dataclass(frozen=True)
+class LossTable:
+    """One step's table; every cell is filled."""
+
+    probes: Sequence[Offset]
+    """The rows."""
+    columns: int
+    """Micro-batches."""
+    values: Tensor | None = None
+    """float64 of shape ``[rows, columns, 3]`` once filled: sum of losses, number of terms, number of tokens."""
+
+    @property
+    def rows(self) -> int:
+        """Number of probes."""
+        return len(self.probes)
+
+    def owners(self, perturb: int, data: int) -> tuple[int, ...]:
+        """Return the rank of a mesh that computes each cell, row by row."""
+        return owners(self.rows, self.columns, perturb, data)
+
+    def cells(self, rank: int, perturb: int, data: int) -> list[tuple[int, int]]:
+        """Return row and column of the cells that a rank of a mesh computes, row by row."""
+        of_cells = self.owners(perturb, data)
+        return [divmod(cell, self.columns) for cell, owner in enumerate(of_cells) if owner == rank]
+
+    def fill(self, values: Tensor) -> "LossTable":
+        """Return the table with the values of all cells, float64 of shape ``[rows * columns, 3]``, row by row."""
+        return replace(self, values=values.view(self.rows, self.columns, -1))
+
+    def row_losses(self) -> list[float]:
+        """Return the mean loss of each row in float64; not-a-number where a row has no terms."""
+        assert self.values is not None
+        means = []
+        for row in self.values.tolist():
+            total = terms = 0.0
+            for cell in row:
+                total, terms = total + cell[0], terms + cell[1]
+            means.append(total / terms if terms else nan)
+        return means
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens in the micro-batches, each counted once."""
+        assert self.values is not None
+        return int(self.values[0, :, 2].sum())

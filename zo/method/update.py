@@ -1,0 +1,42 @@
+"""How the log's scalars become a change of the weights: schedules and rules, pure functions.
+
+``sgd``:  w <- (1 - lr * weight_decay) * w - lr * mean_k(g_k z_k)
+
+Source: Malladi et al. 2023 (MeZO), with its weight decay (none on biases and norms).
+"""
+
+import math
+from collections.abc import Callable
+
+from zo.method.entry import Entry
+from zo.method.estimator import directions_of, float32
+from zo.method.perturbation import Change
+
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda done: 1.0,
+    "linear": lambda done: 1.0 - done,
+    "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),
+}
+"""Factor of the learning rate by the share of the steps after the warm-up that is done, 0 at the first of them."""
+
+
+def learning_rate(step: int, steps: int, lr: float, schedule: str, warmup_steps: int) -> float:
+    """Learning rate of step 1 .. steps: a linear rise over the warm-up, then the schedule."""
+    if step <= warmup_steps:
+        return lr * step / (warmup_steps + 1)
+    return lr * SCHEDULES[schedule]((step - 1 - warmup_steps) / max(1, steps - warmup_steps))
+
+
+def sgd(entry: Entry, weight_decay: float) -> Change:
+    """One entry as the change of a block, the decay of its matrices included."""
+    directions = len(entry.scalars)
+    return Change(
+        step=entry.step,
+        directions=directions_of(entry.step, directions),
+        coefficients=tuple(float32(-entry.lr * g / directions) for g in entry.scalars),
+        decay=float32(1.0 - entry.lr * weight_decay),
+    )
+
+
+RULES: dict[str, Callable[[Entry, float], Change]] = {"sgd": sgd}
+"""The rules, by the name that ``update.name`` takes."""

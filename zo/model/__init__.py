@@ -1,0 +1,1 @@
+"""A Hugging Face model as blocks: layout, weights, lockstep."""

@@ -1,0 +1,191 @@
+"""Find the blocks of any model: what one visit serves.
+
+A layer is a member of an outermost ``nn.ModuleList`` whose members are all transformers'
+``GradientCheckpointingLayer``; layers, and the topmost modules outside them that own parameters directly, are the
+groups that give addresses. With unit ``layer`` they are the blocks; with ``module`` every module that owns
+parameters is one, and a large vocabulary (embedding, head) is cut into chunks of rows. Modules that share a
+parameter are one block with several entrances. No model family is named anywhere.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Sequence
+
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from zo.errors import UserError
+from zo.method.perturbation import ALIGNMENT
+from zo.model.layout import Layout, Part, Placed, Spec, cut, lay_out
+
+CHUNK_BYTES = 32 * 2**20
+"""Rows of a vocabulary that one block of unit ``module`` holds, at most."""
+
+Grouped = list[tuple[list[str], list[Spec]]]
+
+
+def layer_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """The outermost lists of transformer layers, by module name; empty for a model that is not of transformers."""
+    found: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or any(
+            name.startswith(f"{outer}.") for outer in found
+        ):
+            continue
+        if len(module) and all(isinstance(member, GradientCheckpointingLayer) for member in module):
+            found[name] = module
+    return found
+
+
+def tied(model: nn.Module, trainable: bool = True) -> list[tuple[str, ...]]:
+    """All names of each parameter that is trainable, or frozen; tied ones together, in the model's order."""
+    groups: dict[object, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.requires_grad == trainable:
+            # Loaded models tie two Parameter objects on one storage; on meta only identity tells.
+            stored = parameter.device.type != "meta" and parameter.numel() > 0
+            key = (parameter.data_ptr(), parameter.shape) if stored else id(parameter)
+            groups[key].append(name)
+    return [tuple(names) for names in groups.values()]
+
+
+def find_layout(model: nn.Module, unit: str = "layer", whole: Collection[str] = ()) -> Layout:
+    """Cut a model into blocks and give its trainable parameters their addresses.
+
+    Args:
+        model: its parameters may be on meta.
+        unit: ``layer`` or ``module``.
+        whole: modules that are one block with all they hold, as :func:`pattern` names them.
+
+    Raises:
+        UserError: no parameter is trainable, or one is owned by a module around the layers, which no visit can serve.
+    """
+    names = tied(model)
+    if not names:
+        raise UserError("the model has no trainable parameter; set requires_grad on those to train")
+    lists = layer_lists(model)
+    layers = {f"{name}.{i}" for name, members in lists.items() for i in range(len(members))}
+    # Frozen parameters of a layer travel with it; others stay where the model computes.
+    names += [n for n in tied(model, trainable=False) if all(_inside(name, layers) for name in n)]
+    names.sort(key=_order(model))
+    layout = lay_out(_merge(model, names, _group_entrance(names, lists, layers)))
+    if unit == "layer":
+        return layout
+
+    def owner(parameter: str) -> str:
+        return next(
+            (m for m in _modules_above(parameter) if pattern(m, lists) in whole),
+            parameter.rpartition(".")[0],
+        )
+
+    placed = {p.name: p for g in layout.groups for p in (part.parameter for part in g.parts)}
+    pieces: list[tuple[Sequence[str], Sequence[Part]]] = []
+    for modules, specs in _merge(model, names, owner):
+        parameters = [placed[s.names[0]] for s in specs]
+        chunks = _chunks(model, modules, parameters, layers, whole)
+        pieces += [((), (chunk,)) for chunk in chunks] or [(modules, [Part(p) for p in parameters])]
+    return cut(layout, pieces)
+
+
+def pattern(module: str, lists: Collection[str]) -> str:
+    """A module's name with the number of its layer left open: the same module of every layer."""
+    within = next((name for name in lists if module.startswith(f"{name}.")), None)
+    return module if within is None else within + re.sub(r"^\.\d+", ".*", module[len(within) :])
+
+
+def _modules_above(parameter: str) -> list[str]:
+    """The modules that hold a parameter, outermost first."""
+    path = parameter.split(".")[:-1]
+    return [".".join(path[:n]) for n in range(len(path) + 1)]
+
+
+def _inside(parameter: str, layers: Collection[str]) -> str | None:
+    """The layer that holds a parameter, if one does."""
+    return next((m for m in _modules_above(parameter) if m in layers), None)
+
+
+def _order(model: nn.Module) -> Callable[[tuple[str, ...]], int]:
+    """Sorts groups of names into the model's order."""
+    place = {name: i for i, (name, _) in enumerate(model.named_parameters(remove_duplicate=False))}
+    return lambda names: place[names[0]]
+
+
+def _group_entrance(
+    groups: Sequence[tuple[str, ...]], lists: Collection[str], layers: Collection[str]
+) -> Callable[[str], str]:
+    owners = {name.rpartition(".")[0] for names in groups for name in names}
+
+    def around(module: str) -> bool:
+        return any(name.startswith(f"{module}." if module else "") for name in lists)
+
+    def entrance(parameter: str) -> str:
+        """The module that a visit waits at for this parameter."""
+        if layer := _inside(parameter, layers):
+            return layer
+        above = _modules_above(parameter)
+        if around(above[-1]):
+            raise UserError(
+                f"parameter {parameter} belongs to no block: its module {above[-1] or '(root)'} lies around the "
+                "transformer layers; freeze it (requires_grad=False) or use a model without it"
+            )
+        return next(m for m in above if not around(m) and m in owners)
+
+    return entrance
+
+
+def _merge(
+    model: nn.Module, groups: Sequence[tuple[str, ...]], entrance: Callable[[str], str]
+) -> Grouped:
+    """Blocks as (entrances, parameters): entrances that share a parameter are joined."""
+    named = dict(model.named_parameters(remove_duplicate=False))
+    joined: dict[str, list[str]] = {}
+    for names in groups:
+        members = {m: None for name in names for m in joined.get(entrance(name), [entrance(name)])}
+        block = list(members)
+        joined.update(dict.fromkeys(block, block))
+    blocks: dict[int, tuple[list[str], list[Spec]]] = {}
+    for names in groups:
+        parameter, modules = named[names[0]], joined[entrance(names[0])]
+        spec = Spec(names, tuple(parameter.shape), parameter.dtype, not parameter.requires_grad)
+        blocks.setdefault(id(modules), (modules, []))[1].append(spec)
+    return list(blocks.values())
+
+
+def _chunks(
+    model: nn.Module,
+    modules: Sequence[str],
+    parameters: Sequence[Placed],
+    layers: Collection[str],
+    whole: Collection[str],
+) -> list[Part]:
+    """A vocabulary's matrix in parts; empty for what is small, or is read in another way than by rows."""
+    matrix = parameters[0]
+    itemsize, shape = matrix.spec.dtype.itemsize, matrix.spec.shape
+    if len(parameters) > 1 or len(shape) != 2 or matrix.numel * itemsize <= CHUNK_BYTES:
+        return []
+    if any(
+        m in whole or _inside(f"{m}.weight", layers) or not read_by_rows(model.get_submodule(m))
+        for m in modules
+    ):
+        return []
+    rows = max(ALIGNMENT, CHUNK_BYTES // (shape[1] * itemsize) // ALIGNMENT * ALIGNMENT)
+    return [
+        Part(matrix, (first, min(first + rows, shape[0]))) for first in range(0, shape[0], rows)
+    ]
+
+
+def read_by_rows(module: nn.Module) -> bool:
+    """Whether a module is a plain lookup or a plain head, each row of whose weight makes its part of the result."""
+    # A subclass with a forward of its own may read its weight in any way.
+    if isinstance(module, nn.Embedding):
+        return type(module).forward is nn.Embedding.forward and module.max_norm is None
+    return type(module) is nn.Linear and module.bias is None
+
+
+def callables(model: nn.Module) -> Iterator[str]:
+    """Names of the modules that are called, and not only hold others."""
+    for name, module in model.named_modules():
+        if not isinstance(
+            module, nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict
+        ):
+            yield name

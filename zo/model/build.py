@@ -1,0 +1,279 @@
+"""Build and load models through transformers, whatever their family: configuration, tokenizer, skeleton, weights."""
+
+import copy
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
+from transformers.core_model_loading import build_glob_alternation
+from transformers.utils import logging
+
+from zo.config.schema import ModelConfig
+from zo.errors import UserError
+from zo.io import quickstart as assets
+from zo.io.engines import Engine
+from zo.model.checkpoint import ShardBase, shard_files
+from zo.model.info import ModelInfo
+from zo.model.source import Base, RandomBase
+
+# Bars of a second's loading would stand between the run's own lines, once a rank.
+logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+AUTO_CLASS = {
+    "causal-lm": AutoModelForCausalLM,
+    "sequence-classification": AutoModelForSequenceClassification,
+}
+"""transformers' builders, by the name that ``model.task`` takes."""
+ATTENTION_WORDS = re.compile(
+    "attn_implementation|attention implementation|[Ff]lash ?[Aa]ttention|flash_attn|flex"
+)
+"""Words of transformers' errors about ``attn_implementation``."""
+NARROW_HEAD = 16
+"""Width of an attention head in a narrow copy."""
+WIDTHS, LENGTHS = (
+    re.compile("hidden|emb|model|dim|width"),
+    re.compile("max|position|vocab|layers|seq"),
+)
+"""Keys of a configuration that tell a width, and that do not though they hold the same number."""
+
+
+class Source:
+    """A model before its weights are read: where it lies, its configuration, its head and its tokenizer."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        """Read a model's configuration.
+
+        Raises:
+            UserError: no such folder or hub id, or the configuration is of no known kind.
+        """
+        if not config.name:
+            raise UserError(
+                "model.name is empty; give a hub id or a folder that holds a config.json"
+            )
+        self.config = config
+        self.path = (
+            str(assets.model_folder(config.name)) if config.name in assets.MODELS else config.name
+        )
+        self.hub = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+        self.hf_config: Any = self._read("model.name", self.path, AutoConfig)
+        self.task = self._task()
+
+    def _read(self, key: str, path: str, kind: Any) -> Any:
+        """Read a configuration or a tokenizer, from a folder or the hub."""
+        folder = Path(path).expanduser()
+        looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
+        if looks_local and not folder.is_dir():
+            raise UserError(
+                f"{key}={path} is no folder; give an existing folder or a hub id such as facebook/opt-125m"
+            )
+        try:
+            return kind.from_pretrained(str(folder) if folder.is_dir() else path, **self.hub)
+        except (OSError, ValueError) as error:
+            if "trust_remote_code" in str(error):
+                raise UserError(
+                    f"{key}={path} brings code of its own, which runs only if you say so: read it, then start train.py "
+                    "with model.trust_remote_code=true, evaluate.py or export.py of a run with trust_remote_code=true"
+                ) from error
+            raise UserError(f"{key}={path} cannot be read: {_first_line(error)}") from error
+
+    def _task(self) -> str:
+        if self.config.task != "auto":
+            return self.config.task
+        architectures = self.hf_config.architectures or [""]
+        classifier = architectures[0].endswith("ForSequenceClassification")
+        return "sequence-classification" if classifier else "causal-lm"
+
+    def tokenizer(self) -> Any:
+        """The tokenizer of ``model.tokenizer``, else of the model.
+
+        Raises:
+            UserError: there is none.
+        """
+        name = self.config.tokenizer
+        return self._read(
+            "model.tokenizer" if name else "model.name", name or self.path, AutoTokenizer
+        )
+
+    def set_classes(self, names: list[str], pad_token_id: int) -> None:
+        """Size a classifier's head; without effect on a language model."""
+        if self.task == "sequence-classification":
+            self.hf_config.num_labels = len(names)
+            self.hf_config.id2label = dict(enumerate(names))
+            self.hf_config.label2id = {name: i for i, name in enumerate(names)}
+            if getattr(self.hf_config, "pad_token_id", None) is None:
+                self.hf_config.pad_token_id = pad_token_id
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes of a checkpoint that is a classifier already."""
+        if self.config.weights == "random" or not (self.hf_config.architectures or [""])[
+            0
+        ].endswith("Classification"):
+            return []
+        return [name for _, name in sorted(self.hf_config.id2label.items())]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Stored dtype of the weights."""
+        return getattr(torch, self.config.dtype)  # type: ignore[no-any-return]
+
+    def skeleton(self) -> nn.Module:
+        """The model with real buffers and parameters on meta, each of the type it will have.
+
+        Raises:
+            UserError: transformers has no model of this kind for the configuration.
+        """
+        try:
+            return self._on_meta(self.hf_config)  # type: ignore[no-any-return]
+        except UserError:
+            raise
+        except ValueError as error:
+            raise UserError(
+                f"model.name={self.config.name} has no {self.task} model: {_first_line(error)}"
+            ) from error
+
+    def narrow(self, skeleton: nn.Module) -> nn.Module | None:
+        """A model of the same structure and a small width, for the self-check; ``None`` where there is none.
+
+        A layer of a large model has gigabytes, and where its weights are read does not depend on its width.
+        """
+        config, width = (
+            copy.deepcopy(self.hf_config),
+            getattr(self.hf_config.get_text_config(), "hidden_size", 0),
+        )
+        heads = getattr(config.get_text_config(), "num_attention_heads", 0)
+        if not width or not heads or width <= heads * NARROW_HEAD:
+            return None
+        for part in {id(c): c for c in (config, config.get_text_config())}.values():
+            for key, value in list(vars(part).items()):
+                if (
+                    value == width
+                    and type(value) is int
+                    and WIDTHS.search(key)
+                    and not LENGTHS.search(key)
+                ):
+                    setattr(part, key, heads * NARROW_HEAD)
+            if isinstance(getattr(part, "head_dim", None), int):
+                part.head_dim = NARROW_HEAD
+        try:
+            model = self._on_meta(config)
+        except (ValueError, RuntimeError, AttributeError):
+            return None  # The model as it is will do.
+        same = [n for n, _ in model.named_parameters()] == [
+            n for n, _ in skeleton.named_parameters()
+        ]
+        return model if same else None
+
+    def check_positions(self, max_tokens: int) -> None:
+        """Check that a sequence has no more tokens than the model has positions.
+
+        Raises:
+            UserError: it has.
+        """
+        text = self.hf_config.get_text_config()
+        # Names of configuration keys, the common one first; a model without any has no limit.
+        found = (
+            (key, getattr(text, key, None))
+            for key in ("max_position_embeddings", "n_positions", "n_ctx")
+        )
+        key, limit = next(
+            ((k, n) for k, n in found if isinstance(n, int) and n > 0), ("", max_tokens)
+        )
+        if max_tokens > limit:
+            raise UserError(
+                f"batch.max_tokens={max_tokens} is more than the {limit} positions of model.name={self.config.name} "
+                f"({key}); use at most {limit}"
+            )
+
+    def _on_meta(self, hf_config: Any) -> Any:
+        asked = self.config.attention
+        try:
+            with init_empty_weights(include_buffers=False):
+                model = AUTO_CLASS[self.task].from_config(  # type: ignore[no-untyped-call]
+                    hf_config,
+                    dtype=self.dtype,
+                    # None: sdpa where the model's class supports it, else eager.
+                    attn_implementation=None if asked == "auto" else asked,
+                    trust_remote_code=self.config.trust_remote_code,
+                )
+        except (ValueError, ImportError) as error:
+            if asked == "auto" or not ATTENTION_WORDS.search(str(error)):
+                raise
+            raise UserError(
+                f"model.attention={asked} does not work for model.name={self.config.name}: {_first_line(error)}; use "
+                f"{' or '.join(self._attentions(hf_config))}"
+            ) from error
+        # Some families keep some parameters in float32 whatever is asked for; from_config does not know of it.
+        if plan := model._get_dtype_plan(self.dtype):
+            patterns, by_group, _ = build_glob_alternation(list(plan))
+            for name, parameter in model.named_parameters():
+                if found := patterns.search(name):
+                    parameter.data = parameter.data.to(plan[by_group[str(found.lastgroup)]])
+        # Registering on meta makes a new Parameter each time, which parts tied ones.
+        model.tie_weights()
+        return model.eval()
+
+    def _attentions(self, hf_config: Any) -> list[str]:
+        """Return the values of ``model.attention`` that the model's class supports, by its own flags."""
+        auto: Any = AUTO_CLASS[self.task]
+        kind: Any = auto._model_mapping.get(type(hf_config), None)
+        kind = kind[0] if isinstance(kind, list | tuple) else kind
+        flags = {"sdpa": "_supports_sdpa", "flex_attention": "_supports_flex_attn"}
+        flags["flash_attention_2"] = "_supports_flash_attn"
+        return [
+            "auto",
+            "eager",
+            *(name for name, flag in flags.items() if getattr(kind, flag, False)),
+        ]
+
+    def info(self, skeleton: nn.Module) -> ModelInfo:
+        """What data and objective need to know of the model."""
+        return ModelInfo(
+            task=self.task,
+            vocab_size=self.hf_config.get_text_config().vocab_size,
+            accepts=frozenset(inspect.signature(skeleton.forward).parameters),
+        )
+
+    def base(self, skeleton: nn.Module, seed: int, engine: Engine) -> Base:
+        """The model's weights, to be read block by block.
+
+        Args:
+            skeleton: of this source.
+            seed: of random weights and of a head that the checkpoint does not have.
+            engine: reads the shards.
+
+        Raises:
+            UserError: the folder holds no weights, or not all of them.
+        """
+        fresh = RandomBase(skeleton, seed)
+        if self.config.weights == "random":
+            return fresh
+        name = self.config.name
+        try:
+            found = ShardBase(skeleton, shard_files(self.path, self.hub), engine, fresh)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"model.name={name} has no weights that can be read: {_first_line(error)}; give a folder with whole "
+                "safetensors, or model.weights=random"
+            ) from error
+        if found.missing and self.task == "causal-lm":
+            raise UserError(
+                f"model.name={name} lacks {len(found.missing)} weights, {found.missing[0]} first; give a whole "
+                "checkpoint of a causal language model, or model.weights=random"
+            )
+        return found
+
+
+def _first_line(error: Exception) -> str:
+    """What a library says, as one line."""
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,165 @@
+"""What the lanes of a step did and when: a trace for Chrome or Perfetto, and a picture of it.
+
+Lanes: read, upload, a slice's catch-up and gather, replay+perturb, forward of each cell, write-back, and the waiting of
+the compute for a block.
+On a GPU a span on a stream is timed by the stream's own events.
+"""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from zo.errors import UserError
+
+COLOURS = {
+    "read": "#4878a8",
+    "upload": "#6aa5c9",
+    "catch-up": "#e5ae38",
+    "gather": "#937860",
+    "wait": "#c44e52",
+    "replay+perturb": "#dd8452",
+    "forward": "#55a868",
+    "write-back": "#8172b3",
+}
+"""Lanes from top to bottom; those of cells follow one another."""
+
+
+class Clock(Protocol):
+    """The part of :class:`zo.streaming.device.Device` that times work on a stream."""
+
+    def compute_stream(self) -> Any:
+        """Return the stream that the calling thread computes on."""
+        ...
+
+    def record(self, stream: Any) -> Any:
+        """Return an event at the end of what is queued on a stream; on a host, the time."""
+        ...
+
+    def synchronize(self, event: Any) -> None:
+        """Block until an event has passed."""
+        ...
+
+    def elapsed_s(self, start: Any, stop: Any) -> float:
+        """Return the seconds between two events."""
+        ...
+
+
+class Timeline:
+    """Spans of lanes, recorded while ``active``."""
+
+    def __init__(self, clock: Clock) -> None:
+        """Begin empty and inactive; spans on a stream are timed by a device's events."""
+        self.active = False
+        self._clock, self._origin_s = clock, time.perf_counter()
+        self._spans: list[tuple[str, str, Any, Any]] = []
+        self._origin = self._event()
+
+    def _event(self) -> Any:
+        return self._clock.record(self._clock.compute_stream())
+
+    @contextmanager
+    def span(self, lane: str, name: str, on_stream: bool = True) -> Iterator[None]:
+        """Record what happens inside, on the host or, ``on_stream``, on the thread's compute stream."""
+        if not self.active:
+            yield
+            return
+        moment = self._event if on_stream else time.perf_counter
+        start = moment()
+        try:
+            yield
+        finally:
+            self._spans.append((lane, name, start, moment()))
+
+    def spans(self) -> list[tuple[str, str, float, float]]:
+        """Lane, name, start and stop in seconds since the first of them, in the order of their start."""
+
+        def seconds(moment: Any) -> float:
+            if isinstance(moment, float):
+                return moment - self._origin_s
+            self._clock.synchronize(moment)
+            return self._clock.elapsed_s(self._origin, moment)
+
+        found = sorted(
+            ((lane, name, seconds(a), seconds(b)) for lane, name, a, b in self._spans),
+            key=lambda s: s[2],
+        )
+        first = found[0][2] if found else 0.0
+        return [(lane, name, a - first, b - first) for lane, name, a, b in found]
+
+    def save(self, trace: Path, picture: Path, title: str) -> None:
+        """Write both files.
+
+        Raises:
+            UserError: the disk refuses.
+        """
+        spans = self.spans()
+        lanes = sorted({lane for lane, *_ in spans}, key=_place)
+        events: list[dict[str, Any]] = [
+            {"ph": "M", "pid": 1, "tid": i, "name": "thread_name", "args": {"name": lane}}
+            for i, lane in enumerate(lanes)
+        ]
+        events += [
+            {
+                "ph": "X",
+                "pid": 1,
+                "tid": lanes.index(lane),
+                "name": name,
+                "ts": a * 1e6,
+                "dur": (b - a) * 1e6,
+            }
+            for lane, name, a, b in spans
+        ]
+        try:
+            trace.write_text(
+                json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}), encoding="utf-8"
+            )
+            _draw(spans, lanes, picture, title)
+        except OSError as error:
+            raise UserError(
+                f"cannot write {trace}: {error.strerror}; make room, or unset profile.steps"
+            ) from error
+
+
+def _place(lane: str) -> tuple[int, int]:
+    kind, _, number = lane.partition(" ")
+    return list(COLOURS).index(kind), int(number or 0)
+
+
+def check_drawable() -> None:
+    """See that the picture can be drawn, before a run begins.
+
+    Raises:
+        UserError: the library is missing.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            "profile.steps draws with matplotlib, which is missing; install it with: pip install -e '.[profile]', or "
+            "unset profile.steps"
+        ) from error
+
+
+def _draw(
+    spans: list[tuple[str, str, float, float]], lanes: list[str], picture: Path, title: str
+) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(14, 1.4 + 0.45 * len(lanes)), layout="constrained")
+    axes = figure.subplots()
+    for i, lane in enumerate(lanes):
+        bars = [(a, max(b - a, 1e-6)) for found, _, a, b in spans if found == lane]
+        busy = sum(width for _, width in bars)
+        axes.broken_barh(bars, (i - 0.38, 0.76), facecolors=COLOURS[lane.partition(" ")[0]])
+        axes.text(1.005, i, f"{busy:.2f} s", transform=axes.get_yaxis_transform(), va="center")
+    axes.set_yticks(range(len(lanes)), lanes)
+    axes.set_ylim(len(lanes) - 0.5, -0.5)
+    axes.set_xlim(0, max((stop for *_, stop in spans), default=1.0))
+    axes.set_xlabel("seconds")
+    axes.set_title(title, loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="x", alpha=0.3)
+    figure.savefig(picture, dpi=110)

@@ -1,0 +1,35 @@
+"""Scores on held-out batches, shared among all ranks, by forwards of the weights at the newest version."""
+
+from collections.abc import Sequence
+
+import torch
+
+from zo.data.tasks import Batch, Task
+from zo.distributed.process_group import Mesh
+from zo.streaming.replica import Replica
+
+
+@torch.no_grad()
+def evaluate(
+    replica: Replica, task: Task, batches: Sequence[Batch], mesh: Mesh, at_once: int
+) -> dict[str, float]:
+    """Scores of a model, the same on every rank and any mesh.
+
+    Args:
+        replica: the model.
+        task: how a batch is scored.
+        batches: on CPU; rank r of R computes every R-th.
+        mesh: of the run.
+        at_once: batches that one pass over the model serves.
+    """
+    owners = [i % mesh.ranks for i in range(len(batches))]
+    mine = [batch for batch, owner in zip(batches, owners, strict=True) if owner == mesh.rank]
+    cells = [
+        lambda batch=b: task.terms(replica.model, {k: v.to(mesh.device) for k, v in batch.items()})
+        for b in mine
+    ]
+    # Ranks that share slices pass over the model together.
+    passes = -(-max(owners.count(rank) for rank in range(mesh.ranks)) // at_once)
+    table, _ = mesh.gather(replica.plain(cells, at_once, passes), owners, width=3)
+    # Summed in the order of the batches, so that the scores have the same bits on any mesh.
+    return task.summarize([sum(column) for column in table.T.tolist()])

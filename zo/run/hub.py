@@ -1,0 +1,66 @@
+"""A folder on the Hugging Face hub."""
+
+from pathlib import Path
+
+import httpx2
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+from zo.errors import UserError
+from zo.run.model_card import _one_line
+
+COMMIT_MESSAGE = "Weights, card and configuration of a zo run"
+
+
+def push(folder: Path, repo_id: str, private: bool = True) -> str:
+    """Upload a folder to the hub, or to where ``HF_ENDPOINT`` points, with the token of ``HF_TOKEN`` or the login.
+
+    Args:
+        folder: what :func:`write_folder` wrote.
+        repo_id: ``namespace/name``, or a name in the token's own namespace; created if missing. Weights of an earlier
+            push that are not in the folder are deleted.
+        private: refuse a repository that anyone can read; False makes a new one public and leaves an old one as it is.
+
+    Returns:
+        The repository's address.
+
+    Raises:
+        UserError: no folder, no or a wrong token, a bad id, a public repository, or no connection.
+    """
+    if not (folder / "config.json").is_file():
+        raise UserError(f"push={repo_id}: {folder} holds no exported model; export it first")
+    try:
+        api = HfApi()
+        url = api.create_repo(repo_id, private=private, exist_ok=True)
+        if private and not api.model_info(url.repo_id).private:
+            raise UserError(
+                f"push={repo_id} exists and is public; use another name, or ask for a public one"
+            )
+        stale = ["*.safetensors", "*.safetensors.index.json"]
+        api.upload_folder(
+            repo_id=url.repo_id,
+            folder_path=folder,
+            delete_patterns=stale,
+            commit_message=COMMIT_MESSAGE,
+        )
+    except UserError:
+        raise
+    # RuntimeError: how huggingface_hub wraps a failed upload of one file, and what its Rust part raises.
+    except (httpx2.HTTPError, OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"push={repo_id} failed: {_advice(error)}") from error
+    return str(url)
+
+
+def _advice(error: BaseException) -> str:
+    """What went wrong and the remedy, in one line."""
+    cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
+    said = _one_line(cause)[:300]
+    if isinstance(cause, HfHubHTTPError):
+        if cause.response.status_code in (401, 403):
+            return f"the hub refuses the token ({said}); run `hf auth login`, or set HF_TOKEN to one with write access"
+        return f"the hub answers {said}"
+    if isinstance(cause, HFValidationError):
+        return f"{said}; give it as namespace/name"
+    if isinstance(cause, OfflineModeIsEnabled):
+        return "offline mode is on; unset HF_HUB_OFFLINE"
+    return f"{said or type(cause).__name__}; check the connection and HF_ENDPOINT, then push the folder again"

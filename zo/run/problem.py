@@ -1,0 +1,91 @@
+"""What a run trains: a model, an objective and batches, from a configuration or from the user's own hands."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from zo.config.schema import Config
+from zo.data.batches import build_data, pad_id
+from zo.data.rows import Rows
+from zo.data.tasks import Batch, Task
+from zo.errors import UserError
+from zo.io.engines import Engine
+from zo.model.build import Source
+from zo.model.source import Base, OwnBase
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A model before its weights are read, and what it is trained on."""
+
+    skeleton: nn.Module
+    """The model's structure; its parameters may be on meta, and stay there."""
+    build: Callable[[], nn.Module]
+    """The model that will compute; its weights come from the base."""
+    base: Callable[[Engine], Base]
+    """Where the weights come from, given what reads files."""
+    objective: Callable[[nn.Module, Batch], Tensor]
+    """Model and batch -> sum of losses and number of terms."""
+    batches: Callable[[int, int], Batch]
+    """Step, from 0, and column -> micro-batch."""
+    data_checksum: str = ""
+    task: Task | None = None
+    dev_batches: Sequence[Batch] = ()
+    tokenizer: Any = None
+    exportable: bool = False
+    """Whether the model can be written as a Hugging Face folder."""
+    narrow: nn.Module | None = None
+    """A model of the same structure and a small width, on meta."""
+    own: bool = False
+    """Whether the model is the user's object, which is to have the trained weights in the end."""
+
+
+def own_problem(
+    model: nn.Module,
+    objective: Callable[[nn.Module, Batch], Tensor],
+    batches: Callable[[int, int], Batch],
+) -> Problem:
+    """A user's own model, objective and batches."""
+    return Problem(
+        model,
+        model.eval,
+        lambda engine: OwnBase(model),
+        objective,
+        batches,
+        exportable=hasattr(model, "save_pretrained"),
+        own=True,
+    )
+
+
+def build_problem(config: Config) -> Problem:
+    """What a configuration names, read from folders or the hub; the weights are not read yet.
+
+    Raises:
+        UserError: what is wrong with the model's name, its tokenizer, or the data.
+    """
+    if not config.data.name:
+        raise UserError("data.name is empty; give a file, a hub id, a task or synthetic")
+    source, rows = Source(config.model), Rows(config.data)
+    source.check_positions(config.batch.max_tokens)
+    tokenizer = None if rows.synthetic else source.tokenizer()
+    classes = (
+        rows.class_names(source.class_names) if source.task == "sequence-classification" else []
+    )
+    source.set_classes(classes, pad_id(tokenizer))
+    skeleton = source.skeleton()
+    data = build_data(rows, config, tokenizer, source.info(skeleton), classes)
+    return Problem(
+        skeleton=skeleton,
+        build=source.skeleton,
+        base=lambda engine: source.base(skeleton, config.run.seed, engine),
+        objective=data.task.objective,
+        batches=data.batches,
+        data_checksum=data.checksum,
+        task=data.task,
+        dev_batches=data.dev_batches,
+        tokenizer=tokenizer,
+        exportable=True,
+        narrow=source.narrow(skeleton),
+    )

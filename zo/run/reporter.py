@@ -1,0 +1,165 @@
+"""Everything that a run reports while it runs: metrics, progress, warnings and the timeline."""
+
+import time
+from typing import Any
+
+from zo.config.schema import Config
+from zo.distributed.mesh import idle_report
+from zo.distributed.process_group import Mesh
+from zo.errors import UserError
+from zo.method import estimator
+from zo.method.table import LossTable
+from zo.observe.metrics import MetricsFile, Progress, memory
+from zo.state.log import Log
+from zo.state.run_folder import RunFolder
+from zo.streaming.cache import Traffic
+from zo.streaming.replica import Replica
+
+FIRST_ORDER_LR = 1e-5
+"""Full fine-tuning by Gaussian directions diverges from about here; MeZO's authors use 1e-7 to 1e-6."""
+
+
+class Reporter:
+    """The reports of one run; rank 0 writes files and speaks, the others count."""
+
+    def __init__(
+        self, config: Config, mesh: Mesh, folder: RunFolder, log: Log, replica: Replica
+    ) -> None:
+        """Open the metrics file behind the last step of the log."""
+        self.config, self.mesh, self.folder, self.log, self.replica = (
+            config,
+            mesh,
+            folder,
+            log,
+            replica,
+        )
+        self.scores: dict[str, float] = {}
+        """The newest scores on held-out data."""
+        self.progress = Progress(config.run.steps, log.version, mesh.rank == 0)
+        say = self.progress.say
+        self.metrics = (
+            MetricsFile(folder.metrics_file, log.version, say) if mesh.rank == 0 else None
+        )
+        self._skipped_in_a_row = 0
+        self._started, self._before, self._sent = 0.0, Traffic(), 0
+
+    def say_first(self, table: LossTable) -> None:
+        """Print what the run is, what it needs, and where it stands."""
+        config, layout, shape = self.config, self.replica.layout, self.mesh.shape
+        self.progress.say(
+            f"{config.recipe or 'run'} in {self.folder.path}: {layout.numel / 1e6:.1f} M parameters in "
+            f"{len(layout.blocks)} blocks, {config.model.dtype} on {self.mesh.device}, store {config.memory.store}, "
+            f"table {table.rows} x {table.columns} on mesh {shape.perturb} x {shape.data} x {shape.slice}; "
+            f"{self.replica.budget()}"
+        )
+        settings, batch = config.estimator, config.batch
+        rows_of = estimator.rows_of(settings.name)
+        if idle := idle_report(shape, rows_of, settings.directions, batch.sequences, batch.micro):
+            self.progress.say(idle)
+        if config.estimator.distribution == "gaussian" and config.update.lr >= FIRST_ORDER_LR:
+            self.progress.say(
+                f"update.lr={config.update.lr} looks like a rate for gradients; full fine-tuning by Gaussian "
+                "directions usually diverges there: MeZO's authors use 1e-7 to 1e-6 for all parameters, 1e-4 for LoRA"
+            )
+        if self.log.cut_bytes:
+            self.progress.say(f"cut {self.log.cut_bytes} bytes of an unfinished entry from the log")
+        if self.log.version:
+            self.progress.say(
+                f"resuming {self.folder.path} after step {self.log.version} of {config.run.steps}"
+            )
+
+    def begin_step(self) -> None:
+        """Start the clock of a step."""
+        self.replica.timeline.active = self.log.version + 1 in self.config.profile.range
+        self._started, self._before, self._sent = (
+            time.monotonic(),
+            self.replica.traffic(),
+            self.mesh.scalar_bytes,
+        )
+
+    def end_step(self, loss: float, skipped: int, tokens: int) -> None:
+        """Record a step, and warn of one that moved nothing.
+
+        Raises:
+            UserError: no step of the last ``run.max_skipped`` had a finite loss.
+        """
+        step_s, now, entry = (
+            time.monotonic() - self._started,
+            self.replica.traffic(),
+            self.log.entries[-1],
+        )
+        values: dict[str, Any] = {
+            "step": entry.step,
+            "loss": loss,
+            "scalars": list(entry.scalars),
+            "lr": entry.lr,
+            "step_s": round(step_s, 6),
+            "tokens": tokens,
+            "tokens_per_s": round(tokens / step_s, 3),
+            "read_bytes": now.read_bytes - self._before.read_bytes,
+            "written_bytes": now.written_bytes - self._before.written_bytes,
+            "gathered_bytes": now.gathered_bytes - self._before.gathered_bytes,
+            "scalar_bytes": self.mesh.scalar_bytes - self._sent,
+            "wait_share": round((now.wait_s - self._before.wait_s) / step_s, 4),
+            **memory(self.mesh.device),
+        }
+        if self.metrics:
+            self.metrics.write(values | ({"skipped": skipped} if skipped else {}))
+        self.progress.step(values, self.scores)
+        self._warn(entry.step, entry.scalars, skipped)
+        for name in self.replica.corrupt():
+            self.progress.say(
+                f"block {name} was corrupt on disk and was rebuilt from the base and the log"
+            )
+        if entry.step in self.config.profile.range[-1:]:
+            self.replica.timeline.active = False
+            self._draw_timeline()
+
+    def _warn(self, step: int, scalars: tuple[float, ...], skipped: int) -> None:
+        if skipped:
+            self.progress.say(
+                f"step {step}: {skipped} of {len(scalars)} directions had no finite loss and count as zero"
+            )
+        elif not any(scalars):
+            self.progress.say(
+                f"step {step}: every projected gradient is exactly zero: the loss does not feel the perturbation; "
+                "raise estimator.eps, or store the weights in float32"
+            )
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped == len(scalars) else 0
+        if self._skipped_in_a_row >= self.config.run.max_skipped:
+            raise UserError(
+                f"no finite loss in {self._skipped_in_a_row} steps in a row (run.max_skipped), the last is step "
+                f"{step}: the run has diverged or overflows; begin anew with a smaller update.lr, or "
+                "model.dtype=float32 or bfloat16 in place of float16"
+            )
+
+    def known_scores(self, step: int) -> dict[str, float] | None:
+        """Return the scores of a step that an earlier process recorded, on every rank."""
+        known: dict[str, float] | None = self.mesh.broadcast(
+            self.metrics.scores.get(step) if self.metrics else None
+        )
+        return known
+
+    def evaluated(self, step: int, scores: dict[str, float], is_new: bool) -> None:
+        """Record and print the scores of a step."""
+        self.scores = scores
+        if self.metrics and is_new:
+            self.metrics.write({"step": step, "eval": scores})
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in scores.items())
+        self.progress.say(f"step {step}/{self.config.run.steps}  dev {shown}")
+
+    def _draw_timeline(self) -> None:
+        if self.mesh.rank == 0:
+            memory, steps = self.config.memory, self.config.profile.steps
+            settings = (
+                f"store {memory.store}, unit {memory.unit}, {memory.slots} slots, lag {memory.lag}"
+            )
+            title = f"{self.config.model.name or 'own model'}, steps {steps}: {settings}"
+            folder = self.folder.path
+            self.replica.timeline.save(folder / "timeline.json", folder / "timeline.png", title)
+
+    def close(self) -> None:
+        """Close the metrics file and leave the bar as it stands."""
+        self.progress.close()
+        if self.metrics:
+            self.metrics.close()

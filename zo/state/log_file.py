@@ -1,0 +1,201 @@
+"""The bytes of a log: writing a header, reading entries, telling a torn tail from damage, repair."""
+
+import json
+import os
+import struct
+import zlib
+from dataclasses import dataclass
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from zo.errors import UserError
+from zo.io.atomic import sync_folder
+from zo.method.entry import Entry
+
+MAGIC = b"ZOLOG1\n"
+
+
+_U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
+
+
+MOST_DIRECTIONS = 2**24
+"""Of one step: 64 MiB of scalars."""
+
+
+HEADER_TYPES: dict[str, type | tuple[type, ...]] = {
+    "run": str,
+    "base": str,
+    "data": str,
+    "directions": int,
+    "distribution": str,
+    "rule": str,
+    "seed": int,
+    "weight_decay": (int, float),
+}
+
+
+def _packer(directions: int) -> struct.Struct:
+    return struct.Struct(f"<QQd{directions}f")
+
+
+def _header_bytes(header: dict[str, Any]) -> bytes:
+    text = json.dumps(header, sort_keys=True).encode()
+    body = MAGIC + _U32.pack(len(text)) + text
+    return body + _U32.pack(zlib.crc32(body))
+
+
+@dataclass(frozen=True)
+class _Scan:
+    """The content of a log file."""
+
+    header: dict[str, Any]
+    entries: list[Entry]
+    """The valid ones from the first step on."""
+    end: int
+    """Bytes of header and entries."""
+    checksum: int
+    """Running checksum there."""
+    damage: str
+    """Why the log is no log with a torn tail; empty if it may be one."""
+
+
+def _parse_header(data: bytes, path: Path) -> tuple[dict[str, Any], int, int]:
+    """Header, its bytes with its checksum, and the checksum."""
+    start = len(MAGIC) + _U32.size
+    if len(data) < start or not data.startswith(MAGIC):
+        raise UserError(f"{path} is not a log of zo: it does not begin with {MAGIC!r}")
+    end = start + _U32.unpack_from(data, len(MAGIC))[0]
+    checksum = zlib.crc32(data[:end])
+    if len(data) < end + _U32.size or _U32.unpack_from(data, end)[0] != checksum:
+        raise UserError(
+            f"{path} has a damaged header; take a copy of the log from elsewhere, or begin a new run"
+        )
+    try:
+        header = json.loads(data[start:end])
+    except (ValueError, RecursionError):
+        header = None
+    wrong = _wrong_in(header)
+    if wrong:
+        raise UserError(
+            f"{path} has a header that cannot be used: {wrong}; take a copy of the log from elsewhere, or begin a "
+            "new run"
+        )
+    return header, end + _U32.size, checksum
+
+
+def _wrong_in(header: Any) -> str:
+    """The first thing that is wrong in a header, or nothing."""
+    if not isinstance(header, dict):
+        return "it is not a JSON object"
+    for key, kind in HEADER_TYPES.items():
+        value = header.get(key)
+        if key in header and (not isinstance(value, kind) or isinstance(value, bool)):
+            return f"{key}={str(value)[:40]!r} has a wrong type"
+    if not 1 <= header.get("directions", 0) <= MOST_DIRECTIONS:
+        return f"directions={header.get('directions')} is not a number from 1 to {MOST_DIRECTIONS}"
+    if not isfinite(header.get("weight_decay", 0.0)):
+        return f"weight_decay={header['weight_decay']} is not finite"
+    return ""
+
+
+def _scan(data: bytes, path: Path) -> _Scan:
+    header, end, checksum = _parse_header(data, path)
+    packer, damage = _packer(header["directions"]), ""
+    entries: list[Entry] = []
+    while end + packer.size + _U32.size <= len(data):
+        body = data[end : end + packer.size]
+        following = zlib.crc32(body, checksum)
+        if _U32.unpack_from(data, end + packer.size)[0] != following:
+            break
+        step, position, lr, *scalars = packer.unpack(body)
+        if step != len(entries) + 1:
+            break
+        if not (isfinite(lr) and all(map(isfinite, scalars))):
+            damage = f"step {step} has a number that is not finite"
+            break
+        entries.append(Entry(step, position, lr, tuple(scalars)))
+        end, checksum = end + packer.size + _U32.size, following
+    if not damage and (later := _valid_after(data, packer, end, checksum)):
+        damage = f"step {len(entries) + 1} is damaged and steps after it are whole ({later} is)"
+    return _Scan(header, entries, end, checksum, damage)
+
+
+def _valid_after(data: bytes, packer: struct.Struct, end: int, checksum: int) -> int:
+    """The step of a valid entry after an invalid one at ``end``, or 0: what tells damage from a torn tail.
+
+    An entry's checksum continues the one stored before it, so that an entry can be checked wherever it lies.
+    """
+    size = packer.size + _U32.size
+    if len(data) < end + 2 * size:
+        return 0
+    most = len(data) // size + 1
+    # Where only the invalid entry's own checksum is wrong, the next continues the one that it should have.
+    before = zlib.crc32(data[end : end + packer.size], checksum)
+    if _U32.unpack_from(data, end + 2 * size - _U32.size)[0] == zlib.crc32(
+        data[end + size : end + size + packer.size], before
+    ):
+        return int(_U64.unpack_from(data, end + size)[0])
+    # Byte by byte: some may have been lost or put in.
+    for at in range(end + 1, len(data) - size + 1):
+        step = _U64.unpack_from(data, at)[0]
+        if 0 < step <= most and _U32.unpack_from(data, at + packer.size)[0] == zlib.crc32(
+            data[at : at + packer.size], _U32.unpack_from(data, at - _U32.size)[0]
+        ):
+            return int(step)
+    return 0
+
+
+def _intact(data: bytes, path: Path) -> _Scan:
+    """The content of a log that is whole but for a torn tail.
+
+    Raises:
+        UserError: it is damaged before its end.
+    """
+    found = _scan(data, path)
+    if found.damage:
+        raise UserError(
+            f"{path} is damaged: {found.damage}; nothing was changed: put a copy in its place (of another node, or a "
+            f"backup), or cut it after step {len(found.entries)}: python -m zo.log {path} --repair"
+        )
+    return found
+
+
+def repair(path: Path) -> tuple[int, int, Path] | None:
+    """Cut a damaged log before its damage, and keep a copy of it beside it; only while no run goes on.
+
+    Returns:
+        Steps that are left, bytes that were cut, and the copy; ``None`` for a log that is not damaged.
+
+    Raises:
+        UserError: the header is damaged too, or the disk refuses.
+    """
+    data = _read_bytes(path)
+    found = _scan(data, path)
+    if not found.damage:
+        return None
+    names = (
+        path.with_name(f"{path.name}.damaged{n}") for n in ("", *(f".{i}" for i in range(2, 1000)))
+    )
+    copy = next(name for name in names if not name.exists())
+    try:
+        with open(copy, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        sync_folder(copy.parent)
+        with open(path, "rb+") as file:
+            file.truncate(found.end)
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise UserError(
+            f"cannot repair {path}: {error.strerror}; make room, or repair a copy elsewhere"
+        ) from error
+    return len(found.entries), len(data) - found.end, copy
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read the log {path}: {error.strerror}") from error

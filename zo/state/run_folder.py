@@ -1,0 +1,286 @@
+"""A run's folder: what a run is, its log, its snapshots; made once, opened again to resume.
+
+    config.yaml     resolved configuration, versions, base model and its fingerprint
+    steps.log       the log
+    metrics.jsonl   one object a step and an evaluation
+    snapshots/      weights at some versions, the last two
+    blocks/         what a disk store wrote back, a folder a rank
+    lock            held while a run goes on here
+    model/          the Hugging Face folder at the end
+
+Files appear whole or not at all: written beside, synced, renamed.
+"""
+
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+import yaml
+from safetensors import SafetensorError
+from torch import Tensor
+
+from zo.config.redact import without_secrets_in
+from zo.config.schema import Config
+from zo.errors import UserError
+from zo.io.atomic import sync_folder
+from zo.io.block_file import BLOCK_FILE, Header
+from zo.io.engines import PAGE
+from zo.model.layout import Block, Layout
+from zo.state.log import Log
+from zo.state.snapshot import Snapshot, Writer
+
+RESULT_KEYS = ("model", "data", "batch", "estimator", "update", "run.seed")
+"""Groups and keys that decide a run's bits, so that a resumed run must have the same."""
+SNAPSHOTS_KEPT = 2
+UNFINISHED = {"lock", "blocks", "config.yaml.new", "steps.log.new"}
+"""What a run that ended before its first step may leave."""
+OWN_FOLDERS = ("blocks", "snapshots", "model")
+RANK_FOLDER, SNAPSHOT = re.compile(r"rank-\d{5,}"), re.compile(r"step-\d{9,}\.safetensors")
+"""Names that a run gives: a rank's blocks, a snapshot."""
+MANIFEST = re.compile(r"<!-- Written by zo: (.*) -->")
+"""The line of a model card that names the files of its folder, with " / " between them."""
+WEIGHTS = re.compile(r"model(-\d{5,}-of-\d{5,})?\.safetensors(\.index\.json)?")
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested groups as dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= (
+            flatten(value, f"{prefix}{key}.")
+            if isinstance(value, dict)
+            else {f"{prefix}{key}": value}
+        )
+    return flat
+
+
+def _write_whole(path: Path, text: str) -> None:
+    beside = path.with_name(path.name + ".new")
+    try:
+        with open(beside, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(beside, path)
+    except OSError:
+        with suppress(OSError):
+            beside.unlink()
+        raise
+    sync_folder(path.parent)
+
+
+def manifest(names: Iterable[str]) -> str:
+    """Return the line of a model card that names the files of its folder."""
+    return f"<!-- Written by zo: {' / '.join(sorted(names))} -->"
+
+
+def check_replaceable(folder: Path) -> None:
+    """Refuse to replace a folder unless zo wrote it, or it is missing or empty.
+
+    Raises:
+        UserError: it is a link or a file, or holds a file that its card does not name.
+    """
+    if folder.is_symlink():
+        raise UserError(
+            f"{folder} is a symbolic link, and what it points to would be lost; move it away"
+        )
+    if not folder.exists():
+        return
+    if os.path.ismount(folder):
+        raise UserError(
+            f"{folder} is a mount point, which no folder can replace; use a folder in it: {folder / 'model'}"
+        )
+    if not folder.is_dir():
+        raise UserError(f"{folder} exists and is not an empty folder; choose a new one")
+    try:
+        found = MANIFEST.search((folder / "README.md").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = None
+    ours = {"README.md", *found[1].split(" / ")} if found else set()
+    for path in sorted(folder.iterdir()):
+        named = path.name in ours or (ours and WEIGHTS.fullmatch(path.name))
+        if not named or path.is_symlink() or path.is_dir():
+            raise UserError(
+                f"{folder} would be replaced, and zo did not write {path.name} in it; move it elsewhere"
+            )
+
+
+class Passing(Protocol):
+    """Weights that pass by a block at a time."""
+
+    layout: Layout
+
+    def fingerprint(self, each: Callable[[Block, Sequence[Tensor]], None] | None = None) -> str:
+        """Hash all weights, and give every block to ``each`` on the way."""
+        ...
+
+
+class RunFolder:
+    """Names of a run's files, and what may be done with them."""
+
+    def __init__(self, path: Path) -> None:
+        """Name the folder; nothing is read or written."""
+        self.path = path
+        self.config_file, self.log_file = path / "config.yaml", path / "steps.log"
+        self.metrics_file, self.snapshots, self.model = (
+            path / "metrics.jsonl",
+            path / "snapshots",
+            path / "model",
+        )
+
+    @property
+    def holds_run(self) -> bool:
+        """Whether a run was begun here."""
+        return self.config_file.exists()
+
+    def read_config(self) -> dict[str, Any]:
+        """What ``config.yaml`` says.
+
+        Raises:
+            UserError: there is no run here, or the file is damaged.
+        """
+        try:
+            content = yaml.safe_load(self.config_file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+            raise UserError(
+                f"run.dir={self.path} holds no run that can be read: {' '.join(str(error).split())}"
+            ) from error
+        if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
+            raise UserError(f"run.dir={self.path} holds a damaged config.yaml; use another run.dir")
+        return content
+
+    def check(self, config: Config) -> None:
+        """Refuse a folder that is no place for this run; nothing is written.
+
+        Raises:
+            UserError: it holds another run (says which keys differ), files that are no run, or links or files where
+                this run would replace or delete some.
+        """
+        if not self.holds_run:
+            if foreign := next(self._foreign(), None):
+                raise UserError(
+                    f"run.dir={self.path} is not empty and holds no run ({foreign}); use a new or empty folder"
+                )
+            return
+        self._check_links()
+        if config.export.at_end:
+            check_replaceable(self.model)
+        before, now = (
+            flatten(self.read_config()["config"]),
+            flatten(without_secrets_in(asdict(config))),
+        )
+        keys = [k for k in now if k.startswith(RESULT_KEYS)]
+        if now["update.schedule"] != "constant":
+            keys.append("run.steps")
+        differing = [f"{k} ({before.get(k)} -> {now[k]})" for k in keys if before.get(k) != now[k]]
+        if differing:
+            raise UserError(
+                f"run.dir={self.path} holds another run: {', '.join(differing)}; use another run.dir, or those values"
+            )
+
+    def _foreign(self) -> Iterator[str]:
+        """Yield what lies in the folder that no start of a run leaves there."""
+        for path in sorted(self.path.iterdir()) if self.path.is_dir() else ():
+            sign = path.name.startswith("lock.")
+            if path.is_symlink() or not (sign or path.name in UNFINISHED):
+                yield path.name
+        self._check_links()
+        for rank in sorted((self.path / "blocks").glob("*")):
+            if not RANK_FOLDER.fullmatch(rank.name) or not rank.is_dir():
+                yield f"blocks/{rank.name}"
+            else:
+                found = (path.name for path in sorted(rank.iterdir()))
+                yield from (
+                    f"blocks/{rank.name}/{name}" for name in found if not BLOCK_FILE.fullmatch(name)
+                )
+
+    def _check_links(self) -> None:
+        """Refuse links in place of folders that a run writes and deletes in."""
+        places = [self.path / name for name in OWN_FOLDERS]
+        for place in (*places, *places[0].glob("rank-*"), *places[0].glob("rank-*/*")):
+            if place.is_symlink():
+                raise UserError(
+                    f"run.dir={self.path}: {place.relative_to(self.path)} is a symbolic link, and a run deletes files "
+                    "there; move it away, or make run.dir itself the link"
+                )
+
+    def create(self, config: Config, facts: Mapping[str, Any], header: Mapping[str, Any]) -> Log:
+        """Begin a run here, or end its beginning where a crash cut it short.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            content = without_secrets_in({"config": asdict(config), **facts}) | {
+                "log_header": dict(header)
+            }
+            _write_whole(
+                self.config_file, yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+            )
+            return Log.create(self.log_file, dict(header))
+        except OSError as error:
+            raise UserError(
+                f"run.dir={self.path} cannot be written: {error.strerror}; choose another folder or make room"
+            ) from error
+
+    def left_by_a_log(self) -> list[str]:
+        """Names of what only a run with a log writes."""
+        left = [path for path in (self.metrics_file, self.snapshots) if path.exists()]
+        for path in self.path.glob("blocks/*/*.block"):
+            with open(path, "rb") as file:
+                header = Header.parse(file.read(PAGE))
+            if header is not None and header.version:
+                left.append(path.parent.parent)
+                break
+        return [path.name for path in left]
+
+    def save_snapshot(self, step: int, weights: Passing, base: str) -> None:
+        """Keep the weights of one version; the last two snapshots stay. No more than a block is in memory.
+
+        Raises:
+            UserError: the disk refuses; earlier snapshots and the log are untouched.
+        """
+        path = self.snapshots / f"step-{step:09d}.safetensors"
+        beside = path.with_suffix(".new")
+        try:
+            self.snapshots.mkdir(exist_ok=True)
+            with closing(
+                Writer(beside, weights.layout, {"version": str(step), "base": base})
+            ) as writer:
+                writer.finish(weights.fingerprint(writer.write))
+            os.rename(beside, path)
+            sync_folder(self.snapshots)
+            unfinished = list(self.snapshots.glob("step-*.new"))
+            for old in self._snapshot_files()[:-SNAPSHOTS_KEPT] + unfinished:
+                old.unlink()
+        except OSError as error:
+            beside.unlink(missing_ok=True)
+            raise UserError(
+                f"run.dir={self.path}: snapshot of step {step} cannot be written: {error}; the log is safe: make "
+                "room and start the same command again, or set run.snapshot_every=0"
+            ) from error
+
+    def _snapshot_files(self) -> list[Path]:
+        return sorted(
+            path for path in self.snapshots.glob("step-*") if SNAPSHOT.fullmatch(path.name)
+        )
+
+    def snapshot(self, newest: int, base: str) -> Snapshot | None:
+        """Return the newest snapshot that a log of ``newest`` entries from this base covers, if there is one."""
+        for path in reversed(self._snapshot_files()):
+            try:
+                found = Snapshot(path)
+                if found.base == base and found.version <= newest:
+                    return found
+            except (SafetensorError, OSError, KeyError):
+                continue  # A damaged snapshot is worth nothing: an older one, or the base, and the log are.
+        return None
+
+    def blocks(self, rank: int) -> Path:
+        """Where a rank's disk store keeps the blocks that it wrote back."""
+        return self.path / "blocks" / f"rank-{rank:05d}"

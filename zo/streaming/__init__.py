@@ -1,0 +1,1 @@
+"""Weights that are visited block by block: stores, transfers, cache."""

@@ -1,0 +1,120 @@
+"""The memory of a run, in bytes, computed from a model's layout before anything is allocated.
+
+Constructors take their sizes from here, so the sums that a run prints, and a planner, are what is allocated.
+Activations are not counted: they depend on the forward, and are freed by PyTorch.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from zo.io.engines import PAGE, padded
+from zo.model.layout import Block, Layout, Slice
+
+SMALL = 16
+"""A block is small if the largest is more than so many times its size."""
+PROBES_AT_ONCE = 2
+"""Probes whose weights are in scratch memory at once: the two signs of a direction share its z."""
+STAGING_BUFFERS = 2
+"""Host buffers each way between a disk and a GPU, so that the disk and the link overlap."""
+MIB, GIB = 2**20, 2**30
+
+
+def is_small(size: int, sizes: Sequence[int]) -> bool:
+    """Return whether a block of ``size`` bytes has slots among the small ones."""
+    return size <= max(sizes) // SMALL
+
+
+def slot_capacities(sizes: Sequence[int], slots: int) -> list[int]:
+    """Return the bytes of each slot: the largest blocks' sizes, then the largest of the small ones'."""
+    ordered = sorted(sizes, reverse=True)
+    large = [size for size in ordered if not is_small(size, sizes)][:slots]
+    return large + [size for size in ordered if is_small(size, sizes)][:slots]
+
+
+def slot_bytes(block_bytes: int, slices: int = 1) -> int:
+    """Return the memory of a slot: a page for the header of a file, and slices of whole pages."""
+    return PAGE + slices * padded(-(-block_bytes // slices))
+
+
+def within_slot(slot: Tensor, own: range) -> Tensor:
+    """Return some of a block's bytes in a slot's memory."""
+    return slot[PAGE + own.start : PAGE + own.stop]
+
+
+def scratch_bytes(blocks: Sequence[Block]) -> int:
+    """Return the memory of written probes: two copies of every block but the largest, which may have one."""
+    sizes = sorted((b.trainable_bytes for b in blocks), reverse=True)
+    distinct = sorted(set(sizes), reverse=True)
+    return max(sizes[0], PROBES_AT_ONCE * (distinct[1] if len(distinct) > 1 else distinct[0]))
+
+
+def stored_bytes(layout: Layout, own: Slice) -> int:
+    """Return the bytes of all blocks that one rank stores."""
+    return sum(len(own.within(block)) for block in layout.blocks)
+
+
+def file_bytes(block: Block, own: Slice) -> int:
+    """Return the size of the file of a block's slice."""
+    return PAGE + own.stride(block)
+
+
+def disk_bytes(layout: Layout, own: Slice) -> int:
+    """Return the room of a disk store: a block is written beside its old file, which is kept for the next one."""
+    sizes = [file_bytes(block, own) for block in layout.blocks]
+    return sum(sizes) + sum(set(sizes))
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes of one rank, by what they are for."""
+
+    device: Mapping[str, int]
+    host: Mapping[str, int]
+    disk: Mapping[str, int]
+
+    def __str__(self) -> str:
+        """``device 6.1 GiB = slots 3.4 + scratch 2.7; host ...``, without what is empty."""
+        places = (("device", self.device), ("host", self.host), ("disk", self.disk))
+        return "; ".join(_sum(place, parts) for place, parts in places if any(parts.values()))
+
+
+def _sum(place: str, parts: Mapping[str, int]) -> str:
+    total = sum(parts.values())
+    unit, bytes_a_unit = ("GiB", GIB) if total >= GIB else ("MiB", MIB)
+    terms = " + ".join(f"{name} {size / bytes_a_unit:.1f}" for name, size in parts.items() if size)
+    return f"{place} {total / bytes_a_unit:.1f} {unit} = {terms}"
+
+
+def budget(
+    layout: Layout, store: str, slots: int, own: Slice, on_host: bool, resident_bytes: int
+) -> Budget:
+    """Return what one rank allocates.
+
+    Args:
+        layout: of the model.
+        store: ``device``, ``host`` or ``disk``.
+        slots: ``memory.slots``.
+        own: the slice that the rank keeps.
+        on_host: whether the device that computes is the host.
+        resident_bytes: buffers, and frozen parameters outside the layers.
+    """
+    sizes = [block.size_bytes for block in layout.blocks]
+    device = {"scratch": scratch_bytes(layout.blocks), "buffers": resident_bytes}
+    host: dict[str, int] = {}
+    disk: dict[str, int] = {}
+    if store == "device":
+        device = {"weights": sum(sizes), **device}
+    else:
+        device = {
+            "slots": sum(slot_bytes(c, own.of) for c in slot_capacities(sizes, slots)),
+            **device,
+        }
+    if store == "host":
+        host["weights"] = stored_bytes(layout, own)
+    if store == "disk":
+        disk["blocks"] = disk_bytes(layout, own)
+        if not on_host:
+            host["staging"] = 2 * STAGING_BUFFERS * slot_bytes(max(sizes), own.of)
+    return Budget({}, {**device, **host}, disk) if on_host else Budget(device, host, disk)

@@ -1,0 +1,238 @@
+"""Store ``disk``: the base, read-only, and over it a file for each block that was written back."""
+
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from zo.errors import UserError
+from zo.io import hardware
+from zo.io.atomic import sync_folder
+from zo.io.block_file import BLOCK_FILE, Header, checksum
+from zo.io.engines import PAGE, Engine
+from zo.io.host_memory import return_memory_at_once
+from zo.model.fingerprint import Fingerprint
+from zo.model.layout import WHOLE, Block, Layout, Slice
+from zo.model.source import Base
+from zo.streaming.budget import disk_bytes, file_bytes, slot_bytes, within_slot
+
+
+class DiskStore:
+    """The base, read-only, and a file for each block, or slice of one, that was written back since."""
+
+    is_durable = True
+
+    def __init__(
+        self,
+        layout: Layout,
+        base: Base,
+        engine: Engine,
+        folder: Path,
+        writable: bool = True,
+        slice: Slice = WHOLE,
+    ) -> None:
+        """Read the base once: its fingerprint, and a checksum of each block that later reads are held against.
+
+        Raises:
+            UserError: the disk has too little room, or refuses.
+        """
+        return_memory_at_once()
+        self.layout, self.writable, self.slice = layout, writable, slice
+        self.versions = [0] * len(layout.blocks)
+        self._digest = f"{layout.digest} slice {slice.index} of {slice.of}"
+        self.buffers: Sequence[Tensor] = ()
+        self.corrupt: list[str] = []
+        """Names of blocks whose file was found corrupt, and that are rebuilt from base and log."""
+        self._run: str | None = None
+        """Identity of the run, once its log is known."""
+        self._base, self._engine, self._folder = base, engine, folder
+        self._headers: dict[int, Header] = {}
+        self._spare: dict[int, Path] = {}
+        """Files that a newer one took the place of, one of each size."""
+        self._on_disk = {b.index for b in layout.blocks if self._header(b) is not None}
+        if writable:
+            self._check_room()
+        self._checksums = self._read_base()
+
+    def _check_room(self) -> None:
+        needed = disk_bytes(self.layout, self.slice)
+        held = sum(
+            file_bytes(b, self.slice) for b in self.layout.blocks if b.index in self._on_disk
+        )
+        free = hardware.free_disk_bytes(self._folder)
+        if needed - held > free:
+            raise UserError(
+                f"memory.store=disk needs {needed - held} bytes ({(needed - held) / 2**30:.2f} GiB) in {self._folder} "
+                f"and its disk has {free} free ({free / 2**30:.2f} GiB); make room, or choose a run.dir on another disk"
+            )
+
+    def _read_base(self) -> list[str]:
+        """One pass over the base; blocks that are slow to make are kept on disk at version 0."""
+        checksums: list[str] = []
+        self.base, self.found = "", Fingerprint(self.layout)
+        slot = self._engine.allocate(
+            slot_bytes(max(b.size_bytes for b in self.layout.blocks), self.slice.of)
+        )
+        for block in self.layout.blocks:
+            own = self.slice.within(block)
+            image = within_slot(slot, own)
+            self._base.read(block, self.layout, image, own.start)
+            checksums.append(checksum(image))
+            self.found.add(block, image, own.start)
+            self.found.complete(self._base.read)
+            if self.writable and self._base.costly(block) and block.index not in self._on_disk:
+                self.keep(block, slot, 0)
+        self._base.forget()
+        return checksums
+
+    def open(self, newest: int, run: str) -> None:
+        """Go on with the blocks that an earlier process of the same run wrote.
+
+        Args:
+            newest: entries of the log; a block of a later version is not used.
+            run: identity of the log (:attr:`zo.state.log.Log.identity`); a block of another run is not used.
+        """
+        self._run = run
+        for block in self.layout.blocks:
+            header = self._header(block)
+            if header is None or header.version > newest:
+                continue
+            # Before the first step there is no log: such a block is held against the base itself.
+            if (
+                header.run == run
+                if header.version
+                else header.checksum == self._checksums[block.index]
+            ):
+                self._headers[block.index], self.versions[block.index] = header, header.version
+        if self.writable and self._folder.is_dir():
+            known = {self._path(self.layout.blocks[index]) for index in self._headers}
+            for path in self._folder.iterdir():
+                if path not in known and BLOCK_FILE.fullmatch(path.name):
+                    path.unlink()
+
+    def _path(self, block: Block) -> Path:
+        return self._folder / f"{block.index:06d}.block"
+
+    def _header(self, block: Block) -> Header | None:
+        """What a block's file says, if there is one of this layout."""
+        try:
+            with open(self._path(block), "rb") as file:
+                header = Header.parse(file.read(PAGE))
+        except OSError:
+            return None
+        expected = block.name, self._digest, len(self.slice.within(block))
+        ours = header is not None and (header.block, header.layout, header.size_bytes) == expected
+        return header if ours else None
+
+    def _framed(self, block: Block, slot: Tensor) -> Tensor:
+        """The slice of a block in a slot with the page before it, as a file has them."""
+        start = self.slice.index * self.slice.stride(block)
+        return slot[start : start + file_bytes(block, self.slice)]
+
+    def allocate(self, size_bytes: int) -> Tensor:
+        """See :class:`Store`."""
+        return self._engine.allocate(size_bytes)
+
+    def memory(self, block: Block) -> Tensor | None:
+        """See :class:`Store`."""
+        return None
+
+    def fetch(self, block: Block, slot: Tensor) -> int:
+        """See :class:`Store`; a file that is damaged gives way to the base, so to a replay of the whole log."""
+        image, header = within_slot(slot, self.slice.within(block)), self._headers.get(block.index)
+        if header is not None:
+            framed = self._framed(block, slot)
+            try:
+                self._engine.read(self._path(block), 0, framed)
+                # The whole header, as it is now: another block's file may have come to stand under this name.
+                if (
+                    Header.parse(framed[:PAGE].numpy().tobytes()) == header
+                    and checksum(image) == header.checksum
+                ):
+                    return header.version
+            except OSError:
+                pass  # As good as damaged.
+            self._give_up(block)
+        self._read_anew(block, image)
+        return 0
+
+    def _give_up(self, block: Block) -> None:
+        """Count a block's file as corrupt; the block stands at version 0 from now on."""
+        self.corrupt.append(block.name)
+        del self._headers[block.index]
+        self.versions[block.index] = 0
+
+    def _read_anew(self, block: Block, image: Tensor) -> None:
+        try:
+            self._base.read(block, self.layout, image, self.slice.within(block).start)
+            # A block that is made, or converted, brings what it was made of.
+            self._base.forget()
+        except OSError as error:
+            raise UserError(
+                f"the base model cannot be read any more: {error}; restore it"
+            ) from error
+        if checksum(image) != self._checksums[block.index]:
+            raise UserError(
+                f"the base model changed while the run went on: block {block.name} differs; restore it and start the "
+                "same command again"
+            )
+
+    def keep(self, block: Block, slot: Tensor, version: int) -> None:
+        """See :class:`Store`: written beside, then renamed; over an old file, whose pages need not be found anew."""
+        path, own, framed = self._path(block), self.slice.within(block), self._framed(block, slot)
+        if not own:
+            self.versions[block.index] = version
+            return
+        image = within_slot(slot, own)
+        run = self._run if version else ""
+        assert run is not None  # Versions begin with a log.
+        header = Header(block.name, self._digest, run, version, len(own), checksum(image))
+        under = framed[:PAGE].clone()  # The end of the slice before, or nothing.
+        framed[:PAGE] = torch.frombuffer(bytearray(header.page()), dtype=torch.uint8)
+        beside = self._file_to_write(block)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._engine.write(beside, framed)
+            framed[:PAGE] = under
+            if block.index in self._headers:
+                retired = path.with_suffix(".old")
+                with suppress(
+                    OSError
+                ):  # Some file systems have no hard links, and so no spare files.
+                    os.link(path, retired)
+                    self._spare[file_bytes(block, self.slice)] = retired
+            beside.rename(path)
+        except OSError as error:
+            beside.unlink(missing_ok=True)
+            raise UserError(
+                f"block {block.name} cannot be written to {self._folder}: {error.strerror or error}; the log is safe: "
+                "make room and start the same command again"
+            ) from error
+        self._headers[block.index], self.versions[block.index] = header, version
+
+    def _file_to_write(self, block: Block) -> Path:
+        """The file to write a block to before it is renamed: a retired one of its size, or a new one."""
+        spare = self._spare.pop(file_bytes(block, self.slice), None)
+        if spare is not None:
+            try:
+                # Until the folder is synced, a power cut may bring the old name back, to what is written now.
+                sync_folder(self._folder)
+                return spare
+            except OSError:  # Some file systems cannot sync a folder.
+                spare.unlink(missing_ok=True)
+        return self._path(block).with_suffix(".new")
+
+    def peek(self, block: Block, start: int, image: Tensor) -> int:
+        """See :class:`DeviceStore`."""
+        header = self._headers.get(block.index)
+        if header is not None and self._header(block) != header:
+            self._give_up(block)
+            header = None
+        if header is None:
+            self._base.read(block, self.layout, image, start)
+            return 0
+        self._engine.read(self._path(block), PAGE + start - self.slice.within(block).start, image)
+        return header.version

@@ -1,0 +1,246 @@
+"""One copy of a model's weights and the log that they follow: store, cache and streamer, wired.
+
+Training, evaluation and export use a model through this class alone.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from zo.config.schema import MemoryConfig
+from zo.distributed.slices import Slices
+from zo.io.engines import ENGINES, Engine
+from zo.method.perturbation import Offset
+from zo.model.binding import Binding
+from zo.model.blocks import tied
+from zo.model.fingerprint import Fingerprint
+from zo.model.layout import WHOLE, Block, Layout, Part, Placed, Slice, Spec, views
+from zo.model.lockstep import Lockstep
+from zo.model.source import Base
+from zo.observe.timeline import Timeline
+from zo.state.log import Log
+from zo.state.replay import Replay
+from zo.streaming.budget import Budget, budget
+from zo.streaming.cache import BlockCache, ResidentCache, SlotCache, Traffic
+from zo.streaming.device import device_of
+from zo.streaming.disk_store import DiskStore
+from zo.streaming.stores import DeviceStore, HostStore
+from zo.streaming.streamer import Streamer
+
+T = TypeVar("T")
+UNPERTURBED = Offset(0, 0.0)
+"""The probe at the parameters themselves."""
+
+
+class Replica:
+    """A model's weights, at version 0 until :meth:`open` gives them a log."""
+
+    cache: BlockCache
+    streamer: Streamer
+    log: Log
+    is_resident: bool
+    """Whether tensors that :meth:`tensors` yields stay valid."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layout: Layout,
+        base: Callable[[Engine], Base],
+        memory: MemoryConfig,
+        device: torch.device,
+        folder: Path,
+        writable: bool = True,
+        slices: Slices | None = None,
+    ) -> None:
+        """Fill the store.
+
+        Args:
+            model: its parameters may be on meta; they are taken out of it.
+            layout: of the model.
+            base: makes the source of the weights, given what reads files.
+            memory: which store, and how.
+            device: of the compute.
+            folder: of a disk store's blocks.
+            writable: whether a disk store may write there.
+            slices: the ranks that keep the rest of the weights, if this one is to keep a slice.
+
+        Raises:
+            UserError: too little memory or disk, or weights that cannot be read.
+        """
+        engine = ENGINES[memory.disk_engine if memory.store == "disk" else "mmap"]()
+        source = base(engine)
+        source.adopt(model)
+        self.base: Base | None = source if source.lasting else None
+        """The source of the weights of version 0, if it can be read once more."""
+        self.model, self.layout, self.device, self.slices = model, layout, device, slices
+        self._memory, self._device = memory, device_of(device)
+        self.timeline = Timeline(self._device)
+        placed = {
+            name for g in layout.groups for part in g.parts for name in part.parameter.spec.names
+        }
+        self.resident = [
+            _spec(model, names) for names in tied(model, trainable=False) if names[0] not in placed
+        ]
+        """The frozen parameters that no store holds."""
+        self.binding = Binding(model, layout, device)
+        own = Slice(slices.index, slices.of) if slices else WHOLE
+        stores: dict[str, Callable[[], DeviceStore | HostStore | DiskStore]] = {
+            "device": lambda: DeviceStore(layout, source, device),
+            "host": lambda: HostStore(layout, source, own),
+            "disk": lambda: DiskStore(layout, source, engine, folder, writable, own),
+        }
+        self.store = stores[memory.store]()
+        self._found = Fingerprint(layout, self.resident)
+        self._found.take_over(self.store.found)
+        self._add_resident(source)
+        if slices is None:
+            self.exchange_digests()
+
+    def _add_resident(self, source: Base) -> None:
+        for spec in self.resident:
+            block = Block(0, (), (Part(Placed(spec, 0)),))
+            image = torch.empty(block.size_bytes, dtype=torch.uint8)
+            source.read(block, Layout((block,), (block,)), image)
+            self._found.add_parameter(spec, image[: spec.size_bytes].view(spec.dtype))
+        source.forget()
+
+    def exchange_digests(self) -> None:
+        """Complete the fingerprint of version 0, ``store.base``; ranks that share slices call it together."""
+        if self.slices is not None:
+            self.slices.combine(self._found.digests)
+        self.store.base = self._found.hexdigest()
+
+    def open(self, log: Log) -> None:
+        """Follow a log, from the version at which each block stands; blocks catch up when they are visited."""
+        self.log, replay, store = log, Replay(log), self.store
+        store.open(log.version, log.identity)
+        self.cache = (
+            ResidentCache(store)
+            if isinstance(store, DeviceStore)
+            else SlotCache(store, replay, self._memory, self._device, self.timeline, self.slices)
+        )
+        self.is_resident = self.cache.is_resident
+        self.cache.bind_at_rest(self.binding)
+        self.streamer = Streamer(
+            self.binding, replay, self.cache, self.device, self.timeline, self.slices
+        )
+        self._lockstep = Lockstep(self.binding, offload=self._memory.activations == "host")
+
+    def budget(self) -> Budget:
+        """Return the memory that this rank allocated."""
+        memory = self._memory
+        buffers = sum(b.nbytes for b in self.model.buffers()) + sum(
+            spec.size_bytes for spec in self.resident
+        )
+        on_host = self._device.shares_host_memory
+        return budget(self.layout, memory.store, memory.slots, self.store.slice, on_host, buffers)
+
+    def table(
+        self, probes: Sequence[Offset], rows: Sequence[int], forwards: Sequence[Callable[[], T]]
+    ) -> list[T]:
+        """Run forwards of a loss table, in one pass over the model for all of them and the ranks that share slices.
+
+        Args:
+            probes: the table's rows.
+            rows: for each forward its row, non-decreasing.
+            forwards: of the model.
+
+        Returns:
+            The results, in order.
+        """
+        if not forwards and self.slices is None:
+            return []
+        self.streamer.begin(probes, rows)
+        return self._lockstep.run(forwards, self.streamer)
+
+    def plain(self, forwards: Sequence[Callable[[], T]], at_once: int, passes: int) -> list[T]:
+        """Run forwards of the unperturbed model at the newest version, ``at_once`` in each of ``passes``."""
+        results: list[T] = []
+        for first in range(0, passes * at_once, at_once):
+            together = forwards[first : first + at_once]
+            results += self.table([UNPERTURBED], [0] * len(together), together)
+        return results
+
+    def weights(self) -> Iterator[tuple[Block, list[Tensor]]]:
+        """Yield every block and its flat tensors at the newest version, one block at a time."""
+        return self.streamer.weights()
+
+    def fingerprint(self, each: Callable[[Block, Sequence[Tensor]], None] | None = None) -> str:
+        """Hash all parameters at the newest version; ranks that share slices call it together.
+
+        Args:
+            each: is given every block and its flat tensors in turn.
+
+        Returns:
+            See :class:`zo.model.fingerprint.Fingerprint`.
+        """
+        found = Fingerprint(self.layout, share=self.store.slice)
+        for block, weights in self.weights():
+            found.add_segments(block, weights)
+            if each is not None:
+                each(block, weights)
+        return self.combine(found)
+
+    def combine(self, found: Fingerprint) -> str:
+        """Return the fingerprint of weights of which each rank that shares slices has some digests."""
+        whole = Fingerprint(self.layout, self.resident)
+        whole.take_over(self._found, frozen=True)
+        whole.take_over(found)
+        if self.slices is not None:
+            self.slices.combine(whole.digests)
+        return whole.hexdigest()
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield every parameter, whole, at the newest version; unless resident, valid until the next is asked for."""
+        unfinished: dict[str, Tensor] = {}
+        for block, weights in self.weights():
+            for part, view in views(block, weights):
+                if part.rows is None:
+                    yield part.parameter.name, view
+                    continue
+                placed = part.parameter
+                if placed.name not in unfinished:
+                    unfinished[placed.name] = torch.empty(placed.spec.shape, dtype=view.dtype)
+                unfinished[placed.name][part.rows[0] : part.rows[1]] = view
+                if part.rows[1] == placed.spec.shape[0]:
+                    yield placed.name, unfinished.pop(placed.name)
+
+    def pass_over(self) -> None:
+        """Visit every block once, as ranks that share slices do where one of them asks for all weights."""
+        for _ in self.weights():
+            pass
+
+    def drain(self) -> None:
+        """Wait for transfers under way, and raise what failed."""
+        self.cache.drain()
+
+    def traffic(self) -> Traffic:
+        """Return the bytes moved so far; on a GPU, call it when a step's results are on the host."""
+        return self.cache.traffic()
+
+    def corrupt(self) -> list[str]:
+        """Return the names of blocks found corrupt, and rebuilt, since the last call."""
+        found, self.store.corrupt = self.store.corrupt, []
+        return found
+
+    def close(self, give_back: bool = False) -> None:
+        """End the transfers and take the hooks off the model.
+
+        Args:
+            give_back: let the model hold its weights, in host memory where the store is not ``device``.
+        """
+        self._lockstep.detach()
+        self.cache.bind_at_rest(self.binding)
+        if give_back and not self.is_resident:
+            self.binding.fill(
+                (name, tensor.to("cpu", copy=True)) for name, tensor in self.tensors()
+            )
+        self.cache.close()
+
+
+def _spec(model: nn.Module, names: tuple[str, ...]) -> Spec:
+    parameter = model.get_parameter(names[0])
+    return Spec(names, tuple(parameter.shape), parameter.dtype, frozen=True)
