@@ -8,12 +8,11 @@ from torch import nn
 
 from zo import Trainer, load_config
 from zo.errors import UserError
-from zo.model import blocks
+from zo.model import blocks, fingerprint
 from zo.model.blocks import find_layout
 from zo.model.fingerprint import Fingerprint
 from zo.model.layout import Slice
 from zo.model.source import OwnBase
-from zo.streaming import fingerprint
 from zo.streaming.stores import DeviceStore, HostStore
 
 

@@ -107,7 +107,10 @@ def test_a_strangers_run_runs_no_code(command, run_folder, strange, tmp_path, na
 
 
 def test_a_resume_runs_code_only_where_its_own_command_says_so(
-    command, run_folder, strange, monkeypatch
+    command,  # noqa: F811
+    run_folder,
+    strange,
+    monkeypatch,
 ):
     folder, settings = run_folder
     forget_imports(monkeypatch)
