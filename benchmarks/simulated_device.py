@@ -2,8 +2,8 @@
 
     python benchmarks/simulated_device.py [--seeds 1000]
 
-Each seed is a run of a tiny Llama with another store, unit, number of slots and lag; it must end without a race and
-with the fingerprint of store ``device``. Prints one JSON object.
+Each seed is a run of a tiny Llama with another store, unit, number of slots and lag; it must end
+without a race and with the fingerprint of store ``device``. Prints one JSON object.
 """
 
 import argparse

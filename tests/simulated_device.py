@@ -1,9 +1,11 @@
-"""A device on CPU that is worse than a GPU: copies run as late, and in as odd an order, as events allow.
+"""A device on CPU that is worse than a GPU: copies run as late, and in as odd an order, as events
+allow.
 
-Copies are queued and run in two pieces, when an event forces them or when a seeded draw says so. Every access to
-memory that transfers touch, by a stream, by PyTorch's operations on the compute stream, by a worker thread or by the
-replay kernel, is stamped with a vector clock (Lamport 1978; Fidge 1988); two accesses of which one writes and neither
-happens before the other are a race and end the run, whatever values they saw.
+Copies are queued and run in two pieces, when an event forces them or when a seeded draw says so.
+Every access to memory that transfers touch, by a stream, by PyTorch's operations on the compute
+stream, by a worker thread or by the replay kernel, is stamped with a vector clock (Lamport 1978;
+Fidge 1988); two accesses of which one writes and neither happens before the other are a race and
+end the run, whatever values they saw.
 """
 
 import random
@@ -331,7 +333,9 @@ class Watch(TorchDispatchMode):
 
 @contextmanager
 def simulated(seed):
-    """Let every replica of this process compute on a simulated device; yield the devices that were made."""
+    """Let every replica of this process compute on a simulated device; yield the devices that were
+    made.
+    """
     made = []
 
     def make(torch_device):

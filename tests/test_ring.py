@@ -34,7 +34,7 @@ class Clock:
 
 
 def test_a_block_is_on_its_way_while_the_one_before_computes():
-    """Else every load is waited for: a step would take load + compute, not the longer of the two."""
+    """Else every load is waited for: a step takes load + compute, not the longer of the two."""
     clock = Clock([100] * 8, slots=3, load_s=1.0, compute_s=1.0)
     clock.run(range(8))
     assert clock.waited == 1.0

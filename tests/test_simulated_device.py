@@ -1,4 +1,6 @@
-"""The pipeline of a GPU, on a device that delays every copy and finds every access that nothing orders."""
+"""The pipeline of a GPU, on a device that delays every copy and finds every access that nothing
+orders.
+"""
 
 import pytest
 import torch

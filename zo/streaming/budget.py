@@ -1,7 +1,7 @@
 """The memory of a run, in bytes, computed from a model's layout before anything is allocated.
 
-Constructors take their sizes from here, so the sums that a run prints, and a planner, are what is allocated.
-Activations are not counted: they depend on the forward, and are freed by PyTorch.
+Constructors take their sizes from here, so the sums that a run prints, and a planner, are what is
+allocated. Activations are not counted: they depend on the forward, and are freed by PyTorch.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,7 @@ def is_small(size: int, sizes: Sequence[int]) -> bool:
 
 
 def slot_capacities(sizes: Sequence[int], slots: int) -> list[int]:
-    """Return the bytes of each slot: the largest blocks' sizes, then the largest of the small ones'."""
+    """Return the bytes of each slot: the sizes of the largest blocks, then of small ones."""
     ordered = sorted(sizes, reverse=True)
     large = [size for size in ordered if not is_small(size, sizes)][:slots]
     return large + [size for size in ordered if is_small(size, sizes)][:slots]
@@ -44,7 +44,7 @@ def within_slot(slot: Tensor, own: range) -> Tensor:
 
 
 def scratch_bytes(blocks: Sequence[Block]) -> int:
-    """Return the memory of written probes: two copies of every block but the largest, which may have one."""
+    """Return the memory of written probes: two copies of any block but the largest, or one."""
     sizes = sorted((b.trainable_bytes for b in blocks), reverse=True)
     distinct = sorted(set(sizes), reverse=True)
     return max(sizes[0], PROBES_AT_ONCE * (distinct[1] if len(distinct) > 1 else distinct[0]))
@@ -61,7 +61,10 @@ def file_bytes(block: Block, own: Slice) -> int:
 
 
 def disk_bytes(layout: Layout, own: Slice) -> int:
-    """Return the room of a disk store: a block is written beside its old file, which is kept for the next one."""
+    """Return the room that a disk store needs.
+
+    A block is written beside its old file, which is kept to write the next one of its size over.
+    """
     sizes = [file_bytes(block, own) for block in layout.blocks]
     return sum(sizes) + sum(set(sizes))
 

@@ -1,9 +1,10 @@
 """The blocks that the compute works with: in place, or in slots that a store's blocks pass through.
 
-A visit is ``acquire``, changes to the block in its slot, ``release``. ``SlotCache`` joins the policy of ``ring`` with
-the mechanism of ``transfer``:
+A visit is ``acquire``, changes to the block in its slot, ``release``. ``SlotCache`` joins the
+policy of ``ring`` with the mechanism of ``transfer``:
 
-    disk --(read)--> host buffer --(upload, own slice)--> slot --(gather)--> whole block --(write-back)--> store
+    disk --(read)--> host buffer --(upload, own slice)--> slot --(gather)--> whole block
+    --(write-back)--> store
 """
 
 from collections.abc import Sequence
@@ -122,8 +123,8 @@ class ResidentCache:
 class SlotCache:
     """Slots over a store whose blocks come and go.
 
-    Ranks that share slices load the same blocks in the same order: which slot a block comes to depends on the visits
-    alone there, never on how long something took.
+    Ranks that share slices load the same blocks in the same order: which slot a block comes to
+    depends on the visits alone there, never on how long something took.
     """
 
     is_resident = False

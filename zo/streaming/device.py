@@ -1,8 +1,9 @@
-"""The device that computes, as transfers see it: streams, events, copies, locked pages, worker threads.
+"""The device that computes: streams, events, copies, locked pages and worker threads.
 
-A copy is queued on a stream and runs in that stream's order, at any time after the call. An event marks a point
-of a stream; another stream, or the host, can wait for it. This is the only file that names CUDA's streams and
-events. ``HostDevice`` is a machine without a GPU, where a copy is done when the call returns.
+A copy is queued on a stream and runs in that stream's order, at any time after the call. An event
+marks a point of a stream; another stream, or the host, can wait for it. This is the only file that
+names CUDA's streams and events. ``HostDevice`` is a machine without a GPU, where a copy is done
+when the call returns.
 """
 
 import time
@@ -30,7 +31,7 @@ class Device(Protocol):
     """Whether slots are host memory, which a store fills without a copy."""
 
     def empty(self, size_bytes: int) -> Tensor:
-        """Return uninitialised device memory, uint8 of shape ``[size_bytes]``; no stream writes to it."""
+        """Return device memory, uint8 of shape ``[size_bytes]``, that no stream writes to."""
         ...
 
     def worker(self, name: str) -> Executor:
@@ -87,7 +88,7 @@ class Device(Protocol):
 
 
 class HostDevice:
-    """A machine without a GPU: slots are host memory, and everything is done when its call returns."""
+    """A machine without a GPU: slots are host memory, and a call returns when its work is done."""
 
     shares_host_memory = True
 
@@ -150,11 +151,13 @@ class CudaDevice:
         self._device = device
 
     def empty(self, size_bytes: int) -> Tensor:
-        """See :class:`Device`; zeroing would write on the compute stream, unordered with the first upload."""
+        """See :class:`Device`."""
+        # Zeroing would write on the compute stream, unordered with the first upload.
         return torch.empty(size_bytes, dtype=torch.uint8, device=self._device)
 
     def worker(self, name: str) -> Executor:
-        """See :class:`Device`; a thread that names no GPU would make a context of 300 MiB or more on the first."""
+        """See :class:`Device`."""
+        # A thread that sets no GPU would make a context of 300 MiB or more on the first one.
         return ThreadPoolExecutor(1, name, torch.cuda.set_device, (self._device,))
 
     def stream(self) -> Stream:
@@ -197,13 +200,14 @@ class CudaDevice:
         return float(start.elapsed_time(stop)) / 1e3
 
     def lock_pages(self, memory: Tensor) -> None:
-        """Register a mapping of our own: PyTorch's allocator would round it up to a power of two."""
+        """See :class:`Device`."""
+        # PyTorch's pinned allocator would round the size up to a power of two.
         code = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0)
         if int(code):
             raise UserError(
-                f"memory.pin=true cannot lock {memory.numel()} bytes of host memory (driver error {int(code)}); "
-                "raise the limit (ulimit -l unlimited; Docker: --ulimit memlock=-1 --shm-size), or set "
-                "memory.pin=false"
+                f"memory.pin=true cannot lock {memory.numel()} bytes of host memory (driver error "
+                f"{int(code)}); raise the limit (ulimit -l unlimited; Docker: --ulimit memlock=-1 "
+                "--shm-size), or set memory.pin=false"
             )
 
     def unlock_pages(self, memory: Tensor) -> None:

@@ -108,13 +108,16 @@ class Replica:
         source.forget()
 
     def exchange_digests(self) -> None:
-        """Complete the fingerprint of version 0, ``store.base``; ranks that share slices call it together."""
+        """Complete the fingerprint of version 0, ``store.base``.
+
+        Ranks that share slices call it together.
+        """
         if self.slices is not None:
             self.slices.combine(self._found.digests)
         self.store.base = self._found.hexdigest()
 
     def open(self, log: Log) -> None:
-        """Follow a log, from the version at which each block stands; blocks catch up when they are visited."""
+        """Follow a log; a block catches up with it at each visit."""
         self.log, replay, store = log, Replay(log), self.store
         store.open(log.version, log.identity)
         self.cache = (
@@ -141,7 +144,9 @@ class Replica:
     def table(
         self, probes: Sequence[Offset], rows: Sequence[int], forwards: Sequence[Callable[[], T]]
     ) -> list[T]:
-        """Run forwards of a loss table, in one pass over the model for all of them and the ranks that share slices.
+        """Run forwards of a loss table, all of them in one pass over the model.
+
+        Ranks that share slices call it together.
 
         Args:
             probes: the table's rows.
@@ -157,7 +162,7 @@ class Replica:
         return self._lockstep.run(forwards, self.streamer)
 
     def plain(self, forwards: Sequence[Callable[[], T]], at_once: int, passes: int) -> list[T]:
-        """Run forwards of the unperturbed model at the newest version, ``at_once`` in each of ``passes``."""
+        """Run forwards of the unperturbed model, ``at_once`` in each of ``passes``."""
         results: list[T] = []
         for first in range(0, passes * at_once, at_once):
             together = forwards[first : first + at_once]
@@ -185,7 +190,7 @@ class Replica:
         return self.combine(found)
 
     def combine(self, found: Fingerprint) -> str:
-        """Return the fingerprint of weights of which each rank that shares slices has some digests."""
+        """Return the fingerprint of weights; each rank that shares slices gives its digests."""
         whole = Fingerprint(self.layout, self.resident)
         whole.take_over(self._found, frozen=True)
         whole.take_over(found)
@@ -194,7 +199,10 @@ class Replica:
         return whole.hexdigest()
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield every parameter, whole, at the newest version; unless resident, valid until the next is asked for."""
+        """Yield name and value of every parameter at the newest version.
+
+        Unless ``is_resident``, a value is valid until the next one is asked for.
+        """
         unfinished: dict[str, Tensor] = {}
         for block, weights in self.weights():
             for part, view in views(block, weights):
@@ -209,7 +217,7 @@ class Replica:
                     yield placed.name, unfinished.pop(placed.name)
 
     def pass_over(self) -> None:
-        """Visit every block once, as ranks that share slices do where one of them asks for all weights."""
+        """Visit every block once, for a rank that shares slices and needs all weights."""
         for _ in self.weights():
             pass
 
@@ -218,7 +226,7 @@ class Replica:
         self.cache.drain()
 
     def traffic(self) -> Traffic:
-        """Return the bytes moved so far; on a GPU, call it when a step's results are on the host."""
+        """Return the bytes moved so far; on a GPU, call it once a step's results are on the host."""
         return self.cache.traffic()
 
     def corrupt(self) -> list[str]:
@@ -230,7 +238,8 @@ class Replica:
         """End the transfers and take the hooks off the model.
 
         Args:
-            give_back: let the model hold its weights, in host memory where the store is not ``device``.
+            give_back: let the model hold its weights, in host memory where the store is not
+                ``device``.
         """
         self._lockstep.detach()
         self.cache.bind_at_rest(self.binding)

@@ -1,9 +1,12 @@
-"""Which block goes to which slot, and when: the policy of a cache of blocks, without threads, memory or time.
+"""The policy of the block cache: which block goes to which slot, and when.
 
-Slots are as large as the largest blocks, one of each, and there are as many again for small blocks, so that a norm
-between two matrices does not keep the second one waiting. Blocks are loaded ahead in the order of the last pass,
-which is the order of the model's forward; a slot keeps its block until it is needed for another, so that a block
-that is soon visited again (a tied embedding) is not read twice.
+It holds numbers alone, no threads, memory or time.
+
+Slots are as large as the largest blocks, one of each, and there are as many again for small blocks,
+so that a norm between two matrices does not keep the second one waiting. Blocks are loaded ahead in
+the order of the last pass, which is the order of the model's forward; a slot keeps its block until
+it is needed for another, so that a block that is soon visited again (a tied embedding) is not read
+twice.
 """
 
 from bisect import bisect_left
@@ -16,8 +19,9 @@ HORIZON = 4
 """Visits to look ahead, for each slot."""
 
 Visit = tuple[int, bool]
-"""A block's number, and whether only rows of it are looked up: a tied embedding is visited for its lookup and for
-its head."""
+"""A block's number, and whether only rows of it are looked up: a tied embedding is visited for its
+lookup and for its head.
+"""
 Load = tuple[int, int]
 """A block's number, and the number of the slot to load it into."""
 
@@ -31,8 +35,9 @@ class Ring:
         Args:
             sizes: bytes of each block.
             slots: how many slots for large blocks, at least two, and for small ones.
-            is_busy: whether a transfer to or from a slot is under way. What a ring does depends on nothing else
-                that is outside of it, so where it is constant, equal visits give equal loads.
+            is_busy: whether a transfer to or from a slot is under way. What a ring does depends on
+                nothing else that is outside of it, so where it is constant, equal visits give equal
+                loads.
         """
         self._sizes, self._count, self._is_busy = sizes, slots, is_busy
         self.capacities = slot_capacities(sizes, slots)
@@ -42,7 +47,9 @@ class Ring:
             small: [s for s, size in enumerate(self.capacities) if is_small(size, sizes) == small]
             for small in (False, True)
         }
-        """Numbers of the large and the small slots, of each the one that was used longest ago first."""
+        """Numbers of the large and the small slots, of each the one that was used longest ago
+        first.
+        """
         self._held: list[int | None] = [None] * len(self.capacities)
         self._current: int | None = None
         self._every: list[Visit] = [(block, False) for block in range(len(sizes))]
@@ -60,7 +67,8 @@ class Ring:
         """Start a pass over the model and return the loads to begin with.
 
         Args:
-            every: visit each block once, in order; otherwise the visits of the last such pass are expected again.
+            every: visit each block once, in order; otherwise the visits of the last such pass are
+                expected again.
         """
         self._table, self._seen = self._seen or self._table, []
         self._set_order(self._every if every else self._table)
@@ -68,11 +76,16 @@ class Ring:
         return list(self._prefetch())
 
     def acquire(self, block: int, lookup: bool = False) -> tuple[int, list[Load]]:
-        """Visit a block: return its slot, and the loads to begin, its own first if it is in no slot."""
+        """Visit a block.
+
+        Returns:
+            Its slot, and the loads to begin; the block's own comes first, if it is in no slot.
+        """
         visit = (block, lookup)
         if self._learns:
             self._seen.append(visit)
-        # A visit that the last pass did not have (rows that no token named) leaves the order as it is.
+        # A visit that the last pass did not have (rows that no token named) leaves the order as it
+        # is.
         places = self._places.get(visit, [])
         if (at := bisect_left(places, self._next)) < len(places):
             self._next = places[at] + 1

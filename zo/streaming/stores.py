@@ -1,13 +1,15 @@
 """Where the parameters live between visits: in the device's memory, the host's, or on disk.
 
-A store owns the master weights and knows each block's version, the last log entry applied to it. Stores differ in how a
-block comes to where it is computed with, and how it goes back; nothing else of a run depends on which one it is.
+A store owns the master weights and knows each block's version, the last log entry applied to it.
+Stores differ in how a block comes to where it is computed with, and how it goes back; nothing else
+of a run depends on which one it is.
 
     device   every block in its place            visits read and write it there
     host     every block's bytes in host memory  copied to a slot, and back
     disk     the base, read-only, and over it a file for each block that was written back
 
-With ``mesh.slice`` a host or disk store holds one slice of every block, and the ranks of a node hold one copy together.
+With ``mesh.slice`` a host or disk store holds one slice of every block, and the ranks of a node
+hold one copy together.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,7 +37,9 @@ class Store(Protocol):
     slice: Slice
     """What of every block is stored here."""
     base: str
-    """Fingerprint of the weights at version 0, once :class:`zo.streaming.replica.Weights` has it of all ranks."""
+    """Fingerprint of the weights at version 0, once :class:`zo.streaming.replica.Weights` has it of
+    all ranks.
+    """
     found: Fingerprint
     """Digests of what this store holds of the weights at version 0."""
     versions: list[int]
@@ -45,15 +49,15 @@ class Store(Protocol):
     """Host memory that the device copies blocks from and to, as long as the store is used."""
 
     def allocate(self, size_bytes: int) -> Tensor:
-        """Return host memory that ``fetch`` and ``keep`` work with, uint8 of shape ``[size_bytes]``."""
+        """Return host memory for ``fetch`` and ``keep``, uint8 of shape ``[size_bytes]``."""
         ...
 
     def memory(self, block: Block) -> Tensor | None:
-        """Return the slice of a block where it lies in host memory, or ``None`` if it must be fetched first."""
+        """Return a block's slice in host memory, or ``None`` if it must be fetched first."""
         ...
 
     def fetch(self, block: Block, slot: Tensor) -> int:
-        """Copy the slice of a block to its place in a slot, whose first page is not the block's; return its version."""
+        """Copy the slice of a block to its place in a slot, behind a page, and return its version."""
         ...
 
     def keep(self, block: Block, slot: Tensor, version: int) -> None:
@@ -130,15 +134,15 @@ class DeviceStore:
         return found
 
     def peek(self, block: Block, start: int, image: Tensor) -> int:
-        """Copy some of a block's stored bytes, from ``start``, to host memory; return their version."""
-        masters = dict(zip(block.segments, self.segments[block.index], strict=True))
+        """Copy a block's stored bytes from ``start`` to host memory and return their version."""
+        stored = dict(zip(block.segments, self.segments[block.index], strict=True))
         for segment, first, flat in runs(block, image, start):
-            flat.copy_(masters[segment][first : first + flat.numel()])
+            flat.copy_(stored[segment][first : first + flat.numel()])
         return self.versions[block.index]
 
 
 class HostStore:
-    """Every block's bytes in host memory, locked for the device's copies where there is one to copy to."""
+    """Every block's bytes in host memory, locked for the copies of a GPU."""
 
     writable = True
     is_durable = False
@@ -155,8 +159,9 @@ class HostStore:
         needed, free = stored_bytes(layout, slice), hardware.available_host_bytes()
         if needed > free:
             raise UserError(
-                f"memory.store=host needs {needed} bytes ({needed / 2**30:.2f} GiB) of host memory and {free} "
-                f"({free / 2**30:.2f} GiB) are free; use memory.store=disk, or a machine with more"
+                f"memory.store=host needs {needed} bytes ({needed / 2**30:.2f} GiB) of host memory "
+                f"and {free} ({free / 2**30:.2f} GiB) are free; use memory.store=disk, or a machine "
+                "with more"
             )
         memory = allocate(needed, torch.device("cpu"))
         self.buffers = [memory]

@@ -1,8 +1,8 @@
 """Serves each block to the forwards waiting for it: the visit.
 
-At a visit the stored weights catch up with the log, and the weights of at most ``PROBES_AT_ONCE`` probes are written
-beside them into scratch memory that all blocks share; the forwards of those probes run; the next probes follow. The
-stored weights are never perturbed.
+At a visit the stored weights catch up with the log, and the weights of at most ``PROBES_AT_ONCE``
+probes are written beside them into scratch memory that all blocks share; the forwards of those
+probes run; the next probes follow. The stored weights are never perturbed.
 """
 
 from collections.abc import Iterator, Sequence
@@ -45,7 +45,7 @@ class Streamer:
         """Blocks entered since the streamer was made; a block that never is cannot be trained."""
 
     def _scratch(self, block: Block, copies: int) -> list[Tensor]:
-        """The scratch memory as one tensor of shape ``[copies, numel]`` for each trainable segment of a block."""
+        """Return scratch memory, ``[copies, numel]`` for each trainable segment of a block."""
         carved, start = [], 0
         for segment in block.trainable:
             stop = start + copies * segment.numel * segment.dtype.itemsize
@@ -54,12 +54,13 @@ class Streamer:
         return carved
 
     def begin(self, probes: Sequence[Offset], rows: Sequence[int]) -> None:
-        """Set the probes of a table and, for each forward, the row it belongs to (non-decreasing)."""
+        """Set the probes of a table and the row of each forward (non-decreasing)."""
         self._probes, self._rows = list(probes), list(rows)
         self._cache.begin()
 
     def next(self, block: int | None, lookup: bool) -> int | None:
-        """See :class:`zo.model.lockstep.BlockProvider`: ranks that share slices visit every block together."""
+        """See :class:`zo.model.lockstep.BlockProvider`."""
+        # Ranks that share slices visit every block together.
         self._lookup = lookup
         if self._slices is None:
             return block
@@ -123,7 +124,7 @@ class Streamer:
                 yield forward
 
     def weights(self) -> Iterator[tuple[Block, list[Tensor]]]:
-        """Yield every block and its flat tensors at the newest version, valid until the next one is asked for."""
+        """Yield every block and its flat tensors at the newest version, one block at a time."""
         self._cache.begin(every=True)
         for block in self._blocks:
             weights, version = self._cache.acquire(block)
@@ -136,7 +137,8 @@ class Streamer:
     def _rows_read(self, block: Block, row_numbers: Sequence[Tensor | None]) -> Tensor | None:
         """The rows that a lookup in a block of one embedding reads; ``None`` where it may read all.
 
-        A large, tied embedding is visited twice a step, for the lookup and for the head: this saves most of the first.
+        A large, tied embedding is visited twice a step, for the lookup and for the head: this saves
+        most of the first.
         """
         known = [numbers.flatten() for numbers in row_numbers if numbers is not None]
         if not known:

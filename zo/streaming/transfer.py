@@ -1,8 +1,9 @@
-"""Movements of blocks beside the compute: a queue is a worker thread with a stream, a transfer one of its jobs.
+"""Transfers of blocks beside the compute, and the slots that they fill.
 
-A job queues copies and returns at once; its transfer knows both when the job has run (a future) and when the copies
-are done (an event), and nothing else in the project does. ``Slot`` is memory for one block whose accesses, by
-transfers and by the compute, can only be made in an order in which each waits for those before it.
+A queue is a worker thread with a stream, and a transfer is one of its jobs. A job queues copies and returns at once; its transfer knows both when the job has run (a future) and
+when the copies are done (an event), and nothing else in the project does. ``Slot`` is memory for
+one block whose accesses, by transfers and by the compute, can only be made in an order in which
+each waits for those before it.
 """
 
 from collections.abc import Callable, Sequence
@@ -70,7 +71,7 @@ class Transfer(Generic[T]):
         return self._future.result()[0]
 
     def wait_on(self, stream: Stream) -> T:
-        """Block until the copies are queued, let a stream wait for them, and return the job's result.
+        """Let a stream wait for the copies, once they are queued, and return the job's result.
 
         Raises:
             Exception: what the job raised.
@@ -117,7 +118,7 @@ class _IfItSucceeds:
 
 
 class Queue:
-    """A worker thread and a stream: jobs run one after another, each after the work that it is ordered after."""
+    """A worker thread and a stream, whose jobs run one after another."""
 
     def __init__(self, device: Device, name: str) -> None:
         """Start the thread."""
@@ -129,7 +130,8 @@ class Queue:
 
         Args:
             job: queues on the thread's compute stream, which is this queue's.
-            after: work that must be done before what the job queues begins; where it failed, the job does not run.
+            after: work that must be done before what the job queues begins; where it failed, the
+                job does not run.
         """
         return Transfer(self._device, self._worker.submit(self._run, job, tuple(after)))
 
@@ -152,8 +154,9 @@ class Queue:
 class Slot:
     """Device memory for one block, after a page that a file's header takes.
 
-    It is empty, or holds a block that is on its way in, at rest, or computed with. Loading it, computing with it and
-    writing it back are methods, each ordered after what touched the memory before; there is no other way to it.
+    It is empty, or holds a block that is on its way in, at rest, or computed with. Loading it,
+    computing with it and writing it back are methods, each ordered after what touched the memory
+    before; there is no other way to it.
     """
 
     def __init__(self, device: Device, memory: Tensor) -> None:
@@ -178,7 +181,8 @@ class Slot:
 
         Args:
             block: which block.
-            fill: given the memory and the work to order after, submits the transfer, which returns the version.
+            fill: given the memory and the work to order after, submits the transfer, which returns
+                the version.
         """
         assert not self._in_use
         before: list[Ordered] = [
@@ -193,10 +197,12 @@ class Slot:
         """Let a stream compute with the block.
 
         Returns:
-            The block's bytes, uint8 of shape ``[size_bytes]``, which the stream may change, and their version.
+            The block's bytes, uint8 of shape ``[size_bytes]``, which the stream may change, and
+            their version.
 
         Raises:
-            UserError: the block cannot be read, or what was written back from here cannot be written.
+            UserError: the block cannot be read, or what was written back from here cannot be
+                written.
         """
         assert self.block == block.index and not self._in_use
         if self._filling is not None:
@@ -224,7 +230,7 @@ class Slot:
         return self._reading
 
     def drain(self) -> None:
-        """Block until nothing is under way, and raise what failed; a block on its way in is dropped."""
+        """Block until nothing is under way and raise what failed; drop a block on its way in."""
         filling, reading, computed = self._filling, self._reading, self._computed
         self._filling, self._reading, self._computed = None, None, None
         if filling is not None:
