@@ -226,7 +226,7 @@ class Replica:
         self.cache.drain()
 
     def traffic(self) -> Traffic:
-        """Return the bytes moved so far; on a GPU, call it once a step's results are on the host."""
+        """Return the bytes moved so far; on a GPU, call it when a step's results have come."""
         return self.cache.traffic()
 
     def corrupt(self) -> list[str]:

@@ -57,7 +57,7 @@ class Store(Protocol):
         ...
 
     def fetch(self, block: Block, slot: Tensor) -> int:
-        """Copy the slice of a block to its place in a slot, behind a page, and return its version."""
+        """Copy the slice of a block to its place in a slot, after a page, and return its version."""
         ...
 
     def keep(self, block: Block, slot: Tensor, version: int) -> None:
@@ -160,8 +160,8 @@ class HostStore:
         if needed > free:
             raise UserError(
                 f"memory.store=host needs {needed} bytes ({needed / 2**30:.2f} GiB) of host memory "
-                f"and {free} ({free / 2**30:.2f} GiB) are free; use memory.store=disk, or a machine "
-                "with more"
+                f"and {free} ({free / 2**30:.2f} GiB) are free; use memory.store=disk, or a "
+                "machine with more"
             )
         memory = allocate(needed, torch.device("cpu"))
         self.buffers = [memory]

@@ -1,9 +1,9 @@
 """Transfers of blocks beside the compute, and the slots that they fill.
 
-A queue is a worker thread with a stream, and a transfer is one of its jobs. A job queues copies and returns at once; its transfer knows both when the job has run (a future) and
-when the copies are done (an event), and nothing else in the project does. ``Slot`` is memory for
-one block whose accesses, by transfers and by the compute, can only be made in an order in which
-each waits for those before it.
+A queue is a worker thread with a stream, and a transfer is one of its jobs. A job queues copies and
+returns at once; a transfer holds both the job's future and the event after its copies, and nothing
+else in the project does. ``Slot`` is memory for one block. Its accesses, by transfers and by the
+compute, can only be made in an order in which each waits for those before it.
 """
 
 from collections.abc import Callable, Sequence
