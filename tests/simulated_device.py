@@ -20,10 +20,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from zo.io import engines as disk
+from zo.io import engines
 from zo.state import replay
 from zo.streaming import device as devices
-from zo.streaming import stores as store
+from zo.streaming import disk_store
 
 
 class RaceError(AssertionError):
@@ -353,31 +353,23 @@ def simulated(seed):
     def visit(device, weights, address, work, out=None, rows=None):
         device.access(weights, bool(work.changes), "replay")
 
+    def read(device, engine, path, offset, into):
+        device.access(into, True, "read")
+
+    def write(device, engine, path, data):
+        device.access(data, False, "write")
+
+    def checksum(device, image):
+        device.access(image, False, "checksum")
+
     patched = [
         (devices.DEVICES, "cpu", make),
         (replay, "visit", noting(replay.visit, visit)),
-        (
-            disk.Mapped,
-            "read",
-            noting(
-                disk.Mapped.read, lambda d, engine, path, offset, into: d.access(into, True, "read")
-            ),
-        ),
-        (
-            disk.Mapped,
-            "write",
-            noting(disk.Mapped.write, lambda d, engine, path, data: d.access(data, False, "write")),
-        ),
-        (
-            store,
-            "checksum",
-            noting(store.checksum, lambda d, image: d.access(image, False, "checksum")),
-        ),
+        (engines.Mapped, "read", noting(engines.Mapped.read, read)),
+        (engines.Mapped, "write", noting(engines.Mapped.write, write)),
+        (disk_store, "checksum", noting(disk_store.checksum, checksum)),
     ]
-    before = [
-        (owner, name, owner[name] if isinstance(owner, dict) else getattr(owner, name))
-        for owner, name, _ in patched
-    ]
+    before = [(owner, name, _get(owner, name)) for owner, name, _ in patched]
     watch = WatchAll(made)
     try:
         for owner, name, value in patched:

@@ -57,7 +57,7 @@ class Store(Protocol):
         ...
 
     def fetch(self, block: Block, slot: Tensor) -> int:
-        """Copy the slice of a block to its place in a slot, after a page, and return its version."""
+        """Copy a block's slice to its place in a slot, after a page, and return its version."""
         ...
 
     def keep(self, block: Block, slot: Tensor, version: int) -> None:
