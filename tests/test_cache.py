@@ -23,11 +23,11 @@ from zo.streaming.replica import Replica
 CPU = torch.device("cpu")
 
 
-def replica_of(folder, model=None, unit="layer", **memory):
+def replica_of(folder, model=None, unit="layer", entries=(), **memory):
     model = model or make_llama(num_hidden_layers=4)
     config = MemoryConfig(**{"store": "disk", "lag": 1, "slots": 2, "unit": unit, **memory})
     replica = Replica(model, find_layout(model, unit), source(model), config, CPU, folder)
-    replica.open(Log(HEADER))
+    replica.open(Log(HEADER, list(entries)))
     return replica
 
 
@@ -88,8 +88,10 @@ def test_a_read_of_the_disk_overlaps_an_upload(monkeypatch, tmp_path, buffers):
 
     monkeypatch.setitem(devices.DEVICES, "cpu", lambda _: device)
     monkeypatch.setattr(caches, "STAGING_BUFFERS", buffers)
-    replica = replica_of(tmp_path, slots=4)
+    replica = replica_of(tmp_path)
     step(replica)
+    replica.close()
+    replica = replica_of(tmp_path, entries=replica.log.entries, slots=4)
     monkeypatch.setattr(Mapped, "read", counting)
     replica.cache.begin(every=True)
     replica.cache._upload.submit(lambda: None).queued()  # The first blocks' jobs have run.
