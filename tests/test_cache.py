@@ -79,14 +79,14 @@ class Overlap(SimulatedDevice):
 @pytest.mark.parametrize("buffers", [1, 2])
 def test_a_read_of_the_disk_overlaps_an_upload(monkeypatch, tmp_path, buffers):
     """With one buffer each way the disk and the link take turns, and a step takes both times."""
-    device, read = Overlap(), Mapped.read
+    made, read = [], Mapped.read
 
     def counting(self, path, offset, into):
-        copies = [item for item in device.streams[1].queue if isinstance(item, tuple)]
-        device.overlapped += any(not isinstance(item[0], str) for item in copies)
+        copies = [item for item in made[-1].streams[1].queue if isinstance(item, tuple)]
+        made[-1].overlapped += any(not isinstance(item[0], str) for item in copies)
         return read(self, path, offset, into)
 
-    monkeypatch.setitem(devices.DEVICES, "cpu", lambda _: device)
+    monkeypatch.setitem(devices.DEVICES, "cpu", lambda _: made.append(Overlap()) or made[-1])
     monkeypatch.setattr(caches, "STAGING_BUFFERS", buffers)
     replica = replica_of(tmp_path)
     step(replica)
@@ -97,7 +97,7 @@ def test_a_read_of_the_disk_overlaps_an_upload(monkeypatch, tmp_path, buffers):
     replica.cache._upload.submit(lambda: None).queued()  # The first blocks' jobs have run.
     replica.drain()
     replica.close()
-    assert bool(device.overlapped) == (buffers == 2)
+    assert bool(made[-1].overlapped) == (buffers == 2)
 
 
 def test_a_prefetch_that_fails_is_read_again_when_it_is_needed(monkeypatch, tmp_path):
