@@ -12,7 +12,7 @@ import torch
 from step_time import Zo, forwards
 from transformers import OPTConfig, OPTForCausalLM
 
-from zo.method.kernels import visit
+from zo.method.kernels import replay_and_perturb
 from zo.method.perturbation import Change, Pass, Probe
 
 MIB = 2**20
@@ -48,7 +48,7 @@ def main():
         # Loads numba and the compiled kernel: a constant of the process, reported apart.
         before = resident("VmRSS")
         tiny = torch.zeros(2, 1 << 18, dtype=model.dtype)
-        visit(
+        replay_and_perturb(
             tiny[0],
             0,
             Pass(1, "rademacher", (Change(1, (0,), (1.0,)),), (Probe(1, 1.0),)),

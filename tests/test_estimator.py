@@ -16,7 +16,7 @@ from zo.method.estimator import (
     float32,
     probes,
 )
-from zo.method.kernels import visit
+from zo.method.kernels import replay_and_perturb
 from zo.method.perturbation import Pass, Probe, rademacher
 from zo.method.table import LossTable
 from zo.method.update import SCHEDULES, learning_rate, sgd
@@ -27,7 +27,7 @@ EPS = 1e-3
 def table_of(loss, rows, theta, address=0):
     """The table of a function of parameters."""
     out = torch.empty(len(rows), theta.numel(), dtype=theta.dtype)
-    visit(theta, address, Pass(3, "rademacher", probes=tuple(rows)), out)
+    replay_and_perturb(theta, address, Pass(3, "rademacher", probes=tuple(rows)), out)
     return filled(rows, [float(loss(row)) for row in out])
 
 
@@ -67,7 +67,7 @@ def test_descends_a_quadratic(name, directions):
         rows = probes(name, step, directions, EPS)
         scalars, _ = estimate(name, table_of(loss, rows, theta), EPS)
         change = sgd(Entry(step, step, 1e-3 * directions, scalars), 0.0)
-        visit(theta, 0, Pass(3, "rademacher", (change,)))
+        replay_and_perturb(theta, 0, Pass(3, "rademacher", (change,)))
     assert loss(theta) < 0.5 * before
 
 

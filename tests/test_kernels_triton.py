@@ -30,8 +30,8 @@ def compare():
     import torch
     from test_perturbation import CHANGES, PROBES, weights
 
-    from zo.method.kernels.triton import visit_triton
-    from zo.method.perturbation import Pass, visit_reference
+    from zo.method.kernels.triton import replay_and_perturb_triton
+    from zo.method.perturbation import Pass, replay_and_perturb_reference
 
     for seed in (3, 2**64 - 1):
         for distribution, name, count, address in CASES:
@@ -41,10 +41,12 @@ def compare():
                 torch.zeros(4, count, dtype=dtype),
                 torch.zeros(4, count, dtype=dtype),
             )
-            visit_reference(
+            replay_and_perturb_reference(
                 expected, address, Pass(seed, distribution, CHANGES, PROBES), expected_out
             )
-            visit_triton(found, address, Pass(seed, distribution, CHANGES, PROBES), found_out)
+            replay_and_perturb_triton(
+                found, address, Pass(seed, distribution, CHANGES, PROBES), found_out
+            )
             assert torch.equal(bits(found), bits(expected)), (distribution, name, count, "weights")
             assert torch.equal(bits(found_out), bits(expected_out)), (
                 distribution,
@@ -52,8 +54,8 @@ def compare():
                 count,
                 "probes",
             )
-            visit_triton(found, address, Pass(seed, distribution, CHANGES))
-            visit_reference(expected, address, Pass(seed, distribution, CHANGES))
+            replay_and_perturb_triton(found, address, Pass(seed, distribution, CHANGES))
+            replay_and_perturb_reference(expected, address, Pass(seed, distribution, CHANGES))
             assert torch.equal(bits(found), bits(expected)), (
                 distribution,
                 name,
@@ -80,13 +82,17 @@ def specialized(work, dtype, address, count=4096):
     stored = torch.zeros(count, dtype=dtype)
     out = torch.zeros(max(1, len(work.probes)), count, dtype=dtype) if work.probes else None
     backend = make_backend(GPUTarget("cuda", 90, 32))
-    bind = create_function_from_signature(k._visit.signature, k._visit.params, backend)
+    bind = create_function_from_signature(
+        k._replay_and_perturb.signature, k._replay_and_perturb.params, backend
+    )
     positional, named = k.arguments(stored, address, work, k._table(work, stored.device, 0), out)
     bound, specialization, options = bind(*positional, **named)
-    _, signature, constants, attributes = k._visit._pack_args(
+    _, signature, constants, attributes = k._replay_and_perturb._pack_args(
         backend, dict(options), bound, specialization, options
     )
-    source = ASTSource(fn=k._visit, signature=signature, constexprs=constants, attrs=attributes)
+    source = ASTSource(
+        fn=k._replay_and_perturb, signature=signature, constexprs=constants, attrs=attributes
+    )
     return str(specialization), source, options
 
 

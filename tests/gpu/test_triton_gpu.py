@@ -3,8 +3,15 @@
 import pytest
 import torch
 
-from zo.method.kernels import visit
-from zo.method.perturbation import STORED_DTYPES, Change, Pass, Probe, Z, visit_reference
+from zo.method.kernels import replay_and_perturb
+from zo.method.perturbation import (
+    STORED_DTYPES,
+    Change,
+    Pass,
+    Probe,
+    Z,
+    replay_and_perturb_reference,
+)
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -24,7 +31,9 @@ def test_gpu_kernel_has_the_bits_of_the_equation(distribution, dtype):
         torch.zeros(4, count, dtype=dtype),
         torch.zeros(4, count, dtype=dtype, device="cuda"),
     )
-    visit_reference(expected, 2**39, Pass(5, distribution, changes, probes), expected_out)
-    visit(found, 2**39, Pass(5, distribution, changes, probes), found_out)
+    replay_and_perturb_reference(
+        expected, 2**39, Pass(5, distribution, changes, probes), expected_out
+    )
+    replay_and_perturb(found, 2**39, Pass(5, distribution, changes, probes), found_out)
     assert torch.equal(found.cpu(), expected)
     assert torch.equal(found_out.cpu(), expected_out)

@@ -174,10 +174,10 @@ Z: dict[str, Callable[..., Tensor]] = {"rademacher": rademacher, "gaussian": gau
 """The distributions of z, by the name that ``estimator.distribution`` takes."""
 
 
-def visit_reference(
+def replay_and_perturb_reference(
     weights: Tensor, address: int, work: Pass, out: Tensor | None = None, rows: Rows | None = None
 ) -> None:
-    """Compute :func:`zo.method.kernels.visit` in plain torch, on any device; the kernels must give the same bits."""
+    """Compute :func:`zo.method.kernels.replay_and_perturb` in plain torch, on any device; the kernels must give the same bits."""
     z, seed, count, device = Z[work.distribution], work.seed, weights.numel(), weights.device
     for change in work.changes:
         values = weights.to(torch.float32)

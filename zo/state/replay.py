@@ -12,7 +12,7 @@ from functools import lru_cache
 
 from torch import Tensor
 
-from zo.method.kernels import visit
+from zo.method.kernels import replay_and_perturb
 from zo.method.perturbation import Pass, Probe, Rows
 from zo.method.update import RULES
 from zo.model.layout import Block, runs
@@ -73,7 +73,9 @@ class Replay:
             work = self._pass(version, newest, segment.decays, tuple(probes))
             if work.changes or probes:
                 rows = None if row_numbers is None else Rows(row_numbers, segment.parts[0].shape[1])
-                visit(masters[i], segment.start, work, out[i] if probes else None, rows)
+                replay_and_perturb(
+                    masters[i], segment.start, work, out[i] if probes else None, rows
+                )
         return newest
 
     def catch_up(self, block: Block, image: Tensor, start: int, version: int, newest: int) -> int:
@@ -92,7 +94,9 @@ class Replay:
         if version < newest:
             for segment, first, flat in runs(block, image, start):
                 if not segment.frozen:
-                    visit(flat, segment.start + first, self._pass(version, newest, segment.decays))
+                    replay_and_perturb(
+                        flat, segment.start + first, self._pass(version, newest, segment.decays)
+                    )
         return newest
 
     def changes_anything(self, block: Block, version: int, newest: int) -> bool:
