@@ -350,7 +350,7 @@ def simulated(seed):
 
         return noted
 
-    def visit(device, weights, address, work, out=None, rows=None):
+    def note_replay(device, weights, address, work, out=None, rows=None):
         device.access(weights, bool(work.changes), "replay")
 
     def read(device, engine, path, offset, into):
@@ -364,7 +364,7 @@ def simulated(seed):
 
     patched = [
         (devices.DEVICES, "cpu", make),
-        (replay, "visit", noting(replay.visit, visit)),
+        (replay, "replay_and_perturb", noting(replay.replay_and_perturb, note_replay)),
         (engines.Mapped, "read", noting(engines.Mapped.read, read)),
         (engines.Mapped, "write", noting(engines.Mapped.write, write)),
         (disk_store, "checksum", noting(disk_store.checksum, checksum)),

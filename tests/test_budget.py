@@ -11,6 +11,7 @@ from zo.config.schema import MemoryConfig
 from zo.io.engines import Mapped
 from zo.model.blocks import find_layout
 from zo.model.layout import Slice
+from zo.model.source import ModelSource
 from zo.state.log import Log
 from zo.streaming import device as devices
 from zo.streaming.budget import Budget, budget, disk_bytes, stored_bytes
@@ -40,10 +41,7 @@ class OtherDevice(HostDevice):
 
 
 def source(model):
-    from zo.model import source as sources
-
-    made = getattr(sources, "ModelSource", None) or sources.OwnBase
-    return lambda engine: made(model)
+    return lambda engine: ModelSource(model)
 
 
 def replica_of(unit, folder=Path(), **memory):
