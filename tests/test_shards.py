@@ -209,8 +209,8 @@ def test_an_engine_reads_what_it_wrote(tmp_path, engine):
 
 
 def test_a_header_survives_nothing_but_itself():
-    page = Header("model.layers.0", "abc", 7, 1000, "0123").page()
-    assert Header.parse(page) == Header("model.layers.0", "abc", 7, 1000, "0123")
+    page = Header("model.layers.0", "abc", "f00d", 7, 1000, "0123").page()
+    assert Header.parse(page) == Header("model.layers.0", "abc", "f00d", 7, 1000, "0123")
     for place in (0, 9, 40, 100):
         damaged = bytearray(page)
         damaged[place] ^= 1

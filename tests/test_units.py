@@ -158,15 +158,15 @@ def test_a_scaled_lookup_is_left_whole(monkeypatch):
 
 
 @torch.no_grad()
-def test_parked_hidden_states_take_no_memory_of_the_device_and_come_back():
+def test_offloaded_hidden_states_take_no_device_memory_and_come_back():
     """What waits while others compute: the memory that a table of many cells would need."""
-    from zo.model.lockstep import _park
+    from zo.model.lockstep import _offload_activation
 
     hidden = torch.randn(3, 5)
     kept, view = hidden.clone(), hidden[1]
-    bring_back = _park(hidden)
+    restore = _offload_activation(hidden)
     assert hidden.untyped_storage().nbytes() == 0
-    bring_back()
+    restore()
     assert torch.equal(hidden, kept)
     assert torch.equal(view, kept[1])
 
