@@ -277,14 +277,14 @@ def test_other_encodings_are_named(tmp_path, kind):
     path.write_bytes(body.encode().replace(b" b", b"\xe9b"))
     number = 2 if kind == "csv" else 1
     with pytest.raises(
-        UserError, match=rf"a\.{kind} line {number} is not UTF-8: byte 0xe9 at place"
+        UserError, match=rf"a\.{kind} line {number} is not UTF-8: byte 0xe9 at position"
     ):
         rows_of(path)
 
 
 def test_json_that_is_nested_without_end_is_one_line(tmp_path):
     (tmp_path / "a.jsonl").write_text("[" * 200_000 + "\n")
-    with pytest.raises(UserError, match="line 1 is broken JSON"):
+    with pytest.raises(UserError, match="line 1 is invalid JSON"):
         rows_of(tmp_path / "a.jsonl")
 
 
@@ -390,7 +390,7 @@ def test_messages_that_the_chat_template_refuses_are_named_by_their_row(
     name, strict = write(tmp_path / "a.jsonl", [{"messages": said}]), deepcopy(tokenizer)
     strict.chat_template = template
     with pytest.raises(
-        UserError, match=r"a\.jsonl row 1: the model's chat template refuses"
+        UserError, match=r"a\.jsonl row 1: the model's chat template rejects"
     ) as error:
         built(strict, DataConfig(name=name, dev_examples=0))
     assert "\n" not in str(error.value)

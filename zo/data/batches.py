@@ -1,8 +1,9 @@
-"""Examples from a name, and batches as a pure function of (seed, step, column).
+"""Batches as a pure function of (seed, step, column).
 
-Sequence number p of a run is place ``p % n`` of the permutation of epoch ``p // n``; an epoch's permutation sorts the
-examples by Philox keys. The sequences of a step are sorted by length before they are cut into micro-batches, which
-saves padding. No state, no worker, no call order: any rank makes any batch of any step.
+Sequence p of a run is element ``p % n`` of the permutation of epoch ``p // n``, which sorts the n
+examples by Philox keys. The sequences of a step are sorted by length before they are cut into
+micro-batches, which saves padding. There is no state, worker or call order: any rank can make any
+batch of any step.
 """
 
 import hashlib
@@ -21,13 +22,13 @@ from zo.model.info import ModelInfo
 
 
 def sequence_numbers(seed: int, step: int, sequences: int, examples: int) -> list[int]:
-    """Which examples a step, counted from 0, draws."""
-    places = range(step * sequences, (step + 1) * sequences)
-    return [permutation(seed, place // examples, examples)[place % examples] for place in places]
+    """Return the indices of the examples that a step (from 0) draws."""
+    numbers = range(step * sequences, (step + 1) * sequences)
+    return [permutation(seed, n // examples, examples)[n % examples] for n in numbers]
 
 
 class Data:
-    """Tokenised examples."""
+    """Tokenised examples, drawn in micro-batches."""
 
     def __init__(
         self,
@@ -37,11 +38,11 @@ class Data:
         batch: BatchConfig,
         seed: int,
     ) -> None:
-        """Hold the examples; nothing is drawn yet."""
+        """Store the examples; draw nothing yet."""
         self.task, self.train, self.dev, self.batch, self.seed = task, train, dev, batch, seed
 
     def batches(self, step: int, column: int) -> Batch:
-        """The micro-batch of a step, from 0, and a column."""
+        """Return the micro-batch of a step (from 0) and a column."""
         drawn = [
             self.train[i]
             for i in sequence_numbers(self.seed, step, self.batch.sequences, len(self.train))
@@ -52,13 +53,13 @@ class Data:
 
     @cached_property
     def dev_batches(self) -> list[Batch]:
-        """The examples to evaluate on, by length."""
+        """Batches of the examples to evaluate on, sorted by length."""
         ordered, micro = sorted(self.dev, key=lambda e: len(e.ids)), self.batch.micro
         return [self.task.collate(ordered[i : i + micro]) for i in range(0, len(ordered), micro)]
 
     @cached_property
     def checksum(self) -> str:
-        """SHA-256 of the training examples as the model sees them."""
+        """SHA-256 of the tokenised training examples."""
         digest = hashlib.sha256()
         for example in self.train:
             digest.update(json.dumps([example.ids, example.target]).encode())
@@ -66,17 +67,17 @@ class Data:
 
 
 class SyntheticData(Data):
-    """Random tokens, every sequence ``batch.max_tokens`` long and never drawn twice; there is nothing to learn."""
+    """Random tokens: every sequence has ``batch.max_tokens`` and is drawn once."""
 
     def __init__(
         self, task: Task, batch: BatchConfig, seed: int, vocab_size: int, classes: int
     ) -> None:
-        """Make nothing yet: a sequence is a function of its number."""
+        """Store the sizes; each sequence is computed from its number."""
         super().__init__(task, [], [], batch, seed)
         self._vocab_size, self._classes = vocab_size, classes
 
     def batches(self, step: int, column: int) -> Batch:
-        """The micro-batch of a step, from 0, and a column."""
+        """Return the micro-batch of a step (from 0) and a column."""
         first = step * self.batch.sequences + column * self.batch.micro
         return self.task.collate([self._example(first + i) for i in range(self.batch.micro)])
 
@@ -88,7 +89,7 @@ class SyntheticData(Data):
 
     @cached_property
     def checksum(self) -> str:
-        """The same for all data made by this rule."""
+        """A constant: synthetic data depends on nothing but the configuration."""
         return hashlib.sha256(b"synthetic").hexdigest()
 
 
@@ -98,14 +99,15 @@ def build_data(
     """Tokenise rows for a model.
 
     Args:
-        rows: what was read.
-        config: of the run.
+        rows: rows of the data.
+        config: the run's configuration.
         tokenizer: the model's; may be ``None`` for synthetic data.
-        info: of the model.
+        info: the model's facts.
         classes: names of a classifier's classes; unused by a language model.
 
     Raises:
-        UserError: columns that fit no task, a label outside the label set, a label word of several tokens.
+        UserError: the columns fit no task, a label is not in the label set, or a label word is
+            several tokens.
     """
     pad = pad_id(tokenizer)
     classifier = info.task == "sequence-classification"
@@ -129,6 +131,6 @@ def build_data(
 
 
 def pad_id(tokenizer: Any) -> int:
-    """The token that fills; masks hide it, so any will do where a tokenizer has none."""
+    """Return the padding token; masks hide it, so any token serves if there is none."""
     known = (getattr(tokenizer, "pad_token_id", None), getattr(tokenizer, "eos_token_id", None), 0)
     return next(i for i in known if i is not None)

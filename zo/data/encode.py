@@ -15,15 +15,15 @@ from zo.errors import UserError
 
 
 class Encoder:
-    """Rows to examples."""
+    """Converts the rows of one data set to examples."""
 
     def __init__(self, rows: Rows, tokenizer: Any, max_tokens: int) -> None:
-        """Use a tokenizer for rows of one data set."""
+        """Encode ``rows`` with a tokenizer, at most ``max_tokens`` each."""
         self.rows, self.tokenizer, self.max_tokens = rows, tokenizer, max_tokens
         self.name = rows.config.name
 
     def word_ids(self, words: Sequence[str]) -> list[int]:
-        """Each label word's one token.
+        """Return the one token of each label word.
 
         Raises:
             UserError: a word is several tokens.
@@ -33,14 +33,21 @@ class Encoder:
             if len(tokens) != 1:
                 pieces = self.tokenizer.convert_ids_to_tokens(tokens)
                 raise UserError(
-                    f"data.label_words: {word!r} is {len(tokens)} tokens {pieces}; use a word of one token"
+                    f"data.label_words: {word!r} is {len(tokens)} tokens {pieces}; use a word of "
+                    "one token"
                 )
         return [tokens[0] for tokens in ids]
 
     def labelled(
         self, template: str, names: Sequence[str], special_tokens: bool
     ) -> Callable[[Origin, Row], Example]:
-        """Rows with a label, for a choice or a classifier."""
+        """Return the encoder of rows with a label, for a choice or a classifier.
+
+        Args:
+            template: used unless ``data.template`` is set.
+            names: label words or class names, in the order of the targets.
+            special_tokens: cut long sequences at the end; else at the start, as a choice needs.
+        """
         template = self.rows.template or template
         columns = template_columns(template)
         self._need({*columns, "label"}, f"for the template {template!r}")
@@ -64,7 +71,7 @@ class Encoder:
         return encode
 
     def completion(self) -> Callable[[Origin, Row], Example]:
-        """Rows with ``messages``, ``prompt`` and ``completion``, or ``text``."""
+        """Return the encoder of rows with ``messages``, ``prompt``, ``completion`` or ``text``."""
         columns = self.rows.columns
         if "messages" in columns:
             return self._messages
@@ -78,8 +85,8 @@ class Encoder:
                 origin, [], self._ids(self._text(origin, row, "text"), True)
             )
         raise UserError(
-            f"data.name={self.name} has columns {', '.join(sorted(columns))}; use text, prompt and completion, or "
-            f"messages{label_hint}"
+            f"data.name={self.name} has columns {', '.join(sorted(columns))}; use text, prompt and "
+            f"completion, or messages{label_hint}"
         )
 
     def _prompted(self, origin: Origin, row: Row) -> Example:
@@ -89,44 +96,45 @@ class Encoder:
         return self._joined(origin, prompt, completion + ([] if end is None else [end]))
 
     def _messages(self, origin: Origin, row: Row) -> Example:
-        """The last message is the completion; the chat template says where it begins."""
+        """Encode the last message as the completion of the ones before it."""
         messages = row.get("messages")
         objects = isinstance(messages, list) and all(isinstance(m, dict) for m in messages)
         if not messages or not objects or messages[-1].get("role") != "assistant":
             raise UserError(f"{origin}: messages must end with one of role assistant")
         if not self.tokenizer.chat_template:
             raise UserError(
-                f"data.name={self.name} has messages, but the model's tokenizer has no chat template"
+                f"data.name={self.name} has messages, but the model's tokenizer has no chat "
+                "template; use prompt and completion"
             )
         try:
             before = self.tokenizer.apply_chat_template(
                 messages[:-1], tokenize=False, add_generation_prompt=True
             )
-            whole = self.tokenizer.apply_chat_template(messages, tokenize=False)
+            rendered = self.tokenizer.apply_chat_template(messages, tokenize=False)
         except (TemplateError, TypeError, ValueError, KeyError) as error:
             reason = " ".join(str(error).split())[:300]
             raise UserError(
-                f"{origin}: the model's chat template refuses the messages: {reason}"
+                f"{origin}: the model's chat template rejects the messages: {reason}"
             ) from error
-        if not whole.startswith(before):
+        if not rendered.startswith(before):
             raise UserError(
-                f"{origin}: the chat template renders the last message apart from the "
-                "ones before it; use prompt and completion"
+                f"{origin}: the chat template's text of all messages does not begin with its text "
+                "of the messages before the last one; use prompt and completion"
             )
         return self._joined(
-            origin, self._ids(before, False), self._ids(whole[len(before) :], False)
+            origin, self._ids(before, False), self._ids(rendered[len(before) :], False)
         )
 
     def _joined(self, origin: Origin, prompt: list[int], completion: list[int]) -> Example:
-        """Cut to ``max_tokens``: the prompt at its start, then the completion at its end."""
+        """Cut to ``max_tokens``: the completion at its end, then the prompt at its start."""
         completion = completion[: self.max_tokens]
         room = self.max_tokens - len(completion)
         prompt = prompt[len(prompt) - room :] if len(prompt) > room else prompt
-        # The first token of all has nothing before it to be told from.
         if not completion:
             raise UserError(
-                f"{origin}: the completion is empty, so that there is no token to train on; take it out"
+                f"{origin}: the completion is empty, so it has no token to train on; remove the row"
             )
+        # The first token of a sequence has no context, so it cannot have a loss.
         return self._example(origin, prompt + completion, max(1, len(prompt)), 2)
 
     def _example(self, origin: Origin, ids: list[int], target: int, least: int = 1) -> Example:
@@ -141,7 +149,7 @@ class Encoder:
         text = row.get(column)
         if text is None:
             raise UserError(
-                f"{origin}: column {column} is empty or missing; give its text, or take the row out"
+                f"{origin}: column {column} is empty or missing; give its text, or remove the row"
             )
         if not isinstance(text, str):
             raise UserError(f"{origin}: column {column} holds {type(text).__name__}, not text")
