@@ -120,7 +120,10 @@ def test_a_tensor_of_another_shape_is_told(tmp_path):
     tensors = load_file(tmp_path / "model.safetensors")
     tensors["model.norm.weight"] = torch.ones(7)
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match=r"model\.norm\.weight has shape \[7\], the model's \[32\]"):
+    with pytest.raises(
+        UserError,
+        match=r"model\.norm\.weight has shape \[7\], its parameter model\.norm\.weight \[32\]",
+    ):
         loaded(tmp_path)
 
 
@@ -189,7 +192,7 @@ def test_an_engine_reads_any_bytes(tmp_path, engine, start, count):
     for into in (torch.zeros(count, dtype=torch.uint8), made.allocate(count)):
         made.read(path, start, into)
         assert torch.equal(into, data[start : start + count])
-    with pytest.raises(OSError, match="truncated"):
+    with pytest.raises(OSError, match=f"file is .* {len(data)} bytes"):
         made.read(path, len(data) - 5, torch.zeros(6, dtype=torch.uint8))
     with pytest.raises(FileNotFoundError):
         made.read(tmp_path / "none", 0, torch.zeros(6, dtype=torch.uint8))

@@ -1,4 +1,4 @@
-"""Unit ``module``: every module that owns parameters is a block where that is right, and coarser where it is not."""
+"""Unit ``module``: every module that owns parameters is a block, merged into its parent if needed."""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -35,8 +35,8 @@ ELSEWHERE = {
 @pytest.mark.parametrize("name", FAMILIES)
 def test_most_families_are_served_module_by_module(name):
     model = build(name)
-    whole = self_check([model], forwards(model), CPU, "rademacher", "module")
-    layout = find_layout(model, "module", whole)
+    merged = self_check([model], forwards(model), CPU, "rademacher", "module")
+    layout = find_layout(model, "module", merged)
     owners = {n.rpartition(".")[0] for n, _ in model.named_parameters()}
     assert len(layout.blocks) >= 0.8 * len(owners)
 
@@ -45,9 +45,9 @@ def test_most_families_are_served_module_by_module(name):
 def test_a_weight_that_is_read_elsewhere_coarsens_its_block_alone(name):
     torch.manual_seed(0)
     model = ELSEWHERE[name]().eval()
-    whole = self_check([model], forwards(model), CPU, "rademacher", "module")
-    assert whole
-    fine, coarse = find_layout(model, "module"), find_layout(model, "module", whole)
+    merged = self_check([model], forwards(model), CPU, "rademacher", "module")
+    assert merged
+    fine, coarse = find_layout(model, "module"), find_layout(model, "module", merged)
     assert len(coarse.groups) < len(coarse.blocks) < len(fine.blocks)
 
 
@@ -62,7 +62,7 @@ def test_a_weight_that_is_read_outside_its_layer_is_refused_by_name(unit):
 
 
 class Layer(t.modeling_layers.GradientCheckpointingLayer):
-    """Keeps a view of a weight, and uses it when another module has run: no watch on reads can see that."""
+    """Keeps a view of a weight and uses it after another module ran, which no watch can see."""
 
     def __init__(self):
         super().__init__()
@@ -92,8 +92,8 @@ class Keeps(nn.Module):
 def test_what_the_watch_cannot_see_the_bits_tell():
     torch.manual_seed(0)
     model, x = Keeps(), torch.randn(2, 8)
-    whole = self_check([model], [lambda m: m(x)], CPU, "rademacher", "module")
-    assert whole == {"layers.*"}
+    merged = self_check([model], [lambda m: m(x)], CPU, "rademacher", "module")
+    assert merged == {"layers.*"}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -150,7 +150,7 @@ def test_a_vocabulary_in_chunks_has_the_bits_of_the_whole(monkeypatch, dtype, ti
     assert torch.equal(plain[0], after[0])
 
 
-def test_a_scaled_lookup_is_left_whole(monkeypatch):
+def test_a_scaled_lookup_is_not_chunked(monkeypatch):
     monkeypatch.setattr(blocks, "CHUNK_BYTES", 1000)
     model = build("gemma3")
     assert all(part.rows is None for b in find_layout(model, "module").blocks for part in b.parts)
@@ -159,7 +159,7 @@ def test_a_scaled_lookup_is_left_whole(monkeypatch):
 
 @torch.no_grad()
 def test_offloaded_hidden_states_take_no_device_memory_and_come_back():
-    """What waits while others compute: the memory that a table of many cells would need."""
+    """Waiting cells would otherwise need device memory for every cell of the table."""
     from zo.model.lockstep import _offload_activation
 
     hidden = torch.randn(3, 5)
@@ -171,8 +171,8 @@ def test_offloaded_hidden_states_take_no_device_memory_and_come_back():
     assert torch.equal(view, kept[1])
 
 
-def test_a_head_whose_chunks_have_other_bits_is_left_whole(monkeypatch):
-    """As a GPU's may be, which chooses its kernel by the matrix's shape."""
+def test_a_head_whose_chunks_have_other_bits_is_not_chunked(monkeypatch):
+    """A GPU may choose its kernel by the matrix's shape."""
     from zo.model import lockstep
 
     monkeypatch.setattr(blocks, "CHUNK_BYTES", 4000)
@@ -184,8 +184,8 @@ def test_a_head_whose_chunks_have_other_bits_is_left_whole(monkeypatch):
 
     monkeypatch.setattr(lockstep.Lockstep, "_head", inexact)
     model = build("qwen3")
-    whole = self_check([model], forwards(model), CPU, "rademacher", "module")
-    layout = find_layout(model, "module", whole)
-    assert "lm_head" in whole
+    merged = self_check([model], forwards(model), CPU, "rademacher", "module")
+    layout = find_layout(model, "module", merged)
+    assert "lm_head" in merged
     assert all(part.rows is None for block in layout.blocks for part in block.parts)
     assert len(layout.blocks) > 3 * len(layout.groups)

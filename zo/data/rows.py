@@ -295,7 +295,8 @@ def _read_hub(key: str, name: str, subset: str | None, split: str) -> list[Row]:
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"{key}={name} cannot be loaded from the hub: {reason}; check the id, or give a local file"
+            f"{key}={name} cannot be loaded from the hub: {reason}; check the id, or give a local "
+            "file"
         ) from error
 
 

@@ -82,9 +82,9 @@ class ModelLoader:
         except (OSError, ValueError) as error:
             if "trust_remote_code" in str(error):
                 raise UserError(
-                    f"{key}={path} contains custom code, which is disabled by default; read it, then "
-                    "set model.trust_remote_code=true for train.py, or trust_remote_code=true for "
-                    "evaluate.py or export.py of a run"
+                    f"{key}={path} contains custom code, which is disabled by default; read it, "
+                    "then set model.trust_remote_code=true for train.py, or trust_remote_code=true "
+                    "for evaluate.py or export.py of a run"
                 ) from error
             raise UserError(f"{key}={path} cannot be loaded: {_first_line(error)}") from error
 
