@@ -2,8 +2,8 @@
 
 After huggingface_hub 2.4: create_repo, model_info, list_repo_files (tree), validate-yaml,
 preupload, LFS batch with one part per file, and commit. Weights use LFS if the client has Xet off
-(``HF_HUB_DISABLE_XET=1``). Xet's binary protocol is not implemented, so with Xet on ``weights_mode``
-must be ``regular``, the mode of small files.
+(``HF_HUB_DISABLE_XET=1``). Xet's binary protocol is not implemented, so with Xet on
+``weights_mode`` must be ``regular``, the mode of small files.
 """
 
 import base64

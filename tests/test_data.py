@@ -1,4 +1,4 @@
-"""Data as a pure function, examples, and losses that mean the same whatever surrounds them."""
+"""Batches as a pure function, encoding, and losses that do not depend on padding."""
 
 import json
 import math
@@ -204,9 +204,9 @@ def test_what_is_too_long_loses_the_start_of_its_prompt(tokenizer, tmp_path):
 
 def test_labels_by_word_or_number():
     names = [" terrible", " great"]
-    assert [label_index(v, names) for v in (0, 1, 2, -1, "great", " terrible ", "meh", True, 0.5, None)] == [
-        0, 1, None, None, 1, 0, None, None, None, None,
-    ]  # fmt: skip
+    known = {0: 0, 1: 1, "great": 1, " terrible ": 0}
+    assert {label: label_index(label, names) for label in known} == known
+    assert all(label_index(label, names) is None for label in (2, -1, "meh", True, 0.5, None))
 
 
 def test_a_classifier_learns_its_classes_from_the_rows(tokenizer, reviews):
@@ -296,7 +296,7 @@ CHOICE = {"template": "{text} it was", "label_words": ["terrible", "great"]}
 @pytest.mark.parametrize("info", [CAUSAL, CLASSIFIER])
 @pytest.mark.parametrize("row", [1, 4, 97])
 def test_a_missing_label_names_its_own_row(tokenizer, tmp_path, kind, held_out, info, row):
-    """A gap makes floats of a table's numbers, holding out renumbers the rest; the user's file has neither."""
+    """Gaps turn a table's integers into floats, and holding out renumbers rows; messages undo both."""
     labels = [i % 2 for i in range(100)]
     labels[row - 1] = None
     path = tmp_path / f"a.{kind}"
@@ -363,7 +363,7 @@ def test_a_template_may_name_any_column_and_hold_braces(tokenizer, tmp_path):
 
 
 def test_an_empty_completion_is_refused_by_its_row(tokenizer, tmp_path):
-    """A micro-batch of them has no term, and so a loss that is not a number."""
+    """A micro-batch of empty completions has no terms, so its loss is NaN."""
     rows = [{"prompt": "the film", "completion": "good"}, {"prompt": "the film", "completion": ""}]
     name = write(tmp_path / "a.jsonl", rows)
     endless = deepcopy(tokenizer)

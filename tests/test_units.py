@@ -1,4 +1,4 @@
-"""Unit ``module``: every module that owns parameters is a block, merged into its parent if needed."""
+"""Unit ``module``: each module that owns parameters is a block, or part of its parent's."""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -17,16 +17,19 @@ from zo.streaming.selfcheck import self_check
 
 GROUPED = {**SIZES, "num_key_value_heads": 2}
 ELSEWHERE = {
-    "gpt-oss": lambda: t.GptOssForCausalLM(t.GptOssConfig(**GROUPED, head_dim=8, num_local_experts=4)),
+    "gpt-oss": lambda: t.GptOssForCausalLM(
+        t.GptOssConfig(**GROUPED, head_dim=8, num_local_experts=4)
+    ),
     "qwen3-next": lambda: t.Qwen3NextForCausalLM(
         t.Qwen3NextConfig(**GROUPED | {"num_hidden_layers": 4}, head_dim=8, num_experts=4,
-                          num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=16,
+                          num_experts_per_tok=2, moe_intermediate_size=16,
+                          shared_expert_intermediate_size=16,
                           linear_key_head_dim=8, linear_value_head_dim=8, linear_num_key_heads=2,
                           linear_num_value_heads=4)
     ),
     "mamba-2": lambda: t.Mamba2ForCausalLM(
-        t.Mamba2Config(vocab_size=120, hidden_size=32, num_hidden_layers=3, num_heads=8, head_dim=8, state_size=8,
-                       n_groups=1, chunk_size=16, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+        t.Mamba2Config(vocab_size=120, hidden_size=32, num_hidden_layers=3, num_heads=8,
+                       head_dim=8, state_size=8, n_groups=1, chunk_size=16, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     ),
 }  # fmt: skip
 """Families that read a weight outside the module that owns it, but inside its layer."""

