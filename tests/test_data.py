@@ -269,7 +269,7 @@ def test_other_encodings_are_named(tmp_path, kind):
     for encoding, said in (
         ("utf-16", "is UTF-16"),
         ("utf-32", "is UTF-32"),
-        ("utf-16-le", "line 1 holds a zero byte"),
+        ("utf-16-le", "line 1 contains a zero byte"),
     ):
         path.write_bytes(body.encode(encoding))
         with pytest.raises(UserError, match=f"{said}.*save it as UTF-8"):
@@ -296,7 +296,7 @@ CHOICE = {"template": "{text} it was", "label_words": ["terrible", "great"]}
 @pytest.mark.parametrize("info", [CAUSAL, CLASSIFIER])
 @pytest.mark.parametrize("row", [1, 4, 97])
 def test_a_missing_label_names_its_own_row(tokenizer, tmp_path, kind, held_out, info, row):
-    """Gaps turn a table's integers into floats, and holding out renumbers rows; messages undo both."""
+    """Gaps turn a table's integers into floats, and holding out renumbers rows; errors show neither."""
     labels = [i % 2 for i in range(100)]
     labels[row - 1] = None
     path = tmp_path / f"a.{kind}"

@@ -250,7 +250,7 @@ def test_random_weights_are_the_same_however_they_are_cut_and_as_transformers_wo
     not Path("/proc/self/status").exists(), reason="reads the peak of resident memory from /proc"
 )
 def test_a_model_larger_than_the_memory_it_may_have_trains_from_its_shards(tmp_path):
-    """Weights of 540 MB: the process may grow by at most three quarters of that, export included."""
+    """Weights of 540 MB: the process may grow by at most 3/4 of that, export included."""
     config = t.LlamaConfig(
         vocab_size=2000,
         hidden_size=1024,

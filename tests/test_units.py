@@ -29,7 +29,8 @@ ELSEWHERE = {
     ),
     "mamba-2": lambda: t.Mamba2ForCausalLM(
         t.Mamba2Config(vocab_size=120, hidden_size=32, num_hidden_layers=3, num_heads=8,
-                       head_dim=8, state_size=8, n_groups=1, chunk_size=16, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+                       head_dim=8, state_size=8, n_groups=1, chunk_size=16,
+                       pad_token_id=0, bos_token_id=1, eos_token_id=2)
     ),
 }  # fmt: skip
 """Families that read a weight outside the module that owns it, but inside its layer."""

