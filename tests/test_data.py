@@ -296,7 +296,7 @@ CHOICE = {"template": "{text} it was", "label_words": ["terrible", "great"]}
 @pytest.mark.parametrize("info", [CAUSAL, CLASSIFIER])
 @pytest.mark.parametrize("row", [1, 4, 97])
 def test_a_missing_label_names_its_own_row(tokenizer, tmp_path, kind, held_out, info, row):
-    """Gaps turn a table's integers into floats, and holding out renumbers rows; errors show neither."""
+    """Gaps turn integers into floats, and holding out renumbers rows; errors show neither."""
     labels = [i % 2 for i in range(100)]
     labels[row - 1] = None
     path = tmp_path / f"a.{kind}"
