@@ -98,7 +98,7 @@ def reviews(tmp_path_factory):
 
 @pytest.fixture
 def overrides(tiny_model, reviews):
-    """What makes the quickstart a run of a second on the tiny model and data."""
+    """Overrides that make the quickstart a run of a second on the tiny model and data."""
     return [
         f"model.name={tiny_model}",
         f"data.name={reviews}",
@@ -120,7 +120,7 @@ def overrides(tiny_model, reviews):
 
 @pytest.fixture(scope="session")
 def why_no_deepnvme():
-    """Words of the disk engine where libaio's headers or a compiler are missing for it, else ``""``."""
+    """Return the disk engine's error if libaio's headers or a compiler are missing, else ``""``."""
     from zo.errors import UserError
     from zo.io.engines import ENGINES
 
@@ -133,7 +133,7 @@ def why_no_deepnvme():
 
 @pytest.fixture(autouse=True)
 def skip_without_deepnvme(request):
-    """Skip a case whose parameters name the engine on a machine that lacks what it is compiled with, and say so."""
+    """Skip cases of the engine, with its error as the reason, where it cannot be compiled."""
     case = getattr(request.node, "callspec", None)
     if (
         case

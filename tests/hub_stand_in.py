@@ -1,8 +1,9 @@
-"""The part of the hub's HTTP interface that a push uses, on 127.0.0.1; what arrives is kept in memory.
+"""A stand-in for the hub's HTTP interface for pushes, on 127.0.0.1; uploads are kept in memory.
 
-Written from huggingface_hub 2.4: create_repo, model_info, list_repo_files (tree), validate-yaml, preupload, LFS batch
-with one part a file, and commit. Weights go by LFS where the client has Xet off (``HF_HUB_DISABLE_XET=1``); Xet's own
-protocol is binary and not here, so with Xet on ``weights_mode`` must be ``regular``, the mode of small files.
+After huggingface_hub 2.4: create_repo, model_info, list_repo_files (tree), validate-yaml,
+preupload, LFS batch with one part per file, and commit. Weights use LFS if the client has Xet off
+(``HF_HUB_DISABLE_XET=1``). Xet's binary protocol is not implemented, so with Xet on
+``weights_mode`` must be ``regular``, the mode of small files.
 """
 
 import base64
@@ -26,7 +27,7 @@ class Repo:
 
 
 class HubStandIn:
-    """``with HubStandIn() as hub:`` serves at ``hub.endpoint``; ``hub.repos`` is what arrived."""
+    """``with HubStandIn() as hub:`` serves at ``hub.endpoint``; ``hub.repos`` holds the uploads."""
 
     def __init__(self, weights_mode="lfs"):
         self.repos: dict[str, Repo] = {}
@@ -34,7 +35,7 @@ class HubStandIn:
         self.requests: list[str] = []
         self.lfs_files: set[str] = set()
         self.fail_uploads_with = 0
-        """Status with which every PUT of a large file is refused; 0: none is."""
+        """HTTP status of every PUT of a large file; 0 for success."""
         self.weights_mode = weights_mode
         self._server = ThreadingHTTPServer(
             ("127.0.0.1", 0), type("Handler", (Handler,), {"hub": self})
@@ -64,7 +65,7 @@ class HubStandIn:
                 "error": "You already created this model repo",
                 "url": f"{self.endpoint}/{repo_id}",
             }
-        # Who does not say is public, as on the hub.
+        # Public by default, as on the hub.
         self.repos[repo_id] = Repo(private=body.get("visibility") == "private")
         return 200, {"url": f"{self.endpoint}/{repo_id}", "name": repo_id}
 
@@ -138,7 +139,7 @@ class Handler(BaseHTTPRequestHandler):
     def _route(self, body):
         hub, path = self.hub, self.path.partition("?")[0]
         hub.requests.append(f"{self.command} {path}")
-        if path.startswith("/lfs/") and self.command == "PUT":  # A signed address: no token.
+        if path.startswith("/lfs/") and self.command == "PUT":  # A signed URL needs no token.
             oid = path.removeprefix("/lfs/")
             assert hashlib.sha256(body).hexdigest() == oid
             hub.objects[oid] = body

@@ -1,4 +1,4 @@
-"""Data as a pure function, examples, and losses that mean the same whatever surrounds them."""
+"""Batches as a pure function, encoding, and losses that do not depend on padding."""
 
 import json
 import math
@@ -204,9 +204,9 @@ def test_what_is_too_long_loses_the_start_of_its_prompt(tokenizer, tmp_path):
 
 def test_labels_by_word_or_number():
     names = [" terrible", " great"]
-    assert [label_index(v, names) for v in (0, 1, 2, -1, "great", " terrible ", "meh", True, 0.5, None)] == [
-        0, 1, None, None, 1, 0, None, None, None, None,
-    ]  # fmt: skip
+    known = {0: 0, 1: 1, "great": 1, " terrible ": 0}
+    assert {label: label_index(label, names) for label in known} == known
+    assert all(label_index(label, names) is None for label in (2, -1, "meh", True, 0.5, None))
 
 
 def test_a_classifier_learns_its_classes_from_the_rows(tokenizer, reviews):
@@ -269,7 +269,7 @@ def test_other_encodings_are_named(tmp_path, kind):
     for encoding, said in (
         ("utf-16", "is UTF-16"),
         ("utf-32", "is UTF-32"),
-        ("utf-16-le", "line 1 holds a zero byte"),
+        ("utf-16-le", "line 1 contains a zero byte"),
     ):
         path.write_bytes(body.encode(encoding))
         with pytest.raises(UserError, match=f"{said}.*save it as UTF-8"):
@@ -277,14 +277,14 @@ def test_other_encodings_are_named(tmp_path, kind):
     path.write_bytes(body.encode().replace(b" b", b"\xe9b"))
     number = 2 if kind == "csv" else 1
     with pytest.raises(
-        UserError, match=rf"a\.{kind} line {number} is not UTF-8: byte 0xe9 at place"
+        UserError, match=rf"a\.{kind} line {number} is not UTF-8: byte 0xe9 at position"
     ):
         rows_of(path)
 
 
 def test_json_that_is_nested_without_end_is_one_line(tmp_path):
     (tmp_path / "a.jsonl").write_text("[" * 200_000 + "\n")
-    with pytest.raises(UserError, match="line 1 is broken JSON"):
+    with pytest.raises(UserError, match="line 1 is invalid JSON"):
         rows_of(tmp_path / "a.jsonl")
 
 
@@ -296,7 +296,7 @@ CHOICE = {"template": "{text} it was", "label_words": ["terrible", "great"]}
 @pytest.mark.parametrize("info", [CAUSAL, CLASSIFIER])
 @pytest.mark.parametrize("row", [1, 4, 97])
 def test_a_missing_label_names_its_own_row(tokenizer, tmp_path, kind, held_out, info, row):
-    """A gap makes floats of a table's numbers, holding out renumbers the rest; the user's file has neither."""
+    """Gaps turn integers into floats, and holding out renumbers rows; errors show neither."""
     labels = [i % 2 for i in range(100)]
     labels[row - 1] = None
     path = tmp_path / f"a.{kind}"
@@ -363,7 +363,7 @@ def test_a_template_may_name_any_column_and_hold_braces(tokenizer, tmp_path):
 
 
 def test_an_empty_completion_is_refused_by_its_row(tokenizer, tmp_path):
-    """A micro-batch of them has no term, and so a loss that is not a number."""
+    """A micro-batch of empty completions has no terms, so its loss is NaN."""
     rows = [{"prompt": "the film", "completion": "good"}, {"prompt": "the film", "completion": ""}]
     name = write(tmp_path / "a.jsonl", rows)
     endless = deepcopy(tokenizer)
@@ -390,7 +390,7 @@ def test_messages_that_the_chat_template_refuses_are_named_by_their_row(
     name, strict = write(tmp_path / "a.jsonl", [{"messages": said}]), deepcopy(tokenizer)
     strict.chat_template = template
     with pytest.raises(
-        UserError, match=r"a\.jsonl row 1: the model's chat template refuses"
+        UserError, match=r"a\.jsonl row 1: the model's chat template rejects"
     ) as error:
         built(strict, DataConfig(name=name, dev_examples=0))
     assert "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""Equal fingerprints mean equal bits, frozen parameters' too, whoever hashes which part of the model."""
+"""Equal fingerprints mean equal bits, frozen parameters included, for any split of the hashing."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from zo.streaming.stores import DeviceStore, HostStore
 
 
 class Counted(ModelSource):
-    """Counts the bytes that are read."""
+    """A weight source that counts the bytes read."""
 
     read_bytes = 0
 
@@ -28,7 +28,7 @@ class Counted(ModelSource):
 
 @pytest.fixture(autouse=True)
 def small_leaves(monkeypatch):
-    """Leaves and chunks so small that the borders of leaves, chunks and slices lie across one another."""
+    """Leaves and chunks so small that borders of leaves, chunks and slices do not coincide."""
     monkeypatch.setattr(fingerprint, "LEAF_BYTES", 3000)
     monkeypatch.setattr(blocks, "CHUNK_BYTES", 16_384)
 
@@ -56,7 +56,7 @@ def test_slices_give_the_fingerprint_of_the_whole_and_read_every_byte_once(
     torch.set_num_threads(threads)
     try:
         for index in range(slices):
-            store = HostStore(layout, base, pin=False, slice=Slice(index, slices))
+            store = HostStore(layout, base, slice=Slice(index, slices))
             known = whole.digests.any(1)
             assert not (known & store.found.digests.any(1)).any()
             torch.maximum(whole.digests, store.found.digests, out=whole.digests)
@@ -115,7 +115,7 @@ def adapted_run(tmp_path, change, steps):
     ids=["in a layer", "around"],
 )
 def test_a_resume_on_another_frozen_base_is_refused(tmp_path, name):
-    """Else the log would be replayed on weights that it was not made with, and nobody would know."""
+    """Otherwise the log would silently be replayed on weights it was not made with."""
 
     def change(model):
         model.get_parameter(name).data.view(-1)[5] += 1

@@ -78,7 +78,7 @@ def test_a_file_with_another_hash_is_refused(empty_cache, monkeypatch):
 
 def test_a_cache_that_cannot_be_written_is_named(monkeypatch):
     monkeypatch.setenv("ZO_CACHE", "/proc/zo")
-    with pytest.raises(UserError, match="set ZO_CACHE to a folder"):
+    with pytest.raises(UserError, match="set ZO_CACHE to a writable folder"):
         assets.movie_reviews()
 
 

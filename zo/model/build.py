@@ -1,4 +1,4 @@
-"""Build and load models through transformers, whatever their family: configuration, tokenizer, skeleton, weights."""
+"""Load models of any family with transformers: configuration, tokenizer, skeleton, weights."""
 
 import copy
 import inspect
@@ -26,35 +26,35 @@ from zo.model.checkpoint import CheckpointSource, shard_files
 from zo.model.info import ModelInfo
 from zo.model.source import RandomSource, WeightSource
 
-# Bars of a second's loading would stand between the run's own lines, once a rank.
+# Loading bars would appear between the run's own lines, once per rank.
 logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 AUTO_CLASS = {
     "causal-lm": AutoModelForCausalLM,
     "sequence-classification": AutoModelForSequenceClassification,
 }
-"""transformers' builders, by the name that ``model.task`` takes."""
+"""transformers' auto classes, by value of ``model.task``."""
 ATTENTION_WORDS = re.compile(
     "attn_implementation|attention implementation|[Ff]lash ?[Aa]ttention|flash_attn|flex"
 )
-"""Words of transformers' errors about ``attn_implementation``."""
+"""Matches transformers' errors about ``attn_implementation``."""
 NARROW_HEAD = 16
 """Width of an attention head in a narrow copy."""
 WIDTHS, LENGTHS = (
     re.compile("hidden|emb|model|dim|width"),
     re.compile("max|position|vocab|layers|seq"),
 )
-"""Keys of a configuration that tell a width, and that do not though they hold the same number."""
+"""Configuration keys that are widths, and keys that are not though their values may be equal."""
 
 
 class ModelLoader:
-    """A model before its weights are read: where it lies, its configuration, its head and its tokenizer."""
+    """A model's configuration, and from it the tokenizer, the skeleton and the weight source."""
 
     def __init__(self, config: ModelConfig) -> None:
-        """Read a model's configuration.
+        """Read the model's configuration.
 
         Raises:
-            UserError: no such folder or hub id, or the configuration is of no known kind.
+            UserError: the folder or hub id does not exist, or its configuration is unknown.
         """
         if not config.name:
             raise UserError(
@@ -69,22 +69,24 @@ class ModelLoader:
         self.task = self._task()
 
     def _read(self, key: str, path: str, kind: Any) -> Any:
-        """Read a configuration or a tokenizer, from a folder or the hub."""
+        """Read a configuration or tokenizer from a folder or the hub."""
         folder = Path(path).expanduser()
         looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
         if looks_local and not folder.is_dir():
             raise UserError(
-                f"{key}={path} is no folder; give an existing folder or a hub id such as facebook/opt-125m"
+                f"{key}={path} is not a folder; give an existing folder or a hub id such as "
+                "facebook/opt-125m"
             )
         try:
             return kind.from_pretrained(str(folder) if folder.is_dir() else path, **self.hub)
         except (OSError, ValueError) as error:
             if "trust_remote_code" in str(error):
                 raise UserError(
-                    f"{key}={path} brings code of its own, which runs only if you say so: read it, then start train.py "
-                    "with model.trust_remote_code=true, evaluate.py or export.py of a run with trust_remote_code=true"
+                    f"{key}={path} contains custom code, which is disabled by default; read it, "
+                    "then set model.trust_remote_code=true for train.py, or trust_remote_code=true "
+                    "for evaluate.py or export.py of a run"
                 ) from error
-            raise UserError(f"{key}={path} cannot be read: {_first_line(error)}") from error
+            raise UserError(f"{key}={path} cannot be loaded: {_first_line(error)}") from error
 
     def _task(self) -> str:
         if self.config.task != "auto":
@@ -94,10 +96,10 @@ class ModelLoader:
         return "sequence-classification" if classifier else "causal-lm"
 
     def tokenizer(self) -> Any:
-        """The tokenizer of ``model.tokenizer``, else of the model.
+        """Load the tokenizer of ``model.tokenizer``, or else of the model.
 
         Raises:
-            UserError: there is none.
+            UserError: it cannot be loaded.
         """
         name = self.config.tokenizer
         return self._read(
@@ -105,7 +107,7 @@ class ModelLoader:
         )
 
     def set_classes(self, names: list[str], pad_token_id: int) -> None:
-        """Size a classifier's head; without effect on a language model."""
+        """Set the classes of a classifier's head; no effect on a language model."""
         if self.task == "sequence-classification":
             self.hf_config.num_labels = len(names)
             self.hf_config.id2label = dict(enumerate(names))
@@ -115,7 +117,7 @@ class ModelLoader:
 
     @property
     def class_names(self) -> list[str]:
-        """Names of the classes of a checkpoint that is a classifier already."""
+        """Class names of a checkpoint that already is a classifier, else empty."""
         if self.config.weights == "random" or not (self.hf_config.architectures or [""])[
             0
         ].endswith("Classification"):
@@ -128,10 +130,10 @@ class ModelLoader:
         return getattr(torch, self.config.dtype)  # type: ignore[no-any-return]
 
     def skeleton(self) -> nn.Module:
-        """The model with real buffers and parameters on meta, each of the type it will have.
+        """Build the model with real buffers and parameters on meta, each of its stored dtype.
 
         Raises:
-            UserError: transformers has no model of this kind for the configuration.
+            UserError: transformers has no model for this configuration and task.
         """
         try:
             return self._on_meta(self.hf_config)  # type: ignore[no-any-return]
@@ -143,9 +145,10 @@ class ModelLoader:
             ) from error
 
     def narrow(self, skeleton: nn.Module) -> nn.Module | None:
-        """A model of the same structure and a small width, for the self-check; ``None`` where there is none.
+        """Build a model of the same structure and a small width; ``None`` if that is not possible.
 
-        A layer of a large model has gigabytes, and where its weights are read does not depend on its width.
+        For the self-check: a layer of a large model has gigabytes, and the modules that read its
+        weights do not depend on its width.
         """
         config, width = (
             copy.deepcopy(self.hf_config),
@@ -168,20 +171,20 @@ class ModelLoader:
         try:
             model = self._on_meta(config)
         except (ValueError, RuntimeError, AttributeError):
-            return None  # The model as it is will do.
+            return None  # The self-check uses the full width.
         same = [n for n, _ in model.named_parameters()] == [
             n for n, _ in skeleton.named_parameters()
         ]
         return model if same else None
 
     def check_positions(self, max_tokens: int) -> None:
-        """Check that a sequence has no more tokens than the model has positions.
+        """Check that sequences of ``max_tokens`` fit the model's positions.
 
         Raises:
-            UserError: it has.
+            UserError: they do not.
         """
         text = self.hf_config.get_text_config()
-        # Names of configuration keys, the common one first; a model without any has no limit.
+        # Common configuration keys; a model without any of them has no limit.
         found = (
             (key, getattr(text, key, None))
             for key in ("max_position_embeddings", "n_positions", "n_ctx")
@@ -191,8 +194,8 @@ class ModelLoader:
         )
         if max_tokens > limit:
             raise UserError(
-                f"batch.max_tokens={max_tokens} is more than the {limit} positions of model.name={self.config.name} "
-                f"({key}); use at most {limit}"
+                f"batch.max_tokens={max_tokens} is more than the {limit} positions of "
+                f"model.name={self.config.name} ({key}); use at most {limit}"
             )
 
     def _on_meta(self, hf_config: Any) -> Any:
@@ -202,7 +205,7 @@ class ModelLoader:
                 model = AUTO_CLASS[self.task].from_config(  # type: ignore[no-untyped-call]
                     hf_config,
                     dtype=self.dtype,
-                    # None: sdpa where the model's class supports it, else eager.
+                    # None: sdpa if the model's class supports it, else eager.
                     attn_implementation=None if asked == "auto" else asked,
                     trust_remote_code=self.config.trust_remote_code,
                 )
@@ -210,21 +213,21 @@ class ModelLoader:
             if asked == "auto" or not ATTENTION_WORDS.search(str(error)):
                 raise
             raise UserError(
-                f"model.attention={asked} does not work for model.name={self.config.name}: {_first_line(error)}; use "
-                f"{' or '.join(self._attentions(hf_config))}"
+                f"model.attention={asked} does not work for model.name={self.config.name}: "
+                f"{_first_line(error)}; use {' or '.join(self._attentions(hf_config))}"
             ) from error
-        # Some families keep some parameters in float32 whatever is asked for; from_config does not know of it.
+        # Some families keep some parameters in float32 for any dtype; from_config ignores that.
         if plan := model._get_dtype_plan(self.dtype):
             patterns, by_group, _ = build_glob_alternation(list(plan))
             for name, parameter in model.named_parameters():
                 if found := patterns.search(name):
                     parameter.data = parameter.data.to(plan[by_group[str(found.lastgroup)]])
-        # Registering on meta makes a new Parameter each time, which parts tied ones.
+        # init_empty_weights makes a new Parameter for each name, which unties tied ones.
         model.tie_weights()
         return model.eval()
 
     def _attentions(self, hf_config: Any) -> list[str]:
-        """Return the values of ``model.attention`` that the model's class supports, by its own flags."""
+        """Return the values of ``model.attention`` that the model's class declares support for."""
         auto: Any = AUTO_CLASS[self.task]
         kind: Any = auto._model_mapping.get(type(hf_config), None)
         kind = kind[0] if isinstance(kind, list | tuple) else kind
@@ -237,7 +240,7 @@ class ModelLoader:
         ]
 
     def info(self, skeleton: nn.Module) -> ModelInfo:
-        """What data and objective need to know of the model."""
+        """Return the facts of the model that data and objective need."""
         return ModelInfo(
             task=self.task,
             vocab_size=self.hf_config.get_text_config().vocab_size,
@@ -245,15 +248,15 @@ class ModelLoader:
         )
 
     def weights(self, skeleton: nn.Module, seed: int, engine: Engine) -> WeightSource:
-        """The model's weights, to be read block by block.
+        """Return the source of the model's weights.
 
         Args:
-            skeleton: of this source.
-            seed: of random weights and of a head that the checkpoint does not have.
+            skeleton: from :meth:`skeleton`.
+            seed: of random weights, and of a head that the checkpoint lacks.
             engine: reads the shards.
 
         Raises:
-            UserError: the folder holds no weights, or not all of them.
+            UserError: there are no weights, or some are missing.
         """
         fresh = RandomSource(skeleton, seed)
         if self.config.weights == "random":
@@ -263,17 +266,17 @@ class ModelLoader:
             found = CheckpointSource(skeleton, shard_files(self.path, self.hub), engine, fresh)
         except (OSError, ValueError) as error:
             raise UserError(
-                f"model.name={name} has no weights that can be read: {_first_line(error)}; give a folder with whole "
-                "safetensors, or model.weights=random"
+                f"the weights of model.name={name} cannot be loaded: {_first_line(error)}; give a "
+                "folder with intact safetensors files, or set model.weights=random"
             ) from error
         if found.missing and self.task == "causal-lm":
             raise UserError(
-                f"model.name={name} lacks {len(found.missing)} weights, {found.missing[0]} first; give a whole "
-                "checkpoint of a causal language model, or model.weights=random"
+                f"model.name={name} lacks {len(found.missing)} weights, {found.missing[0]} first; "
+                "give a complete checkpoint of a causal language model, or set model.weights=random"
             )
         return found
 
 
 def _first_line(error: Exception) -> str:
-    """What a library says, as one line."""
+    """Return an error's message as one line of at most 300 characters."""
     return " ".join(str(error).split())[:300]

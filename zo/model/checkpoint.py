@@ -1,9 +1,9 @@
-"""A checkpoint's weights, straight from its safetensors shards into blocks, by transformers' own conversion of names.
+"""Read a checkpoint's safetensors shards directly into blocks, with transformers' name conversion.
 
-Where a tensor on disk is a parameter in memory (name, shape), its bytes are read in place, and only those that a
-block asks for; the type is converted on the way. Where transformers converts (experts that are many tensors on disk
-and one in memory), its converter makes the parameter from the tensors that it is made of. What the checkpoint lacks
-is initialised.
+A tensor on disk that matches a parameter in name and shape is read in place: only the bytes that a
+block needs, converted to the stored dtype. A parameter that transformers makes of other tensors
+(experts: many tensors on disk, one in memory) is made by its own converter. Parameters that the
+checkpoint lacks are initialised.
 """
 
 import json
@@ -45,22 +45,22 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""Types of the safetensors format that weights may be widened or narrowed from."""
+"""Supported dtypes of the safetensors format."""
 MAX_HEADER_BYTES = 100_000_000
 
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor in a shard."""
+    """Location, dtype and shape of one tensor in a shard."""
 
     path: Path
     start: int
-    """Its first byte in the file."""
+    """Offset of its first byte in the file."""
     dtype: torch.dtype
     shape: tuple[int, ...]
 
     def read(self, engine: Engine, first: int = 0, count: int | None = None) -> Tensor:
-        """``count`` of its elements from number ``first``, flat; all by default."""
+        """Return ``count`` elements from element ``first``, flat; all by default."""
         count, size = prod(self.shape) if count is None else count, self.dtype.itemsize
         raw = torch.empty(count * size, dtype=torch.uint8)
         engine.read(self.path, self.start + first * size, raw)
@@ -68,10 +68,10 @@ class Stored:
 
 
 def shard_files(path: str, hub: Mapping[str, Any]) -> list[Path]:
-    """The safetensors files of a folder or a hub id, downloaded if they must be.
+    """Return the safetensors files of a folder or a hub id; download those that are not cached.
 
     Raises:
-        OSError: there are none, or one that the index names is missing.
+        OSError: there are none, or a file of the index is missing.
     """
     options = {"revision": hub.get("revision"), "_raise_exceptions_for_missing_entries": False}
     if single := cached_file(path, SAFE_WEIGHTS_NAME, **options):
@@ -83,27 +83,27 @@ def shard_files(path: str, hub: Mapping[str, Any]) -> list[Path]:
 
 
 def tensors_of(path: Path) -> dict[str, Stored]:
-    """What a safetensors file holds, from its header.
+    """Read the header of a safetensors file; return its tensors by name.
 
     Raises:
-        OSError: the file is missing, no safetensors, shorter than its header says, or its header contradicts itself.
+        OSError: the file is missing, not safetensors or truncated, or its header is inconsistent.
     """
     size = path.stat().st_size
     with open(path, "rb") as file:
         length = int(struct.unpack("<Q", file.read(8).ljust(8, b"\0"))[0])
         if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
-            raise OSError(f"{path} is no safetensors file, or is cut short: {size} bytes")
+            raise OSError(f"{path} is not a safetensors file, or is truncated: {size} bytes")
         try:
             header = json.loads(file.read(length))
         except (ValueError, RecursionError) as error:
-            raise OSError(f"{path} has a damaged header: {error}") from error
+            raise OSError(f"{path} has a corrupt header: {error}") from error
     if not isinstance(header, dict):
-        raise OSError(f"{path} has a damaged header: it is not an object")
+        raise OSError(f"{path} has a corrupt header: it is not an object")
     header.pop("__metadata__", None)
     _check_header(path, header)
     end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if size < end:
-        raise OSError(f"{path} is cut short: {size} bytes, {end} by its header")
+        raise OSError(f"{path} is truncated: it has {size} bytes, its header needs {end}")
     return {
         name: Stored(path, 8 + length + e["data_offsets"][0], DTYPES[e["dtype"]], tuple(e["shape"]))
         for name, e in header.items()
@@ -111,67 +111,68 @@ def tensors_of(path: Path) -> dict[str, Stored]:
 
 
 def _check_header(path: Path, header: Mapping[str, Any]) -> None:
-    """Raise :class:`OSError` unless every tensor of a safetensors header has a type, a shape and bytes of its own."""
+    """Raise :class:`OSError` unless every tensor has a known dtype, a shape and its own bytes."""
 
     def are_sizes(values: object) -> bool:
         return isinstance(values, list) and all(type(v) is int and v >= 0 for v in values)
 
     for name, entry in header.items():
-        whole = (
+        typed = (
             isinstance(entry, dict)
             and isinstance(entry.get("dtype"), str)
             and are_sizes(entry.get("shape"))
         )
-        offsets: Any = entry.get("data_offsets") if whole else None
+        offsets: Any = entry.get("data_offsets") if typed else None
         if not are_sizes(offsets) or len(offsets) != 2:
-            raise OSError(f"{path} has a damaged header: {name} lacks dtype, shape or data_offsets")
+            raise OSError(f"{path} has a corrupt header: {name} lacks dtype, shape or data_offsets")
         if entry["dtype"] not in DTYPES:
             raise OSError(
-                f"{path} holds tensors of type {entry['dtype']}, which are not plain weights"
+                f"{path} holds tensors of dtype {entry['dtype']}, which is not supported; use "
+                f"one of {', '.join(DTYPES)}"
             )
         size_bytes = prod(entry["shape"]) * DTYPES[entry["dtype"]].itemsize
         if offsets[1] - offsets[0] != size_bytes:
             raise OSError(
-                f"{path} has a damaged header: {name} of shape {entry['shape']} has {size_bytes} bytes, its "
-                f"data_offsets {offsets} say {offsets[1] - offsets[0]}"
+                f"{path} has a corrupt header: {name} of shape {entry['shape']} needs {size_bytes} "
+                f"bytes, its data_offsets {offsets} hold {offsets[1] - offsets[0]}"
             )
     extents = sorted((*entry["data_offsets"], name) for name, entry in header.items())
     for (_, end, first), (start, _, second) in pairwise(e for e in extents if e[0] < e[1]):
         if start < end:
-            raise OSError(f"{path} has a damaged header: {first} and {second} share bytes")
+            raise OSError(f"{path} has a corrupt header: {first} and {second} overlap")
 
 
 class CheckpointSource:
-    """The weights of a checkpoint."""
+    """The weights of a checkpoint's safetensors shards."""
 
     is_rereadable = True
 
     def __init__(
         self, model: nn.Module, files: list[Path], engine: Engine, fresh: RandomSource
     ) -> None:
-        """Match the names of a checkpoint with those of a model on meta.
+        """Match the tensors of a checkpoint with the parameters of a model on meta.
 
         Args:
-            model: of transformers; only its structure is used.
+            model: a transformers model; only its structure is used.
             files: the shards.
-            engine: reads them.
-            fresh: initialises what the checkpoint lacks.
+            engine: reads the shards.
+            fresh: initialises parameters that the checkpoint lacks.
 
         Raises:
-            OSError: a shard is missing, cut short or no safetensors.
-            ValueError: a tensor has another shape than its parameter.
+            OSError: a shard is missing, truncated or not safetensors.
+            ValueError: a tensor and its parameter differ in shape.
         """
         self._model, self._engine, self._fresh = model, engine, fresh
         self._in_place: dict[str, Stored] = {}
         self._converted: dict[str, tuple[WeightConverter, str, list[tuple[str, str, Stored]]]] = {}
-        self._kept: tuple[object, dict[str, Tensor]] | None = None
+        self._cached: tuple[object, dict[str, Tensor]] | None = None
         state, named = (
             model.state_dict(),
             {k: v for file in files for k, v in tensors_of(file).items()},
         )
         self._match(state, named)
-        self.missing = sorted(self._absent())
-        """Parameters that the checkpoint does not have, nor need have."""
+        self.missing = sorted(self._missing())
+        """Parameters that the checkpoint lacks, except those that transformers may ignore."""
 
     def _match(self, state: Mapping[str, Tensor], named: Mapping[str, Stored]) -> None:
         mapping = get_model_conversion_mapping(self._model)  # type: ignore[arg-type]
@@ -192,14 +193,15 @@ class CheckpointSource:
                 )
             elif tuple(state[name].shape) != named[key].shape:
                 raise ValueError(
-                    f"{key} has shape {list(named[key].shape)}, the model's {list(state[name].shape)}"
+                    f"{key} has shape {list(named[key].shape)}, its parameter {name} "
+                    f"{list(state[name].shape)}"
                 )
             else:
                 self._in_place[name] = named[key]
-        # As from_pretrained leaves it: save_pretrained takes the same conversions back.
+        # As from_pretrained does; save_pretrained reverses these conversions.
         self._model._weight_conversions = [t for t in mapping if t.was_used()]  # type: ignore[assignment]
         for entry in list(self._converted.values()):
-            # One converter may make several parameters: each of them leads to it.
+            # One converter may make several parameters; register it under each.
             for target in self._targets(entry[0], entry[1]):
                 if target in state:
                     self._converted.setdefault(target, entry)
@@ -213,7 +215,7 @@ class CheckpointSource:
             else [first]
         )
 
-    def _absent(self) -> set[str]:
+    def _missing(self) -> set[str]:
         found = self._in_place.keys() | self._converted.keys()
         tied: dict[int, list[str]] = {}
         for name, parameter in self._model.named_parameters(remove_duplicate=False):
@@ -254,34 +256,34 @@ class CheckpointSource:
             flat.copy_(stored.read(self._engine, first, flat.numel()))
 
     def _convert(self, name: str) -> Tensor:
-        """One parameter that transformers makes of several tensors, or of one in another form."""
+        """Make a parameter that transformers converts from one or more tensors."""
         entry = self._converted[name]
-        if self._kept is None or self._kept[0] is not entry:
-            self._kept = None
+        if self._cached is None or self._cached[0] is not entry:
+            self._cached = None
             converter, first, sources = deepcopy(entry[0]), entry[1], entry[2]
             for key, pattern, stored in sources:
                 converter.add_tensor(first, key, pattern, self._reader(stored))  # type: ignore[arg-type]
             made = converter.convert(first, model=self._model, config=self._model.config)
-            self._kept = entry, {k: v[0] if isinstance(v, list) else v for k, v in made.items()}
-        return self._kept[1][name]
+            self._cached = entry, {k: v[0] if isinstance(v, list) else v for k, v in made.items()}
+        return self._cached[1][name]
 
     def _reader(self, stored: Stored) -> Callable[[], Tensor]:
         return lambda: stored.read(self._engine).view(stored.shape)
 
     def attach_buffers(self, model: nn.Module) -> None:
-        """See :class:`zo.model.source.WeightSource`: saved buffers, and how ``save_pretrained`` gives the names that were read."""
+        """Copy saved buffers, and the name conversions that ``save_pretrained`` reverses."""
         for name, buffer in model.named_buffers():
             if name in self._in_place:
                 buffer.copy_(self._in_place[name].read(self._engine).view(buffer.shape))
         model._weight_conversions = self._model._weight_conversions
 
     def is_expensive(self, block: Block) -> bool:
-        """See :class:`zo.model.source.WeightSource`: what is read in place is not."""
+        """Return True unless all parameters of the block are read in place."""
         return not all(
             any(name in self._in_place for name in p.parameter.spec.names) for p in block.parts
         )
 
     def clear_cache(self) -> None:
-        """Drop what was converted or initialised last."""
-        self._kept = None
+        """Free the last converted parameters and the last initialised group."""
+        self._cached = None
         self._fresh.clear_cache()

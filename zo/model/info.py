@@ -1,14 +1,14 @@
-"""Facts of a model that data and objectives need, whatever its family."""
+"""The facts of a model that data and objectives need."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What data needs to know of a model, whatever its family."""
+    """The facts of a model that data and objectives need, for any family."""
 
     task: str
     """``causal-lm`` or ``sequence-classification``."""
     vocab_size: int
     accepts: frozenset[str]
-    """Names of the arguments of its forward."""
+    """Argument names of its forward."""

@@ -1,9 +1,10 @@
-"""Where every trainable parameter lies: one flat address space, cut into blocks.
+"""The address of every trainable parameter in one flat space, and its cut into blocks.
 
-Groups (layers, and the modules around them) follow one another in the order of the model; inside a group, parameters
-with two or more dims come first, then the rest, each in the model's order and each on the next multiple of
-``ALIGNMENT``. That depends on the model alone, so an address names the same weight on any machine, mesh or store.
-How groups are cut into blocks, the units of a visit, changes no address. Pure arithmetic: no tensor is read.
+Groups (layers, and the modules outside them) are in the model's order; inside a group, parameters
+with two or more dims come first, then the rest, each in the model's order and on the next multiple
+of ``ALIGNMENT``. Addresses depend on the model alone, so they are the same on any machine, mesh or
+store. Cutting groups into blocks, the units of a visit, changes no address. Pure arithmetic: no
+tensor is read.
 """
 
 import hashlib
@@ -18,21 +19,21 @@ from torch import Tensor
 from zo.method.perturbation import ALIGNMENT
 
 LINE = 512
-"""Bytes; a block's segments begin on multiples of it, so that a cut there is on the alignment of every dtype."""
+"""Bytes; a block's segments begin on multiples of it, which every dtype is aligned to."""
 GRAIN = 4096
-"""Bytes; slices of a block are cut on multiples of it: pages, which direct I/O and page locking want."""
+"""Bytes; a block is sliced on multiples of it: the page that direct I/O and page locking need."""
 
 
 @dataclass(frozen=True)
 class Spec:
-    """One parameter before it is placed."""
+    """One parameter without an address."""
 
     names: tuple[str, ...]
-    """All its names in the model; more than one where it is tied, the first one counts."""
+    """All its names in the model, more than one if it is tied; the first identifies it."""
     shape: tuple[int, ...]
     dtype: torch.dtype
     frozen: bool = False
-    """Read at a visit, never perturbed, never written; it has no address in the space of z."""
+    """True if it is read at a visit but never perturbed or written; it has no address in z."""
 
     @property
     def size_bytes(self) -> int:
@@ -42,14 +43,14 @@ class Spec:
 
 @dataclass(frozen=True)
 class Placed:
-    """One parameter and its address; a frozen one's address only orders it among the frozen."""
+    """One parameter and its address; frozen parameters are numbered apart, only for their order."""
 
     spec: Spec
     start: int
 
     @property
     def name(self) -> str:
-        """The first of its names."""
+        """First of its names."""
         return self.spec.names[0]
 
     @property
@@ -59,22 +60,22 @@ class Placed:
 
     @property
     def stop(self) -> int:
-        """The address after its last element, rounded up to the alignment."""
+        """Address after its last element, rounded up to the alignment."""
         return self.start + -(-self.numel // ALIGNMENT) * ALIGNMENT
 
     @property
     def decays(self) -> bool:
-        """Whether weight decay applies: not to biases and norms, which have fewer than two dims (as MeZO)."""
+        """True if weight decay applies: not to biases and norms, below two dims (as MeZO)."""
         return len(self.spec.shape) >= 2
 
 
 @dataclass(frozen=True)
 class Part:
-    """Rows of a parameter that one block holds: all of them, but for a vocabulary that is cut into chunks."""
+    """Rows of a parameter in one block: all of them, unless a vocabulary is cut into chunks."""
 
     parameter: Placed
     rows: tuple[int, int] | None = None
-    """First row and the one after the last, of a matrix; ``None`` for the whole parameter."""
+    """First row and the row after the last; ``None`` for the whole parameter."""
 
     @property
     def start(self) -> int:
@@ -83,15 +84,15 @@ class Part:
 
     @property
     def stop(self) -> int:
-        """The address after its last element, padding included."""
+        """Address after its last element, padding included."""
         last = self.rows is None or self.rows[1] == self.parameter.spec.shape[0]
         return self.parameter.stop if last else self.parameter.start + self.rows[1] * self._width  # type: ignore[index]
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of these rows."""
-        whole = self.parameter.spec.shape
-        return whole if self.rows is None else (self.rows[1] - self.rows[0], *whole[1:])
+        shape = self.parameter.spec.shape
+        return shape if self.rows is None else (self.rows[1] - self.rows[0], *shape[1:])
 
     @property
     def numel(self) -> int:
@@ -105,7 +106,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of a block's parts with adjoining addresses, one dtype, one rule of decay: one tensor, one kernel call."""
+    """Adjacent parts of a block with one dtype and one decay rule: one tensor, one kernel call."""
 
     parts: tuple[Part, ...]
 
@@ -126,32 +127,32 @@ class Segment:
 
     @property
     def decays(self) -> bool:
-        """Whether weight decay applies."""
+        """True if weight decay applies."""
         return self.parts[0].parameter.decays
 
     @property
     def frozen(self) -> bool:
-        """Whether its parameters are never changed."""
+        """True if its parameters are never changed."""
         return self.parts[0].parameter.spec.frozen
 
     @property
     def size_bytes(self) -> int:
-        """Stored size in bytes, whole lines."""
+        """Stored size in bytes, a multiple of ``LINE``."""
         return -(-self.numel * self.dtype.itemsize // LINE) * LINE
 
 
 @dataclass(frozen=True)
 class Block:
-    """The unit of streaming: what one visit brings. In memory and on disk its segments lie one after another."""
+    """The unit of streaming; one visit serves one block. Its segments are stored in order."""
 
     index: int
     modules: tuple[str, ...]
-    """The modules whose forward enters it; more than one where they share a parameter, none for a chunk."""
+    """Modules whose forward enters it: several if they share a parameter, none for a chunk."""
     parts: tuple[Part, ...]
 
     @property
     def name(self) -> str:
-        """The name of its first module, or of the rows that it holds."""
+        """Name of its first module, or of its rows."""
         if self.modules:
             return self.modules[0] or "(root)"
         rows = self.parts[0].rows
@@ -159,7 +160,7 @@ class Block:
 
     @cached_property
     def segments(self) -> tuple[Segment, ...]:
-        """Its parts as runs of equal kind, in address order, the frozen ones last."""
+        """Its parts as runs of one kind, in address order, frozen ones last."""
         runs: list[list[Part]] = []
         for part in sorted(self.parts, key=lambda p: (p.parameter.spec.frozen, p.start)):
             before = runs[-1][-1] if runs else None
@@ -171,7 +172,7 @@ class Block:
 
     @cached_property
     def trainable(self) -> tuple[Segment, ...]:
-        """The segments that are perturbed and changed: the first ones."""
+        """The segments that are perturbed and updated; they come first."""
         return tuple(s for s in self.segments if not s.frozen)
 
     @cached_property
@@ -181,11 +182,11 @@ class Block:
 
     @cached_property
     def trainable_bytes(self) -> int:
-        """Stored size in bytes of what is perturbed."""
+        """Stored size in bytes of its trainable segments."""
         return sum(s.size_bytes for s in self.trainable)
 
     def carve(self, image: Tensor) -> list[Tensor]:
-        """A block's bytes, uint8 of shape ``[size_bytes]``, as one flat tensor of its dtype for each segment."""
+        """View a block's bytes, uint8 of shape ``[size_bytes]``, as a flat tensor per segment."""
         carved, start = [], 0
         for segment in self.segments:
             carved.append(
@@ -197,17 +198,17 @@ class Block:
 
 @dataclass(frozen=True)
 class Slice:
-    """The part of every block that one rank keeps: number ``index`` of ``of``, of equal size but at a block's end."""
+    """Slice ``index`` of ``of`` equal slices of every block (the last is shorter); one rank's."""
 
     index: int = 0
     of: int = 1
 
     def stride(self, block: Block) -> int:
-        """Bytes from one slice's start to the next one's, whole grains."""
+        """Return the bytes between the starts of two slices, a multiple of ``GRAIN``."""
         return -(-block.size_bytes // (self.of * GRAIN)) * GRAIN
 
     def within(self, block: Block) -> range:
-        """The bytes of a block that are this slice; none where a block has fewer grains than slices."""
+        """Return this slice's bytes of a block; empty if there are fewer grains than slices."""
         start = min(self.index * self.stride(block), block.size_bytes)
         return range(start, min(start + self.stride(block), block.size_bytes))
 
@@ -216,10 +217,12 @@ WHOLE = Slice()
 
 
 def runs(block: Block, image: Tensor, start: int = 0) -> Iterator[tuple[Segment, int, Tensor]]:
-    """What bytes of a block hold: segment, number of its first element there, and a flat view of those that are.
+    """Yield the segments in a range of a block's bytes.
+
+    Each as (segment, index of its first element in the range, flat view of its elements there).
 
     Args:
-        block: which one.
+        block: the block.
         image: uint8, the block's bytes from ``start``.
         start: a multiple of ``GRAIN``.
     """
@@ -231,7 +234,7 @@ def runs(block: Block, image: Tensor, start: int = 0) -> Iterator[tuple[Segment,
 
 
 def spans(block: Block, image: Tensor, start: int = 0) -> Iterator[tuple[Part, int, Tensor]]:
-    """As :func:`runs`, part by part, which leaves padding out."""
+    """Yield the parts in a range of a block's bytes, without padding; like :func:`runs`."""
     begin = 0
     for segment in block.segments:
         for part in segment.parts:
@@ -257,7 +260,7 @@ def _kind(part: Part) -> tuple[torch.dtype, bool, bool]:
 
 
 def views(block: Block, segments: Sequence[Tensor]) -> Iterable[tuple[Part, Tensor]]:
-    """Every part of a block, in its shape, as a view of these flat tensors, one a segment."""
+    """Yield every part of a block as a view, in its shape, of flat tensors, one per segment."""
     for segment, flat in zip(block.segments, segments, strict=False):
         for part in segment.parts:
             offset = part.start - segment.start
@@ -266,12 +269,12 @@ def views(block: Block, segments: Sequence[Tensor]) -> Iterable[tuple[Part, Tens
 
 @dataclass(frozen=True)
 class Layout:
-    """All blocks of a model, and the groups that gave them their addresses."""
+    """The blocks of a model, and the groups that define addresses."""
 
     groups: tuple[Block, ...]
-    """Layers, and modules around them, as blocks of whole parameters."""
+    """Layers, and modules outside them, as blocks of whole parameters."""
     blocks: tuple[Block, ...] = field(default=())
-    """The units of a visit: the groups themselves, or what they are cut into."""
+    """The units of a visit: the groups themselves, or their pieces."""
 
     @property
     def parameters(self) -> Iterable[Placed]:
@@ -290,22 +293,24 @@ class Layout:
 
     @cached_property
     def group_of(self) -> Mapping[int, Block]:
-        """The group that each block, by index, is a piece of."""
+        """The group that contains each block, by the block's index."""
         owner = {part.parameter.name: group for group in self.groups for part in group.parts}
         return {block.index: owner[block.parts[0].parameter.name] for block in self.blocks}
 
     @cached_property
     def digest(self) -> str:
-        """What tells layouts apart: a block's bytes mean nothing under another."""
-        said = [[(p.parameter.spec, p.start, p.rows) for p in block.parts] for block in self.blocks]
-        return hashlib.sha256(repr(said).encode()).hexdigest()[:16]
+        """Hash of the cut into blocks; blocks stored under another digest cannot be read."""
+        described = [
+            [(p.parameter.spec, p.start, p.rows) for p in block.parts] for block in self.blocks
+        ]
+        return hashlib.sha256(repr(described).encode()).hexdigest()[:16]
 
 
 def lay_out(groups: Sequence[tuple[Sequence[str], Sequence[Spec]]]) -> Layout:
-    """Give every parameter its address; blocks are the groups.
+    """Assign an address to every parameter; the groups are the blocks.
 
     Args:
-        groups: in the order of the model: the modules that enter one, and its parameters.
+        groups: entry modules and parameters of each, in the model's order.
     """
     placed, address, frozen_address = [], 0, 0
     for index, (modules, specs) in enumerate(groups):
@@ -322,7 +327,10 @@ def lay_out(groups: Sequence[tuple[Sequence[str], Sequence[Spec]]]) -> Layout:
 
 
 def cut(layout: Layout, pieces: Sequence[tuple[Sequence[str], Sequence[Part]]]) -> Layout:
-    """The same addresses in other blocks: for each, the modules that enter it and what it holds."""
+    """Return the layout with other blocks, each from its entry modules and parts.
+
+    Addresses do not change.
+    """
     blocks = tuple(
         Block(i, tuple(modules), tuple(parts)) for i, (modules, parts) in enumerate(pieces)
     )

@@ -1,6 +1,7 @@
-"""Where a block's weights come from before the first step: a checkpoint's shards, a seed, or a model in memory.
+"""Weight sources: a block's weights before the first step, from a seed or a model in memory.
 
-Every store is filled from here block by block, so that no model is ever in memory beside its store.
+A store is filled block by block, so that a second copy of the model is never in memory. The source
+that reads checkpoints is in :mod:`zo.model.checkpoint`.
 """
 
 import hashlib
@@ -15,35 +16,42 @@ from zo.model.layout import Block, Layout, Part, spans, views
 
 
 class WeightSource(Protocol):
-    """The weights at version 0."""
+    """The weights at version 0, block by block."""
 
     is_rereadable: bool
-    """Whether it takes no memory to keep it for another read."""
+    """True if blocks can be read again later without keeping the model in memory."""
 
     def read(self, block: Block, layout: Layout, image: Tensor, start: int = 0) -> None:
-        """Fill ``image``, uint8 on CPU, with a block's bytes from ``start`` (see :func:`zo.model.layout.runs`), else 0."""
+        """Fill ``image`` with a block's bytes from ``start``, and padding with zeros.
+
+        Args:
+            block: the block to read.
+            layout: the layout that the block belongs to.
+            image: uint8 on CPU, of any length up to the rest of the block; modified in place.
+            start: a multiple of :data:`zo.model.layout.GRAIN`.
+        """
         ...
 
     def is_expensive(self, block: Block) -> bool:
-        """Whether a block takes much longer to make than to read."""
+        """Return True if making a block takes much longer than reading it from a disk."""
         ...
 
     def clear_cache(self) -> None:
-        """Drop what was kept between blocks."""
+        """Free what is cached between reads."""
         ...
 
     def attach_buffers(self, model: nn.Module) -> None:
-        """Give the model that will compute what there is beside parameters."""
+        """Copy everything but parameters (saved buffers, name conversions) to ``model``."""
         ...
 
 
 class ModelSource:
-    """A user's model, whose weights are in memory: taken out of it once."""
+    """The weights of a model that is in memory already."""
 
     is_rereadable = False
 
     def __init__(self, model: nn.Module) -> None:
-        """Remember the tensors, not the parameters, which will point elsewhere."""
+        """Keep the tensors; the parameters will be pointed at other memory."""
         self._tensors = {name: p.data for name, p in model.named_parameters(remove_duplicate=False)}
 
     def read(self, block: Block, layout: Layout, image: Tensor, start: int = 0) -> None:
@@ -57,46 +65,46 @@ class ModelSource:
         return False
 
     def clear_cache(self) -> None:
-        """Keep everything: a block may have to be made anew."""
+        """Do nothing: the tensors are needed if a block must be rebuilt."""
 
     def attach_buffers(self, model: nn.Module) -> None:
         """See :class:`WeightSource`."""
 
 
 class RandomSource:
-    """Weights that transformers would initialise a new model with, a group of the layout at a time.
+    """Random weights as transformers initialises a new model, one group of the layout at a time.
 
-    Each group has a seed of its own, so that its weights depend on neither the others nor the order of making them.
+    Each group has its own seed, so its weights do not depend on other groups or on read order.
     """
 
     is_rereadable = True
 
     def __init__(self, model: nn.Module, seed: int) -> None:
-        """``model``: of transformers; only its structure and configuration are used."""
+        """Use the structure and configuration of a transformers ``model``; it may be on meta."""
         self._model, self._seed = model, seed
-        self._kept: tuple[int, Tensor] | None = None
+        self._cached: tuple[int, Tensor] | None = None
 
     def read(self, block: Block, layout: Layout, image: Tensor, start: int = 0) -> None:
         """See :class:`WeightSource`."""
         group = layout.group_of[block.index]
-        if self._kept is None or self._kept[0] != group.index:
-            self._kept = None
-            self._kept = group.index, self._made(group)
+        if self._cached is None or self._cached[0] != group.index:
+            self._cached = None
+            self._cached = group.index, self._initialised(group)
         made = {
-            part.parameter.name: view for part, view in views(group, group.carve(self._kept[1]))
+            part.parameter.name: view for part, view in views(group, group.carve(self._cached[1]))
         }
         image.zero_()
         for part, first, flat in spans(block, image, start):
             flat.copy_(elements_of(part, made[part.parameter.name], first, flat.numel()))
 
-    def _made(self, group: Block) -> Tensor:
+    def _initialised(self, group: Block) -> Tensor:
         image = torch.zeros(group.size_bytes, dtype=torch.uint8)
         inside = {
             part.parameter.spec.names: view for part, view in views(group, group.carve(image))
         }
         by_name = {name: view for names, view in inside.items() for name in names}
         owners = {name.rpartition(".")[0] for name in by_name}
-        # Outermost last, as transformers does: a module may initialise what its children hold.
+        # Outermost last, as transformers does: a module may initialise its children's parameters.
         modules = [
             m
             for m, _ in self._model.named_modules()
@@ -116,7 +124,7 @@ class RandomSource:
         return image
 
     def _initialiser(self, module: str) -> Callable[[nn.Module], Any]:
-        """The initialiser of the innermost transformers model that holds a module."""
+        """Return ``_init_weights`` of the innermost transformers model that contains ``module``."""
         path = module.split(".") if module else []
         above = [self._model.get_submodule(".".join(path[:n])) for n in range(len(path) + 1)]
         return next(m._init_weights for m in reversed(above) if hasattr(m, "_init_weights"))  # type: ignore[return-value]
@@ -126,26 +134,29 @@ class RandomSource:
         return True
 
     def clear_cache(self) -> None:
-        """Drop the group that was made last."""
-        self._kept = None
+        """Free the last initialised group."""
+        self._cached = None
 
     def attach_buffers(self, model: nn.Module) -> None:
         """See :class:`WeightSource`."""
 
 
-def rows_of(part: Part, whole: Tensor) -> Tensor:
-    """The part's rows of a parameter, or of all of it."""
-    return whole if part.rows is None else whole[part.rows[0] : part.rows[1]]
+def elements_of(part: Part, values: Tensor, first: int, count: int) -> Tensor:
+    """Return ``count`` elements of a part from element ``first``, flat.
 
-
-def elements_of(part: Part, whole: Tensor, first: int, count: int) -> Tensor:
-    """Some elements of a part, flat, of all of its parameter."""
-    return rows_of(part, whole).reshape(-1)[first : first + count]
+    Args:
+        part: all rows of a parameter, or some.
+        values: the whole parameter.
+        first: counted from the part's own first element.
+        count: number of elements.
+    """
+    rows = values if part.rows is None else values[part.rows[0] : part.rows[1]]
+    return rows.reshape(-1)[first : first + count]
 
 
 @contextmanager
 def filled(model: nn.Module, tensors: Mapping[str, Tensor]) -> Any:
-    """Put real tensors in the place of a model's parameters for a while."""
+    """Replace a model's parameters, by name, with real tensors inside a ``with`` block."""
     before = []
     shared: dict[int, nn.Parameter] = {}
     for name, tensor in tensors.items():

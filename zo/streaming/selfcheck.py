@@ -1,8 +1,8 @@
-"""Find the blocks of a model that visits can serve, and prove on a small copy that they are the same as a forward.
+"""Choose the blocks of a model, and check on a small copy that lockstep equals plain forwards.
 
-A block serves only what is read inside its own forward. Each read of a parameter is watched; a block whose
-parameters are read elsewhere is coarsened to its parent. Then the copy runs in lockstep and by plain forwards, and
-the bits are compared.
+A visit can serve only reads inside its block's own forward. Every read of a parameter is watched; a
+block with out-of-block reads is merged into its parent. Then the copy runs in lockstep and by plain
+forwards, and the losses are compared with ``torch.equal``.
 """
 
 import copy
@@ -27,10 +27,10 @@ from zo.streaming.replica import Replica
 from zo.streaming.stores import DeviceStore
 
 SCALE = 0.0625
-"""Far larger than any eps, so that a weight of the wrong probe shows in every loss."""
-READING_PROPERTIES = {"T", "mT", "H", "mH", "data", "real", "imag"}
-"""Properties of a tensor that give its values; the others tell of its shape and type."""
-ASKING_METHODS = {
+"""Far larger than any eps, so that a wrong probe's weight changes every loss."""
+VALUE_PROPERTIES = {"T", "mT", "H", "mH", "data", "real", "imag"}
+"""Properties of a tensor that read its values; the others return metadata."""
+METADATA_METHODS = {
     "size",
     "dim",
     "numel",
@@ -46,9 +46,9 @@ Forward = Callable[[nn.Module], Tensor]
 
 
 def miniature(model: nn.Module, seed: int = 0) -> nn.Module:
-    """A copy with the first layers of each list, at least two and one of each kind, and small random weights on CPU.
+    """Copy the first layers of each list, with small random weights on CPU.
 
-    The model itself may be on meta; none of its large tensors is copied.
+    At least two layers, and one of each kind. The model may be on meta; no large tensor is copied.
     """
     generator = torch.Generator().manual_seed(seed)
     lists, named = layer_lists(model), dict(model.named_parameters(remove_duplicate=False))
@@ -69,7 +69,7 @@ def miniature(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def _kinds_seen(members: nn.ModuleList) -> int:
-    """How many first members hold one of each kind (class and shapes of parameters); at least two."""
+    """Return the number of first members that include each kind (class, shapes); at least two."""
     kinds = [
         (type(m), tuple((n, tuple(p.shape)) for n, p in m.named_parameters())) for m in members
     ]
@@ -83,20 +83,22 @@ def self_check(
     distribution: str,
     unit: str = "layer",
 ) -> frozenset[str]:
-    """Find the blocks of a model, and prove them.
+    """Choose the blocks of a model and check them.
 
     Args:
-        models: the model to be trained, or first a narrower one of the same structure; they may be on meta.
+        models: the model to train, after narrower ones of the same structure if there are any; they
+            may be on meta.
         forwards: the micro-batches to try.
-        device: where to compute.
+        device: the device to compute on.
         distribution: of the directions.
-        unit: what a block is to be.
+        unit: ``layer`` or ``module``.
 
     Returns:
-        The modules that must be one block with all they hold (see :func:`zo.model.blocks.find_layout`).
+        The merged modules: each one block with its descendants (see
+        :func:`zo.model.blocks.find_layout`).
 
     Raises:
-        UserError: a trainable parameter is read outside its layer, so that visits cannot serve it.
+        UserError: a trainable parameter is read outside its layer, which no visit can serve.
     """
     for model in models[:-1]:
         try:
@@ -104,7 +106,7 @@ def self_check(
         except UserError:
             raise
         except (RuntimeError, ValueError, IndexError):
-            continue  # Not every model can be made narrower; the model as it is will tell.
+            continue  # Not every narrow model can run; the full width decides.
     return _check(miniature(models[-1]), forwards, device, distribution, unit)
 
 
@@ -120,11 +122,9 @@ def _check(
     move_resident(small, device, everything=True)
     while True:
         layout = find_layout(small, unit, merged)
-        out_of_block_reads = (
-            set() if unit == "layer" else _out_of_block_reads(small, layout, forwards)
-        )
-        if out_of_block_reads:
-            merged |= {_merge_up(small, layout, name, merged) for name in out_of_block_reads}
+        outside = set() if unit == "layer" else _out_of_block_reads(small, layout, forwards)
+        if outside:
+            merged |= {_merge_up(small, layout, name, merged) for name in outside}
             continue
         visited, same = _compare(small, layout, forwards, device, distribution)
         unvisited = next((b for b in layout.blocks if b.index not in visited and b.trainable), None)
@@ -138,7 +138,7 @@ def _check(
             for n in p.parameter.spec.names
         }
         if owners:
-            # Products with a part of a matrix need not have the bits of the product with the whole matrix.
+            # A product with rows of a matrix may differ in bits from that with the whole matrix.
             merged |= owners
             continue
         tops = {pattern(module, lists) for group in layout.groups for module in group.modules}
@@ -147,17 +147,18 @@ def _check(
             continue
         if unvisited is not None:
             raise UserError(
-                f"parameter {unvisited.parts[0].parameter.name} is never visited: the forward of {unvisited.name} is "
-                "not called, so its weights are read elsewhere or not at all; freeze it (requires_grad=False)"
+                f"parameter {unvisited.parts[0].parameter.name} is never visited: the forward of "
+                f"{unvisited.name} is not called, so its weights are unused or read elsewhere; "
+                "freeze it (requires_grad=False)"
             )
         raise UserError(
-            "the model's loss in lockstep differs from its plain forward: a weight is read outside the module that "
-            "owns it; this model cannot be trained block by block"
+            "the model's loss in lockstep differs from its plain forward: a weight is read outside "
+            "the module that owns it; this model cannot be trained block by block"
         )
 
 
 class _Watch(TorchFunctionMode):
-    """Notes every parameter that is read while the forward is in another block than its own."""
+    """Torch function mode that records parameters read outside their own block."""
 
     def __init__(self, owner: dict[int, int], here: Callable[[], int | None]) -> None:
         super().__init__()
@@ -165,7 +166,7 @@ class _Watch(TorchFunctionMode):
         self.out_of_block_reads: set[int] = set()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not _only_asks(func):
+        if not _reads_metadata(func):
             for leaf in tree_leaves((args, kwargs or {})):
                 if (
                     isinstance(leaf, nn.Parameter)
@@ -175,16 +176,16 @@ class _Watch(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _only_asks(func: Any) -> bool:
-    """Whether a function of a tensor tells its shape or type, and not its values."""
+def _reads_metadata(func: Any) -> bool:
+    """Return True if a function of a tensor reads its shape or type, not its values."""
     name = getattr(func, "__name__", "")
     if name == "__get__":
-        return getattr(getattr(func, "__self__", None), "__name__", "") not in READING_PROPERTIES
-    return name in ASKING_METHODS
+        return getattr(getattr(func, "__self__", None), "__name__", "") not in VALUE_PROPERTIES
+    return name in METADATA_METHODS
 
 
 def _out_of_block_reads(model: nn.Module, layout: Layout, forwards: Sequence[Forward]) -> set[str]:
-    """Parameters that a plain forward reads outside their blocks, by name."""
+    """Return the names of parameters that plain forwards read outside their blocks."""
     inside: list[int] = []
     hooks = [
         model.get_submodule(name).register_forward_pre_hook(
@@ -194,7 +195,7 @@ def _out_of_block_reads(model: nn.Module, layout: Layout, forwards: Sequence[For
         for name in b.modules
     ]
     named = dict(model.named_parameters(remove_duplicate=False))
-    # Chunks are entered by the module that owns them all, and in no other way.
+    # Chunks have no entry module; the module that owns all of them serves them.
     owner = {
         id(named[name]): b.index
         for b in layout.blocks
@@ -212,25 +213,25 @@ def _out_of_block_reads(model: nn.Module, layout: Layout, forwards: Sequence[For
 
 
 def _merge_up(model: nn.Module, layout: Layout, parameter: str, merged: frozenset[str]) -> str:
-    """The module that must be one block for this parameter to be read inside it.
+    """Return the module to merge so that this parameter is read inside its block.
 
     Raises:
-        UserError: not even its whole layer is.
+        UserError: it is read outside its layer.
     """
     lists = layer_lists(model)
     block = next(b for b in layout.blocks for p in b.parts if parameter in p.parameter.spec.names)
     tops = set(layout.group_of[block.index].modules)
     called = set(callables(model))
     entry_module = next(m for m in block.modules if parameter.startswith(f"{m}." if m else ""))
-    # A module that reads its own parameter when a child has run is to be one block with its children.
+    # A module that reads its own parameter after a child has run must include its children.
     if pattern(entry_module, lists) not in merged and any(
         True for _ in model.get_submodule(entry_module).children()
     ):
         return pattern(entry_module, lists)
     if entry_module in tops:
         raise UserError(
-            f"parameter {parameter} is read outside the forward of {entry_module}, which owns it, so that no visit can "
-            "serve it; freeze it (requires_grad=False) or use a model without it"
+            f"parameter {parameter} is read outside the forward of {entry_module}, which owns it, "
+            "so no visit can serve it; freeze it (requires_grad=False) or use a model without it"
         )
     parent = entry_module.rpartition(".")[0]
     while parent not in called:
@@ -245,7 +246,11 @@ def _compare(
     device: torch.device,
     distribution: str,
 ) -> tuple[set[int], bool]:
-    """Blocks that were visited, and whether lockstep has the bits of plain forwards, for two probes."""
+    """Compare lockstep with plain forwards for two probes.
+
+    Returns:
+        The indices of the blocks that lockstep visited; True if all losses are equal in bits.
+    """
     header = {
         "directions": 1,
         "seed": 1,
@@ -260,31 +265,37 @@ def _compare(
     probes = [Probe(0, SCALE), Probe(0, -SCALE)]
     cells = [(row, forward) for row in range(len(probes)) for forward in forwards]
     with torch.no_grad():
-        together = replica.table(
+        in_lockstep = replica.table(
             probes,
             [row for row, _ in cells],
             [lambda forward=f: forward(small) for _, f in cells],  # type: ignore[misc]
         )
         replica.close()
-        store, plain = replica.store, []
-        assert isinstance(store, DeviceStore)
+        plain = []
         for probe in probes:
-            for group, masters in zip(layout.groups, store.groups, strict=True):
-                copies = [
-                    torch.empty(1, s.numel, dtype=s.dtype, device=device) for s in group.trainable
-                ]
-                Replay(replica.log).visit(group, masters, 0, [probe], copies)
-                replica.binding.bind(group, [c[0] for c in copies])
+            _write_probe(replica, probe)
             plain += [forward(small) for forward in forwards]
         replica.close()
     same = all(
-        torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(plain, together, strict=True)
+        torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(plain, in_lockstep, strict=True)
     )
     return replica.streamer.visited, same
 
 
+def _write_probe(replica: Replica, probe: Offset) -> None:
+    """Bind every parameter to a perturbed copy of its stored weights, group by group."""
+    store = replica.store
+    assert isinstance(store, DeviceStore)
+    replay = Replay(replica.log)
+    for group, stored in zip(replica.layout.groups, store.groups, strict=True):
+        trainable = stored[: len(group.trainable)]
+        copies = [torch.empty(1, w.numel(), dtype=w.dtype, device=w.device) for w in trainable]
+        replay.visit(group, stored, 0, [probe], copies)
+        replica.binding.bind(group, [copy[0] for copy in copies])
+
+
 def move_resident(model: nn.Module, device: torch.device, everything: bool = False) -> nn.Module:
-    """Move what no store holds, buffers and frozen parameters outside the layers, to the device."""
+    """Move buffers, and frozen parameters outside the layers, to the device: no store has them."""
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(device)
