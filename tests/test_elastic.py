@@ -79,7 +79,7 @@ def test_a_rank_that_hangs_is_named_when_time_is_up(overrides, tmp_path):
     results = lives(settings, ranks=3, prelude=(on_rank, 2, sleep_at_step, 2))
     for result in results[:2]:
         assert (
-            f"rank 2 (host {socket.gethostname()}) died, or was not there within mesh.timeout_s=3"
+            f"rank 2 (host {socket.gethostname()}) died, or did not respond within mesh.timeout_s=3"
             in result
         )
     assert len(read(tmp_path / "run" / "steps.log")[1]) == 1
@@ -179,7 +179,7 @@ def test_logs_of_two_runs_are_never_mixed(overrides, tmp_path):
         (folders[0] / "run" / "config.yaml").read_bytes()
     )
     results = lives([*overrides, "run.dir=run"], ranks=2, nodes=2, folders=folders)
-    assert all("differ: they are of two runs" in result for result in results)
+    assert all("differ: they belong to two runs" in result for result in results)
 
 
 def test_nodes_of_other_versions_or_weights_are_named(overrides, tiny_model, tmp_path):
@@ -215,16 +215,16 @@ def test_clocks_that_are_apart_are_named(overrides, tmp_path):
 def be_ahead(seconds):
     from types import SimpleNamespace
 
-    from zo.run import startup as roll_call
+    from zo.run import startup
 
-    roll_call.time = SimpleNamespace(time=lambda: time.time() + seconds)
+    startup.time = SimpleNamespace(time=lambda: time.time() + seconds)
 
 
 def pretend_older():
-    from zo.run import startup as roll_call
+    from zo.run import startup
 
-    true = roll_call.versions()
-    roll_call.versions = lambda: true | {"torch": "2.0.0"}
+    true = startup.versions()
+    startup.versions = lambda: true | {"torch": "2.0.0"}
 
 
 def command(overrides, *launcher):
@@ -316,7 +316,7 @@ def test_ranks_that_cannot_meet_say_so(overrides, tmp_path):
         )
     assert done.returncode == 2
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: rank 0 cannot meet the other 1 at 127.0.0.1:"), done.stderr
+    assert last.startswith("error: rank 0 cannot connect to the other 1 at 127.0.0.1:"), done.stderr
     assert not (tmp_path / "run").exists()
 
 

@@ -227,7 +227,7 @@ def test_idle_ranks_are_counted_and_the_remedy_fills_them(rows_of, ranks, sequen
     for directions in (1, 2, 3):
         for perturb in (p for p in range(1, ranks + 1) if ranks % p == 0):
             shape = Shape(perturb, ranks // perturb, ranks)
-            of_cells = owners(shape, rows_of(directions), sequences // micro)
+            of_cells = owners(rows_of(directions), sequences // micro, perturb, shape.data)
             counts = {of_cells.count(rank) for rank in range(ranks)}
             said = idle_report(shape, rows_of, directions, sequences, micro)
             if len(counts) == 1:
@@ -257,8 +257,8 @@ def test_idle_ranks_of_a_large_recipe_by_name():
     said = idle_report(Shape(2, 4, 8), SPSA, 1, 16, 16)
     assert said == (
         "6 of 8 ranks have no cell: the loss table has 2 rows (probes) x 1 column (micro-batches) for 8 ranks; "
-        "batch.micro=4 (8 cells) or estimator.directions=4 (8 cells) would give each the same, in a new run, for they "
-        "change the result"
+        "batch.micro=4 (8 cells) or estimator.directions=4 (8 cells) gives all ranks the same number (it "
+        "changes the result, so use a new run.dir)"
     )
 
 
@@ -320,9 +320,7 @@ def test_values_of_a_large_run_are_placed_in_one_pass():
             Counted.comparisons += 1
             return int(self) == int(other)
 
-    of_cells = tuple(
-        Counted(rank) for rank in owners(Shape(2000, 2), 2000, 2) + owners(Shape(2, 1000), 2, 2000)
-    )
+    of_cells = tuple(Counted(rank) for rank in owners(2000, 2, 2000, 2) + owners(2, 2000, 2, 1000))
     most, at = places.__wrapped__(of_cells, 4000)
     assert most == 3
     assert len(set(at)) == len(of_cells) == 8000

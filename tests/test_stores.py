@@ -308,7 +308,7 @@ def flip(path):
 
 
 BROKEN = {
-    "a flipped byte": (flip, "began from another base model"),
+    "a flipped byte": (flip, "was started from a different base model"),
     "cut short": (lambda path: os.truncate(path, path.stat().st_size - 10), "cut short"),
     "missing": (os.unlink, "no weights that can be read"),
     "another file": (lambda path: path.write_bytes(b"no weights at all"), "no safetensors file"),
