@@ -23,7 +23,7 @@ from zo.method import estimator
 from zo.method.entry import Entry
 from zo.method.table import LossTable
 from zo.model.blocks import find_layout
-from zo.model.source import OwnBase
+from zo.model.source import ModelSource
 from zo.state.log import Log
 from zo.streaming.replica import Replica
 
@@ -75,7 +75,7 @@ class Zo:
             "weight_decay": 0.0,
         }
         self.model, self.log, self.layout = model, Log(header), find_layout(model)
-        base = OwnBase(model)
+        base = ModelSource(model)
         cpu = torch.device("cpu")
         self.replica = Replica(model, self.layout, lambda engine: base, MemoryConfig(), cpu, Path())
         self.replica.open(self.log)

@@ -5,7 +5,7 @@ from transformers import AutoConfig
 
 from zo.config.schema import ModelConfig
 from zo.errors import UserError
-from zo.model.build import Source
+from zo.model.build import ModelLoader
 
 COMMON = {"vocab_size": 64}
 FAMILIES = {
@@ -42,7 +42,7 @@ FAMILIES = {
 
 def source(tmp_path, family, attention="auto"):
     AutoConfig.for_model(family, **COMMON, **FAMILIES[family][0]).save_pretrained(tmp_path)
-    return Source(ModelConfig(name=str(tmp_path), weights="random", attention=attention))
+    return ModelLoader(ModelConfig(name=str(tmp_path), weights="random", attention=attention))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

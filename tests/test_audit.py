@@ -11,7 +11,7 @@ from zo.distributed.process_group import Mesh
 from zo.errors import RankError
 from zo.method.entry import Entry
 from zo.model.blocks import find_layout
-from zo.model.source import OwnBase
+from zo.model.source import ModelSource
 from zo.run import audit
 from zo.run.audit import HELD, Audit, _judge
 from zo.state import replay
@@ -32,7 +32,7 @@ def started(store, steps=0, **memory):
     memory = MemoryConfig(store=store, **memory)
     log = Log(HEADER, [Entry(i + 1, i + 1, 1e-3, (1.0,)) for i in range(steps)])
     replica = Replica(
-        model, find_layout(model), lambda e: OwnBase(model), memory, torch.device("cpu"), Path()
+        model, find_layout(model), lambda e: ModelSource(model), memory, torch.device("cpu"), Path()
     )
     replica.open(log)
     replica.pass_over()

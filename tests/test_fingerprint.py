@@ -12,11 +12,11 @@ from zo.model import blocks, fingerprint
 from zo.model.blocks import find_layout
 from zo.model.fingerprint import Fingerprint
 from zo.model.layout import Slice
-from zo.model.source import OwnBase
+from zo.model.source import ModelSource
 from zo.streaming.stores import DeviceStore, HostStore
 
 
-class Counted(OwnBase):
+class Counted(ModelSource):
     """Counts the bytes that are read."""
 
     read_bytes = 0
@@ -40,7 +40,7 @@ def large_vocabulary(dtype=torch.float32):
 
 
 def reference(model):
-    store = DeviceStore(find_layout(model), OwnBase(model), torch.device("cpu"))
+    store = DeviceStore(find_layout(model), ModelSource(model), torch.device("cpu"))
     return store.found.hexdigest()
 
 

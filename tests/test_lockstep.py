@@ -13,7 +13,7 @@ from zo.errors import UserError
 from zo.method.estimator import float32
 from zo.method.perturbation import Offset, rademacher
 from zo.model.blocks import find_layout, layer_lists
-from zo.model.source import OwnBase
+from zo.model.source import ModelSource
 from zo.state.log import Log
 from zo.streaming.replica import Replica
 from zo.streaming.selfcheck import miniature, self_check
@@ -92,7 +92,7 @@ CPU = torch.device("cpu")
 def replica_of(model, layout=None, **memory):
     layout = layout or find_layout(model)
     replica = Replica(
-        model, layout, lambda engine: OwnBase(model), MemoryConfig(**memory), CPU, Path()
+        model, layout, lambda engine: ModelSource(model), MemoryConfig(**memory), CPU, Path()
     )
     replica.open(Log(HEADER))
     return replica

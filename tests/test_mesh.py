@@ -175,7 +175,7 @@ def keep_slice(index, of, found):
     from zo.io.host_memory import return_freed_memory, return_memory_at_once
     from zo.model.blocks import find_layout
     from zo.model.layout import Slice
-    from zo.model.source import RandomBase
+    from zo.model.source import RandomSource
     from zo.streaming.stores import HostStore
 
     return_memory_at_once()
@@ -191,7 +191,7 @@ def keep_slice(index, of, found):
     total = sum(block.size_bytes for block in layout.blocks)
     return_freed_memory()
     before = held_bytes()
-    store = HostStore(layout, RandomBase(model, 0), pin=False, slice=Slice(index, of))
+    store = HostStore(layout, RandomSource(model, 0), pin=False, slice=Slice(index, of))
     found.put((store.found.digests.numpy(), held_bytes() - before, total))
 
 

@@ -18,7 +18,7 @@ from zo.config.schema import MemoryConfig
 from zo.io import engines as disk
 from zo.method.entry import Entry
 from zo.model.blocks import find_layout
-from zo.model.source import OwnBase
+from zo.model.source import ModelSource
 from zo.state.log import Log
 from zo.streaming.replica import Replica
 
@@ -34,10 +34,10 @@ HEADER = {
 MEMORY = MemoryConfig(store="disk", unit="module", slots=2, lag=1)
 
 
-class MadeBase(OwnBase):
+class ExpensiveSource(ModelSource):
     """Weights that are slow to make, so that a store keeps them at version 0."""
 
-    def costly(self, block):
+    def is_expensive(self, block):
         return True
 
 
@@ -46,7 +46,7 @@ def model():
     return nn.Sequential(*(nn.Linear(40, 40) for _ in range(4)))
 
 
-def go(folder, base=OwnBase, seed=3):
+def go(folder, base=ModelSource, seed=3):
     """Begin a run, or go on with it, to ``STEPS``; the fingerprint of its weights."""
     folder.mkdir(exist_ok=True)
     net = model()
@@ -166,7 +166,7 @@ class State:
         return shown
 
 
-@pytest.mark.parametrize("base", [OwnBase, MadeBase])
+@pytest.mark.parametrize("base", [ModelSource, ExpensiveSource])
 def test_no_power_cut_gives_other_weights(tmp_path, monkeypatch, base):
     with monkeypatch.context() as recording:
         record = Record(recording)

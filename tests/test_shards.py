@@ -19,9 +19,9 @@ from zo.errors import UserError
 from zo.io.block_file import Header, checksum
 from zo.io.engines import ENGINES
 from zo.model.blocks import find_layout
-from zo.model.build import Source
+from zo.model.build import ModelLoader
 from zo.model.layout import views
-from zo.model.source import RandomBase
+from zo.model.source import RandomSource
 from zo.streaming.replica import Replica
 from zo.streaming.stores import DeviceStore
 
@@ -30,20 +30,20 @@ CPU = torch.device("cpu")
 
 def loaded(folder, unit="layer", dtype="float32", **memory):
     """A checkpoint through our loader: the model with its weights in place."""
-    source = Source(
+    loader = ModelLoader(
         ModelConfig(
             name=str(folder),
             dtype=dtype,
             **({"task": memory.pop("task")} if "task" in memory else {}),
         )
     )
-    skeleton = source.skeleton()
-    model = source.skeleton()
+    skeleton = loader.skeleton()
+    model = loader.skeleton()
     layout = find_layout(skeleton, unit)
     replica = Replica(
         model,
         layout,
-        lambda e: source.base(skeleton, 0, e),
+        lambda e: loader.weights(skeleton, 0, e),
         MemoryConfig(**memory),
         CPU,
         folder / "none",
@@ -98,14 +98,14 @@ def test_parameters_that_stay_float32_do(tmp_path):
         d_kv=8,
         decoder_start_token_id=0,
     )
-    source = Source.__new__(Source)
-    source.config, source.hf_config, source.task = ModelConfig(dtype="float16"), config, "causal-lm"
+    loader = ModelLoader.__new__(ModelLoader)
+    loader.config, loader.hf_config, loader.task = ModelConfig(dtype="float16"), config, "causal-lm"
     from zo.model import build as models
 
     kept = dict(models.AUTO_CLASS)
     models.AUTO_CLASS["causal-lm"] = t.AutoModelForSeq2SeqLM
     try:
-        skeleton = source.skeleton()
+        skeleton = loader.skeleton()
     finally:
         models.AUTO_CLASS.update(kept)
     t.T5ForConditionalGeneration(config).save_pretrained(tmp_path)
@@ -226,7 +226,7 @@ def test_random_weights_are_the_same_however_they_are_cut_and_as_transformers_wo
     model.tie_weights()
     found = []
     for unit in ("layer", "module"):
-        layout, base, weights = find_layout(model, unit), RandomBase(model, 3), {}
+        layout, base, weights = find_layout(model, unit), RandomSource(model, 3), {}
         for block in reversed(layout.blocks):
             image = torch.full((block.size_bytes,), 7, dtype=torch.uint8)
             base.read(block, layout, image)

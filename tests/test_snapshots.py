@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from zo.config.schema import MemoryConfig
 from zo.errors import UserError
 from zo.model.blocks import find_layout
-from zo.model.source import OwnBase
+from zo.model.source import ModelSource
 from zo.run.restore import restore_snapshot
 from zo.state.log import Log
 from zo.state.run_folder import RunFolder
@@ -40,7 +40,7 @@ def peak_of_a_snapshot(folder, found):
     from transformers import OPTConfig, OPTForCausalLM
 
     from zo.io.host_memory import return_freed_memory, return_memory_at_once
-    from zo.model.source import RandomBase
+    from zo.model.source import RandomSource
 
     return_memory_at_once()
     torch.set_num_threads(1)
@@ -55,7 +55,7 @@ def peak_of_a_snapshot(folder, found):
     layout = find_layout(model, "layer")
     memory = MemoryConfig(store="host", slots=2)
     replica = Replica(
-        model, layout, lambda e: RandomBase(model, 0), memory, torch.device("cpu"), Path()
+        model, layout, lambda e: RandomSource(model, 0), memory, torch.device("cpu"), Path()
     )
     replica.open(Log(HEADER))
     run = RunFolder(folder)
@@ -107,7 +107,7 @@ def test_a_snapshot_is_the_weights_and_any_store_takes_them_over(tmp_path, monke
     def replica_of(made, store):
         memory = MemoryConfig(store=store)
         layout, cpu = find_layout(made, unit), torch.device("cpu")
-        replica = Replica(made, layout, lambda e: OwnBase(made), memory, cpu, Path())
+        replica = Replica(made, layout, lambda e: ModelSource(made), memory, cpu, Path())
         replica.open(Log(HEADER))
         return replica
 
@@ -148,7 +148,7 @@ def test_a_disk_that_fills_in_a_snapshot_leaves_the_older_ones(tmp_path):
     made = make_llama()
     memory = MemoryConfig(store="host")
     replica = Replica(
-        made, find_layout(made), lambda e: OwnBase(made), memory, torch.device("cpu"), Path()
+        made, find_layout(made), lambda e: ModelSource(made), memory, torch.device("cpu"), Path()
     )
     replica.open(Log(HEADER))
     run = RunFolder(tmp_path)

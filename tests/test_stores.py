@@ -225,7 +225,7 @@ MOMENTS = {
     "before a rename": ("pathlib", "Path.rename", 9, True),
     "after a rename": ("pathlib", "Path.rename", 17, False),
     "while a file is begun": ("zo.io.engines", "_reserve", 11, True),
-    "while loading": ("zo.model.checkpoint", "ShardBase.read", 7, False),
+    "while loading": ("zo.model.checkpoint", "CheckpointSource.read", 7, False),
     "in a read": ("zo.streaming.stores", "DiskStore.fetch", 60, True),
 }
 

@@ -49,13 +49,13 @@ def tied(model: nn.Module, trainable: bool = True) -> list[tuple[str, ...]]:
     return [tuple(names) for names in groups.values()]
 
 
-def find_layout(model: nn.Module, unit: str = "layer", whole: Collection[str] = ()) -> Layout:
+def find_layout(model: nn.Module, unit: str = "layer", merged: Collection[str] = ()) -> Layout:
     """Cut a model into blocks and give its trainable parameters their addresses.
 
     Args:
         model: its parameters may be on meta.
         unit: ``layer`` or ``module``.
-        whole: modules that are one block with all they hold, as :func:`pattern` names them.
+        merged: modules that are one block with all they hold, as :func:`pattern` names them.
 
     Raises:
         UserError: no parameter is trainable, or one is owned by a module around the layers, which no visit can serve.
@@ -74,7 +74,7 @@ def find_layout(model: nn.Module, unit: str = "layer", whole: Collection[str] = 
 
     def owner(parameter: str) -> str:
         return next(
-            (m for m in _modules_above(parameter) if pattern(m, lists) in whole),
+            (m for m in _modules_above(parameter) if pattern(m, lists) in merged),
             parameter.rpartition(".")[0],
         )
 
@@ -82,7 +82,7 @@ def find_layout(model: nn.Module, unit: str = "layer", whole: Collection[str] = 
     pieces: list[tuple[Sequence[str], Sequence[Part]]] = []
     for modules, specs in _merge(model, names, owner):
         parameters = [placed[s.names[0]] for s in specs]
-        chunks = _chunks(model, modules, parameters, layers, whole)
+        chunks = _chunks(model, modules, parameters, layers, merged)
         pieces += [((), (chunk,)) for chunk in chunks] or [(modules, [Part(p) for p in parameters])]
     return cut(layout, pieces)
 
@@ -118,7 +118,7 @@ def _group_entrance(
     def around(module: str) -> bool:
         return any(name.startswith(f"{module}." if module else "") for name in lists)
 
-    def entrance(parameter: str) -> str:
+    def entry_module(parameter: str) -> str:
         """The module that a visit waits at for this parameter."""
         if layer := _inside(parameter, layers):
             return layer
@@ -130,22 +130,24 @@ def _group_entrance(
             )
         return next(m for m in above if not around(m) and m in owners)
 
-    return entrance
+    return entry_module
 
 
 def _merge(
-    model: nn.Module, groups: Sequence[tuple[str, ...]], entrance: Callable[[str], str]
+    model: nn.Module, groups: Sequence[tuple[str, ...]], entry_module: Callable[[str], str]
 ) -> Grouped:
     """Blocks as (entrances, parameters): entrances that share a parameter are joined."""
     named = dict(model.named_parameters(remove_duplicate=False))
     joined: dict[str, list[str]] = {}
     for names in groups:
-        members = {m: None for name in names for m in joined.get(entrance(name), [entrance(name)])}
+        members = {
+            m: None for name in names for m in joined.get(entry_module(name), [entry_module(name)])
+        }
         block = list(members)
         joined.update(dict.fromkeys(block, block))
     blocks: dict[int, tuple[list[str], list[Spec]]] = {}
     for names in groups:
-        parameter, modules = named[names[0]], joined[entrance(names[0])]
+        parameter, modules = named[names[0]], joined[entry_module(names[0])]
         spec = Spec(names, tuple(parameter.shape), parameter.dtype, not parameter.requires_grad)
         blocks.setdefault(id(modules), (modules, []))[1].append(spec)
     return list(blocks.values())
@@ -156,7 +158,7 @@ def _chunks(
     modules: Sequence[str],
     parameters: Sequence[Placed],
     layers: Collection[str],
-    whole: Collection[str],
+    merged: Collection[str],
 ) -> list[Part]:
     """A vocabulary's matrix in parts; empty for what is small, or is read in another way than by rows."""
     matrix = parameters[0]
@@ -164,7 +166,7 @@ def _chunks(
     if len(parameters) > 1 or len(shape) != 2 or matrix.numel * itemsize <= CHUNK_BYTES:
         return []
     if any(
-        m in whole or _inside(f"{m}.weight", layers) or not read_by_rows(model.get_submodule(m))
+        m in merged or _inside(f"{m}.weight", layers) or not read_by_rows(model.get_submodule(m))
         for m in modules
     ):
         return []

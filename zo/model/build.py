@@ -22,9 +22,9 @@ from zo.config.schema import ModelConfig
 from zo.errors import UserError
 from zo.io import quickstart as assets
 from zo.io.engines import Engine
-from zo.model.checkpoint import ShardBase, shard_files
+from zo.model.checkpoint import CheckpointSource, shard_files
 from zo.model.info import ModelInfo
-from zo.model.source import Base, RandomBase
+from zo.model.source import RandomSource, WeightSource
 
 # Bars of a second's loading would stand between the run's own lines, once a rank.
 logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -47,7 +47,7 @@ WIDTHS, LENGTHS = (
 """Keys of a configuration that tell a width, and that do not though they hold the same number."""
 
 
-class Source:
+class ModelLoader:
     """A model before its weights are read: where it lies, its configuration, its head and its tokenizer."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -244,7 +244,7 @@ class Source:
             accepts=frozenset(inspect.signature(skeleton.forward).parameters),
         )
 
-    def base(self, skeleton: nn.Module, seed: int, engine: Engine) -> Base:
+    def weights(self, skeleton: nn.Module, seed: int, engine: Engine) -> WeightSource:
         """The model's weights, to be read block by block.
 
         Args:
@@ -255,12 +255,12 @@ class Source:
         Raises:
             UserError: the folder holds no weights, or not all of them.
         """
-        fresh = RandomBase(skeleton, seed)
+        fresh = RandomSource(skeleton, seed)
         if self.config.weights == "random":
             return fresh
         name = self.config.name
         try:
-            found = ShardBase(skeleton, shard_files(self.path, self.hub), engine, fresh)
+            found = CheckpointSource(skeleton, shard_files(self.path, self.hub), engine, fresh)
         except (OSError, ValueError) as error:
             raise UserError(
                 f"model.name={name} has no weights that can be read: {_first_line(error)}; give a folder with whole "

@@ -31,7 +31,7 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from zo.io.engines import Engine
 from zo.model.layout import Block, Layout, Part, spans
-from zo.model.source import RandomBase, elements_of
+from zo.model.source import RandomSource, elements_of
 
 DTYPES = {
     "F64": torch.float64,
@@ -141,13 +141,13 @@ def _check_header(path: Path, header: Mapping[str, Any]) -> None:
             raise OSError(f"{path} has a damaged header: {first} and {second} share bytes")
 
 
-class ShardBase:
+class CheckpointSource:
     """The weights of a checkpoint."""
 
-    lasting = True
+    is_rereadable = True
 
     def __init__(
-        self, model: nn.Module, files: list[Path], engine: Engine, fresh: RandomBase
+        self, model: nn.Module, files: list[Path], engine: Engine, fresh: RandomSource
     ) -> None:
         """Match the names of a checkpoint with those of a model on meta.
 
@@ -226,7 +226,7 @@ class ShardBase:
         return {name for name in lacking if not any(p.search(name) for p in ignored)}
 
     def read(self, block: Block, layout: Layout, image: Tensor, start: int = 0) -> None:
-        """See :class:`zo.model.source.Base`."""
+        """See :class:`zo.model.source.WeightSource`."""
         lacking = [
             p for p in block.parts if not any(self._has(name) for name in p.parameter.spec.names)
         ]
@@ -268,20 +268,20 @@ class ShardBase:
     def _reader(self, stored: Stored) -> Callable[[], Tensor]:
         return lambda: stored.read(self._engine).view(stored.shape)
 
-    def adopt(self, model: nn.Module) -> None:
-        """See :class:`zo.model.source.Base`: saved buffers, and how ``save_pretrained`` gives the names that were read."""
+    def attach_buffers(self, model: nn.Module) -> None:
+        """See :class:`zo.model.source.WeightSource`: saved buffers, and how ``save_pretrained`` gives the names that were read."""
         for name, buffer in model.named_buffers():
             if name in self._in_place:
                 buffer.copy_(self._in_place[name].read(self._engine).view(buffer.shape))
         model._weight_conversions = self._model._weight_conversions
 
-    def costly(self, block: Block) -> bool:
-        """See :class:`zo.model.source.Base`: what is read in place is not."""
+    def is_expensive(self, block: Block) -> bool:
+        """See :class:`zo.model.source.WeightSource`: what is read in place is not."""
         return not all(
             any(name in self._in_place for name in p.parameter.spec.names) for p in block.parts
         )
 
-    def forget(self) -> None:
+    def clear_cache(self) -> None:
         """Drop what was converted or initialised last."""
         self._kept = None
-        self._fresh.forget()
+        self._fresh.clear_cache()

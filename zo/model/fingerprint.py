@@ -28,7 +28,7 @@ _ROOT = "zo 2026-11-24 fingerprint of a model"
 """Keeps the root's hash apart from a leaf's (BLAKE3's key derivation)."""
 
 Read = Callable[[Block, Layout, Tensor, int], None]
-"""Fills uint8 memory with a block's bytes from a start (see :meth:`zo.model.source.Base.read`)."""
+"""Fills uint8 memory with a block's bytes from a start (see :meth:`zo.model.source.WeightSource.read`)."""
 
 
 class Fingerprint:

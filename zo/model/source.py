@@ -14,62 +14,62 @@ from torch import Tensor, nn
 from zo.model.layout import Block, Layout, Part, spans, views
 
 
-class Base(Protocol):
+class WeightSource(Protocol):
     """The weights at version 0."""
 
-    lasting: bool
+    is_rereadable: bool
     """Whether it takes no memory to keep it for another read."""
 
     def read(self, block: Block, layout: Layout, image: Tensor, start: int = 0) -> None:
         """Fill ``image``, uint8 on CPU, with a block's bytes from ``start`` (see :func:`zo.model.layout.runs`), else 0."""
         ...
 
-    def costly(self, block: Block) -> bool:
+    def is_expensive(self, block: Block) -> bool:
         """Whether a block takes much longer to make than to read."""
         ...
 
-    def forget(self) -> None:
+    def clear_cache(self) -> None:
         """Drop what was kept between blocks."""
         ...
 
-    def adopt(self, model: nn.Module) -> None:
+    def attach_buffers(self, model: nn.Module) -> None:
         """Give the model that will compute what there is beside parameters."""
         ...
 
 
-class OwnBase:
+class ModelSource:
     """A user's model, whose weights are in memory: taken out of it once."""
 
-    lasting = False
+    is_rereadable = False
 
     def __init__(self, model: nn.Module) -> None:
         """Remember the tensors, not the parameters, which will point elsewhere."""
         self._tensors = {name: p.data for name, p in model.named_parameters(remove_duplicate=False)}
 
     def read(self, block: Block, layout: Layout, image: Tensor, start: int = 0) -> None:
-        """See :class:`Base`."""
+        """See :class:`WeightSource`."""
         image.zero_()
         for part, first, flat in spans(block, image, start):
             flat.copy_(elements_of(part, self._tensors[part.parameter.name], first, flat.numel()))
 
-    def costly(self, block: Block) -> bool:
-        """See :class:`Base`."""
+    def is_expensive(self, block: Block) -> bool:
+        """See :class:`WeightSource`."""
         return False
 
-    def forget(self) -> None:
+    def clear_cache(self) -> None:
         """Keep everything: a block may have to be made anew."""
 
-    def adopt(self, model: nn.Module) -> None:
-        """See :class:`Base`."""
+    def attach_buffers(self, model: nn.Module) -> None:
+        """See :class:`WeightSource`."""
 
 
-class RandomBase:
+class RandomSource:
     """Weights that transformers would initialise a new model with, a group of the layout at a time.
 
     Each group has a seed of its own, so that its weights depend on neither the others nor the order of making them.
     """
 
-    lasting = True
+    is_rereadable = True
 
     def __init__(self, model: nn.Module, seed: int) -> None:
         """``model``: of transformers; only its structure and configuration are used."""
@@ -77,7 +77,7 @@ class RandomBase:
         self._kept: tuple[int, Tensor] | None = None
 
     def read(self, block: Block, layout: Layout, image: Tensor, start: int = 0) -> None:
-        """See :class:`Base`."""
+        """See :class:`WeightSource`."""
         group = layout.group_of[block.index]
         if self._kept is None or self._kept[0] != group.index:
             self._kept = None
@@ -121,16 +121,16 @@ class RandomBase:
         above = [self._model.get_submodule(".".join(path[:n])) for n in range(len(path) + 1)]
         return next(m._init_weights for m in reversed(above) if hasattr(m, "_init_weights"))  # type: ignore[return-value]
 
-    def costly(self, block: Block) -> bool:
-        """See :class:`Base`."""
+    def is_expensive(self, block: Block) -> bool:
+        """See :class:`WeightSource`."""
         return True
 
-    def forget(self) -> None:
+    def clear_cache(self) -> None:
         """Drop the group that was made last."""
         self._kept = None
 
-    def adopt(self, model: nn.Module) -> None:
-        """See :class:`Base`."""
+    def attach_buffers(self, model: nn.Module) -> None:
+        """See :class:`WeightSource`."""
 
 
 def rows_of(part: Part, whole: Tensor) -> Tensor:

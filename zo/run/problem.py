@@ -12,8 +12,8 @@ from zo.data.rows import Rows
 from zo.data.tasks import Batch, Task
 from zo.errors import UserError
 from zo.io.engines import Engine
-from zo.model.build import Source
-from zo.model.source import Base, OwnBase
+from zo.model.build import ModelLoader
+from zo.model.source import ModelSource, WeightSource
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Problem:
     """The model's structure; its parameters may be on meta, and stay there."""
     build: Callable[[], nn.Module]
     """The model that will compute; its weights come from the base."""
-    base: Callable[[Engine], Base]
+    base: Callable[[Engine], WeightSource]
     """Where the weights come from, given what reads files."""
     objective: Callable[[nn.Module, Batch], Tensor]
     """Model and batch -> sum of losses and number of terms."""
@@ -51,7 +51,7 @@ def own_problem(
     return Problem(
         model,
         model.eval,
-        lambda engine: OwnBase(model),
+        lambda engine: ModelSource(model),
         objective,
         batches,
         exportable=hasattr(model, "save_pretrained"),
@@ -67,19 +67,19 @@ def build_problem(config: Config) -> Problem:
     """
     if not config.data.name:
         raise UserError("data.name is empty; give a file, a hub id, a task or synthetic")
-    source, rows = Source(config.model), Rows(config.data)
-    source.check_positions(config.batch.max_tokens)
-    tokenizer = None if rows.synthetic else source.tokenizer()
+    loader, rows = ModelLoader(config.model), Rows(config.data)
+    loader.check_positions(config.batch.max_tokens)
+    tokenizer = None if rows.synthetic else loader.tokenizer()
     classes = (
-        rows.class_names(source.class_names) if source.task == "sequence-classification" else []
+        rows.class_names(loader.class_names) if loader.task == "sequence-classification" else []
     )
-    source.set_classes(classes, pad_id(tokenizer))
-    skeleton = source.skeleton()
-    data = build_data(rows, config, tokenizer, source.info(skeleton), classes)
+    loader.set_classes(classes, pad_id(tokenizer))
+    skeleton = loader.skeleton()
+    data = build_data(rows, config, tokenizer, loader.info(skeleton), classes)
     return Problem(
         skeleton=skeleton,
-        build=source.skeleton,
-        base=lambda engine: source.base(skeleton, config.run.seed, engine),
+        build=loader.skeleton,
+        base=lambda engine: loader.weights(skeleton, config.run.seed, engine),
         objective=data.task.objective,
         batches=data.batches,
         data_checksum=data.checksum,
@@ -87,5 +87,5 @@ def build_problem(config: Config) -> Problem:
         dev_batches=data.dev_batches,
         tokenizer=tokenizer,
         exportable=True,
-        narrow=source.narrow(skeleton),
+        narrow=loader.narrow(skeleton),
     )

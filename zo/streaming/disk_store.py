@@ -16,7 +16,7 @@ from zo.io.engines import PAGE, Engine
 from zo.io.host_memory import return_memory_at_once
 from zo.model.fingerprint import Fingerprint
 from zo.model.layout import WHOLE, Block, Layout, Slice
-from zo.model.source import Base
+from zo.model.source import WeightSource
 from zo.streaming.budget import disk_bytes, file_bytes, slot_bytes, within_slot
 
 
@@ -28,7 +28,7 @@ class DiskStore:
     def __init__(
         self,
         layout: Layout,
-        base: Base,
+        base: WeightSource,
         engine: Engine,
         folder: Path,
         writable: bool = True,
@@ -83,9 +83,13 @@ class DiskStore:
             checksums.append(checksum(image))
             self.found.add(block, image, own.start)
             self.found.complete(self._base.read)
-            if self.writable and self._base.costly(block) and block.index not in self._on_disk:
+            if (
+                self.writable
+                and self._base.is_expensive(block)
+                and block.index not in self._on_disk
+            ):
                 self.keep(block, slot, 0)
-        self._base.forget()
+        self._base.clear_cache()
         return checksums
 
     def open(self, newest: int, run: str) -> None:
@@ -169,7 +173,7 @@ class DiskStore:
         try:
             self._base.read(block, self.layout, image, self.slice.within(block).start)
             # A block that is made, or converted, brings what it was made of.
-            self._base.forget()
+            self._base.clear_cache()
         except OSError as error:
             raise UserError(
                 f"the base model cannot be read any more: {error}; restore it"

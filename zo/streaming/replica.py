@@ -19,7 +19,7 @@ from zo.model.blocks import tied
 from zo.model.fingerprint import Fingerprint
 from zo.model.layout import WHOLE, Block, Layout, Part, Placed, Slice, Spec, views
 from zo.model.lockstep import Lockstep
-from zo.model.source import Base
+from zo.model.source import WeightSource
 from zo.observe.timeline import Timeline
 from zo.state.log import Log
 from zo.state.replay import Replay
@@ -48,7 +48,7 @@ class Replica:
         self,
         model: nn.Module,
         layout: Layout,
-        base: Callable[[Engine], Base],
+        base: Callable[[Engine], WeightSource],
         memory: MemoryConfig,
         device: torch.device,
         folder: Path,
@@ -72,8 +72,8 @@ class Replica:
         """
         engine = ENGINES[memory.disk_engine if memory.store == "disk" else "mmap"]()
         source = base(engine)
-        source.adopt(model)
-        self.base: Base | None = source if source.lasting else None
+        source.attach_buffers(model)
+        self.base: WeightSource | None = source if source.is_rereadable else None
         """The source of the weights of version 0, if it can be read once more."""
         self.model, self.layout, self.device, self.slices = model, layout, device, slices
         self._memory, self._device = memory, device_of(device)
@@ -99,13 +99,13 @@ class Replica:
         if slices is None:
             self.exchange_digests()
 
-    def _add_resident(self, source: Base) -> None:
+    def _add_resident(self, source: WeightSource) -> None:
         for spec in self.resident:
             block = Block(0, (), (Part(Placed(spec, 0)),))
             image = torch.empty(block.size_bytes, dtype=torch.uint8)
             source.read(block, Layout((block,), (block,)), image)
             self._found.add_parameter(spec, image[: spec.size_bytes].view(spec.dtype))
-        source.forget()
+        source.clear_cache()
 
     def exchange_digests(self) -> None:
         """Complete the fingerprint of version 0, ``store.base``; ranks that share slices call it together."""

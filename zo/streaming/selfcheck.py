@@ -20,7 +20,7 @@ from zo.errors import UserError
 from zo.method.perturbation import Offset
 from zo.model.blocks import callables, find_layout, layer_lists, pattern, tied
 from zo.model.layout import Layout
-from zo.model.source import OwnBase
+from zo.model.source import ModelSource
 from zo.state.log import Log
 from zo.state.replay import Replay
 from zo.streaming.replica import Replica
@@ -115,19 +115,21 @@ def _check(
     distribution: str,
     unit: str,
 ) -> frozenset[str]:
-    whole: frozenset[str] = frozenset()
+    merged: frozenset[str] = frozenset()
     lists = layer_lists(small)
     move_resident(small, device, everything=True)
     while True:
-        layout = find_layout(small, unit, whole)
-        strays = set() if unit == "layer" else _strays(small, layout, forwards)
-        if strays:
-            whole |= {_coarser(small, layout, name, whole) for name in strays}
+        layout = find_layout(small, unit, merged)
+        out_of_block_reads = (
+            set() if unit == "layer" else _out_of_block_reads(small, layout, forwards)
+        )
+        if out_of_block_reads:
+            merged |= {_merge_up(small, layout, name, merged) for name in out_of_block_reads}
             continue
         visited, same = _compare(small, layout, forwards, device, distribution)
         unvisited = next((b for b in layout.blocks if b.index not in visited and b.trainable), None)
         if unvisited is None and same:
-            return whole
+            return merged
         owners = {
             n.rpartition(".")[0]
             for b in layout.blocks
@@ -136,12 +138,12 @@ def _check(
             for n in p.parameter.spec.names
         }
         if owners:
-            # Products with a part of a matrix need not have the bits of the product with the whole.
-            whole |= owners
+            # Products with a part of a matrix need not have the bits of the product with the whole matrix.
+            merged |= owners
             continue
         tops = {pattern(module, lists) for group in layout.groups for module in group.modules}
-        if unit == "module" and not tops <= whole:
-            whole |= tops
+        if unit == "module" and not tops <= merged:
+            merged |= tops
             continue
         if unvisited is not None:
             raise UserError(
@@ -160,7 +162,7 @@ class _Watch(TorchFunctionMode):
     def __init__(self, owner: dict[int, int], here: Callable[[], int | None]) -> None:
         super().__init__()
         self._owner, self._here = owner, here
-        self.strays: set[int] = set()
+        self.out_of_block_reads: set[int] = set()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not _only_asks(func):
@@ -169,7 +171,7 @@ class _Watch(TorchFunctionMode):
                     isinstance(leaf, nn.Parameter)
                     and self._owner.get(id(leaf), self._here()) != self._here()
                 ):
-                    self.strays.add(id(leaf))
+                    self.out_of_block_reads.add(id(leaf))
         return func(*args, **(kwargs or {}))
 
 
@@ -181,7 +183,7 @@ def _only_asks(func: Any) -> bool:
     return name in ASKING_METHODS
 
 
-def _strays(model: nn.Module, layout: Layout, forwards: Sequence[Forward]) -> set[str]:
+def _out_of_block_reads(model: nn.Module, layout: Layout, forwards: Sequence[Forward]) -> set[str]:
     """Parameters that a plain forward reads outside their blocks, by name."""
     inside: list[int] = []
     hooks = [
@@ -206,10 +208,10 @@ def _strays(model: nn.Module, layout: Layout, forwards: Sequence[Forward]) -> se
             forward(model)
     for hook in hooks:
         hook.remove()
-    return {name for name, p in named.items() if id(p) in watch.strays}
+    return {name for name, p in named.items() if id(p) in watch.out_of_block_reads}
 
 
-def _coarser(model: nn.Module, layout: Layout, parameter: str, whole: frozenset[str]) -> str:
+def _merge_up(model: nn.Module, layout: Layout, parameter: str, merged: frozenset[str]) -> str:
     """The module that must be one block for this parameter to be read inside it.
 
     Raises:
@@ -219,18 +221,18 @@ def _coarser(model: nn.Module, layout: Layout, parameter: str, whole: frozenset[
     block = next(b for b in layout.blocks for p in b.parts if parameter in p.parameter.spec.names)
     tops = set(layout.group_of[block.index].modules)
     called = set(callables(model))
-    entrance = next(m for m in block.modules if parameter.startswith(f"{m}." if m else ""))
+    entry_module = next(m for m in block.modules if parameter.startswith(f"{m}." if m else ""))
     # A module that reads its own parameter when a child has run is to be one block with its children.
-    if pattern(entrance, lists) not in whole and any(
-        True for _ in model.get_submodule(entrance).children()
+    if pattern(entry_module, lists) not in merged and any(
+        True for _ in model.get_submodule(entry_module).children()
     ):
-        return pattern(entrance, lists)
-    if entrance in tops:
+        return pattern(entry_module, lists)
+    if entry_module in tops:
         raise UserError(
-            f"parameter {parameter} is read outside the forward of {entrance}, which owns it, so that no visit can "
+            f"parameter {parameter} is read outside the forward of {entry_module}, which owns it, so that no visit can "
             "serve it; freeze it (requires_grad=False) or use a model without it"
         )
-    parent = entrance.rpartition(".")[0]
+    parent = entry_module.rpartition(".")[0]
     while parent not in called:
         parent = parent.rpartition(".")[0]
     return pattern(parent, lists)
@@ -251,7 +253,9 @@ def _compare(
         "rule": "sgd",
         "weight_decay": 0.0,
     }
-    replica = Replica(small, layout, lambda engine: OwnBase(small), MemoryConfig(), device, Path())
+    replica = Replica(
+        small, layout, lambda engine: ModelSource(small), MemoryConfig(), device, Path()
+    )
     replica.open(Log(header))
     probes = [Offset(0, SCALE), Offset(0, -SCALE)]
     cells = [(row, forward) for row in range(len(probes)) for forward in forwards]

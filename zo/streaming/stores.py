@@ -21,7 +21,7 @@ from zo.io import hardware
 from zo.io.host_memory import allocate, return_freed_memory, return_memory_at_once
 from zo.model.fingerprint import Fingerprint
 from zo.model.layout import WHOLE, Block, Layout, Placed, Slice, runs, spans, views
-from zo.model.source import Base
+from zo.model.source import WeightSource
 from zo.streaming.budget import stored_bytes, within_slot
 
 ReadTrainable = Callable[[Placed, int, Tensor], None]
@@ -71,7 +71,7 @@ class DeviceStore:
     slice = WHOLE
     is_durable = False
 
-    def __init__(self, layout: Layout, base: Base, device: torch.device) -> None:
+    def __init__(self, layout: Layout, base: WeightSource, device: torch.device) -> None:
         """Fill the memory, a group at a time."""
         self.layout = layout
         self.corrupt: list[str] = []
@@ -88,7 +88,7 @@ class DeviceStore:
             if on_host is not image:
                 image.copy_(on_host)
             self.groups.append(group.carve(image))
-        base.forget()
+        base.clear_cache()
         self.segments = [self._within(block) for block in layout.blocks]
         """The same memory as the flat tensors of each block."""
         for block, segments in zip(layout.blocks, self.segments, strict=True):
@@ -143,7 +143,7 @@ class HostStore:
     writable = True
     is_durable = False
 
-    def __init__(self, layout: Layout, base: Base, slice: Slice = WHOLE) -> None:
+    def __init__(self, layout: Layout, base: WeightSource, slice: Slice = WHOLE) -> None:
         """Check that there is room, take it, fill it.
 
         Raises:
@@ -169,7 +169,7 @@ class HostStore:
             base.read(block, layout, self._images[-1], own.start)
             self.found.add(block, self._images[-1], own.start)
             self.found.complete(base.read)
-        base.forget()
+        base.clear_cache()
         return_freed_memory()
 
     def allocate(self, size_bytes: int) -> Tensor:
