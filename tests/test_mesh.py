@@ -191,7 +191,7 @@ def keep_slice(index, of, found):
     total = sum(block.size_bytes for block in layout.blocks)
     return_freed_memory()
     before = held_bytes()
-    store = HostStore(layout, RandomSource(model, 0), pin=False, slice=Slice(index, of))
+    store = HostStore(layout, RandomSource(model, 0), slice=Slice(index, of))
     found.put((store.found.digests.numpy(), held_bytes() - before, total))
 
 
