@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Train a tiny model for two steps, without network: docker/healthcheck.py [key=value ...]; exit code 0 if it did.
+"""Train a tiny model for two steps, without network: docker/healthcheck.py [key=value ...].
 
-On CPU, beside whatever else runs. ``run.device=cuda`` tries the GPU, and ``memory.store=disk
-memory.disk_engine=deepnvme`` DeepSpeed's engine (which aborts or never comes back where the container's seccomp profile
-refuses the system call io_pgetevents: ``--security-opt seccomp=unconfined``).
+Exit code 0 if both steps were taken. Runs on CPU, beside other work; ``run.device=cuda`` tests the
+GPU, and ``memory.store=disk memory.disk_engine=deepnvme`` DeepSpeed's engine, which aborts or hangs
+where the container's seccomp profile refuses the system call io_pgetevents (remedy:
+``--security-opt seccomp=unconfined``).
 """
 
 import json
@@ -32,7 +33,7 @@ MODEL = {
 
 
 def main(overrides: list[str]) -> int:
-    """Train, and look at the summary."""
+    """Train, and check the summary."""
     with tempfile.TemporaryDirectory() as scrap:
         (Path(scrap) / "config.json").write_text(json.dumps(MODEL), encoding="utf-8")
         command = [sys.executable, "launch/train.py", f"model.name={scrap}", "model.weights=random"]

@@ -1,4 +1,7 @@
-"""Score a run, or a plain model: launch/evaluate.py run=DIR [data=...], or model.name=... [key=value ...]."""
+"""Score a run or a plain model.
+
+launch/evaluate.py run=DIR [data=...], or launch/evaluate.py model.name=... [key=value ...]
+"""
 
 import json
 import sys
@@ -16,12 +19,12 @@ from zo.config.recipes import DEFAULT, load_config
 from zo.errors import UserError
 
 USAGE = (
-    "usage: launch/evaluate.py run=DIR [data=FILE_OR_ID] [run.device=cpu|cuda] [trust_remote_code=true], or "
-    "[recipe=NAME] model.name=... [key=value ...]"
+    "usage: launch/evaluate.py run=DIR [data=FILE_OR_ID] [run.device=cpu|cuda] "
+    "[trust_remote_code=true], or [recipe=NAME] model.name=... [key=value ...]"
 )
 
 BATCHES_AT_ONCE = 2
-"""Batches that one pass over a model serves."""
+"""Batches evaluated in one pass over the model."""
 
 
 def main(arguments: list[str]) -> None:
@@ -35,7 +38,8 @@ def main(arguments: list[str]) -> None:
         return
     if "run" in own and overrides:
         raise UserError(
-            f"{overrides[0]} cannot be changed for a run; give run=DIR and, for other data, data=FILE_OR_ID"
+            f"{overrides[0]} cannot be changed for a run; give run=DIR and, for other data, "
+            "data=FILE_OR_ID"
         )
     if "run" not in own and not any(o.startswith("model.name=") for o in overrides):
         raise UserError("nothing to score; give run=DIR, or model.name=HUB_ID_OR_FOLDER")
@@ -55,7 +59,8 @@ def main(arguments: list[str]) -> None:
     problem = finished.problem
     if problem.task is None or not problem.dev_batches:
         raise UserError(
-            "there is nothing to score on: data.dev_examples is 0, or the data is synthetic; give data=FILE"
+            "there is nothing to score on: data.dev_examples is 0, or the data is synthetic; give "
+            "data=FILE"
         )
     mesh, replica = finished.mesh, finished.replica
     scores = evaluate(replica, problem.task, problem.dev_batches, mesh, at_once=BATCHES_AT_ONCE)

@@ -1,4 +1,7 @@
-"""Write a run's model as a Hugging Face folder: launch/export.py run=DIR to=DIR [push=USER/NAME] [public=true]."""
+"""Write a run's model as a Hugging Face folder.
+
+launch/export.py run=DIR to=DIR [push=USER/NAME] [public=true]
+"""
 
 import os
 import sys
@@ -15,8 +18,8 @@ from zo.config.cli import existing_run, flag, run, split
 from zo.errors import UserError
 
 USAGE = (
-    "usage: launch/export.py run=DIR to=DIR [push=USER/NAME] [public=true|false] [run.device=cpu|cuda] "
-    "[trust_remote_code=true]"
+    "usage: launch/export.py run=DIR to=DIR [push=USER/NAME] [public=true|false] "
+    "[run.device=cpu|cuda] [trust_remote_code=true]"
 )
 
 
@@ -32,7 +35,8 @@ def main(arguments: list[str]) -> None:
     trust = flag(own, "trust_remote_code", "without it no code of the model's own is run")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError(
-            "a model is exported by one process; start it with python launch/export.py, without torchrun"
+            "a model is exported by one process; start it with python launch/export.py, without "
+            "torchrun"
         )
     path, to = existing_run(own["run"]), Path(own["to"]).expanduser()
 

@@ -1,7 +1,7 @@
-"""Ask whether a run is finished: launch/finished.py, with the arguments that its launch/train.py has.
+"""Report if a run is finished: launch/finished.py, with the arguments of launch/train.py.
 
-Exit code 0: it is; 75: not yet, the same command goes on. What schedulers need to know, for a run that SIGTERM ended
-exits with 0 too.
+Exit code 0: finished; 75: not yet, and the same command resumes the run. For schedulers, because a
+run that SIGTERM ended also exits with 0.
 """
 
 import sys
@@ -24,7 +24,7 @@ NOT_YET = 75
 
 
 def main(arguments: list[str]) -> None:
-    """Hold log and model folder against the configuration."""
+    """Compare log and model folder with the configuration."""
     own, overrides = split(arguments, ("recipe",))
     config = load_config(own.get("recipe", DEFAULT), overrides)
     if config.run.dir is None:

@@ -3,10 +3,11 @@
 #
 #   launch/node.sh [torchrun's arguments] launch/train.py [recipe=NAME] run.dir=DIR [key=value ...]
 #
-# SIGTERM is passed to the node's ranks, not to torchrun: then all ranks of the run end after the same step, and torchrun
-# ends in order on every node, within seconds. (After a SIGTERM of its own it would keep the others waiting for 5 minutes.)
-# Exit code 0: the run is finished; 75: it is not, and the same command goes on; another: torchrun failed. The folder
-# run.dir is one that all nodes share.
+# SIGTERM is passed to the node's ranks, not to torchrun: all ranks of the run end after the same
+# step, and torchrun exits on every node within seconds. (A torchrun that receives SIGTERM itself
+# keeps the others waiting for 5 minutes.)
+# Exit code 0: the run is finished; 75: it is not, and the same command resumes it; another:
+# torchrun failed. All nodes must share the folder run.dir.
 set -u
 
 settings=()
@@ -25,7 +26,7 @@ alive() { kill -0 "$launcher" 2>/dev/null; }
 # The signal ends the wait.
 wait "$launcher"
 while alive; do
-    # Once more after a minute, for ranks that were only starting.
+    # Again after a minute, for ranks that were still starting.
     if [[ -n $stop ]]; then pkill -TERM --parent "$launcher"; fi
     for ((second = 0; second < 60; second++)); do
         if ! alive; then break; fi

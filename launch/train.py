@@ -20,11 +20,14 @@ from zo.config.cli import asked_for_text, run, split
 from zo.config.recipes import DEFAULT, as_config, resolve
 from zo.errors import UserError
 
-USAGE = "usage: [torchrun --nproc-per-node N] launch/train.py [recipe=NAME] [key=value ...] [-m | --help | --cfg job]"
+USAGE = (
+    "usage: [torchrun --nproc-per-node N] launch/train.py [recipe=NAME] [key=value ...] "
+    "[-m | --help | --cfg job]"
+)
 
 
 def main(arguments: list[str]) -> None:
-    """Train as the arguments say; the last line on stdout is the run's summary."""
+    """Run the command; the last line on stdout is the summary of the run."""
     own, overrides = split(arguments, ("recipe",))
     recipe = own.get("recipe", DEFAULT)
     if text := asked_for_text(arguments, recipe, overrides, USAGE):
@@ -39,9 +42,9 @@ def main(arguments: list[str]) -> None:
 
 
 def train(node: DictConfig, command: str = "") -> None:
-    """One run."""
+    """Train once."""
     config = as_config(node)
-    # Imported here: torch and transformers take seconds, which --help and a mistyped key need not wait for.
+    # Imported here: torch and transformers take seconds; --help and key errors need neither.
     from zo.run.trainer import Trainer
 
     summary = Trainer(config, command=command).train()
@@ -50,17 +53,18 @@ def train(node: DictConfig, command: str = "") -> None:
 
 
 def sweep(recipe: str, overrides: list[str]) -> None:
-    """Hydra's multirun, one run after another in this process."""
+    """Train each combination of values in turn, by Hydra's multirun."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError(
-            "--multirun does not work under torchrun, whose ranks would meet out of step; sweep with python"
+            "--multirun does not work under torchrun, whose ranks would start different runs; "
+            "sweep with python"
         )
     import hydra
 
     from zo.config.recipes import FOLDER
 
     resolve(recipe, [o for o in overrides if "," not in o])
-    # Runs have folders of their own; what Hydra writes goes.
+    # Runs have their own folders; the files of Hydra are removed.
     with tempfile.TemporaryDirectory() as scrap:
         quiet = [
             f"hydra.sweep.dir={scrap}",

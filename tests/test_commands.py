@@ -266,7 +266,7 @@ def test_another_base_model_or_other_data_in_the_same_place_is_refused(
     data.write_text(reviews.read_text().replace("good", "bad"))
     code, _, err = command("train", *settings)
     assert (code, err.count("\n")) == (2, 1)
-    assert "began from another training data" in err
+    assert "was started from a different training data" in err
     data.write_bytes(reviews.read_bytes())
     changed = make_llama()
     changed.model.norm.weight.data[0] = 2

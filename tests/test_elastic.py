@@ -1,4 +1,4 @@
-"""Ranks that die, diverge, disagree, or are told to stop: no step is lost, and one line says what happened."""
+"""Ranks that die, diverge, disagree or are stopped: no step is lost, and a line names the cause."""
 
 import os
 import shutil
@@ -66,10 +66,10 @@ def sleep_at_step(step):
 
     original = trainer.Run.step
 
-    def sleepy(run):
+    def sleepy(run, *asked):
         if run.log.version + 1 == step:
             time.sleep(14)
-        return original(run)
+        return original(run, *asked)
 
     trainer.Run.step = sleepy
 
@@ -79,7 +79,7 @@ def test_a_rank_that_hangs_is_named_when_time_is_up(overrides, tmp_path):
     results = lives(settings, ranks=3, prelude=(on_rank, 2, sleep_at_step, 2))
     for result in results[:2]:
         assert (
-            f"rank 2 (host {socket.gethostname()}) died, or was not there within mesh.timeout_s=3"
+            f"rank 2 (host {socket.gethostname()}) died, or did not respond within mesh.timeout_s=3"
             in result
         )
     assert len(read(tmp_path / "run" / "steps.log")[1]) == 1
@@ -179,7 +179,43 @@ def test_logs_of_two_runs_are_never_mixed(overrides, tmp_path):
         (folders[0] / "run" / "config.yaml").read_bytes()
     )
     results = lives([*overrides, "run.dir=run"], ranks=2, nodes=2, folders=folders)
-    assert all("differ: they are of two runs" in result for result in results)
+    assert all("config.yaml belong to two runs: run is " in result for result in results), results
+
+
+def test_two_runs_with_the_same_settings_are_never_mixed(overrides, tmp_path):
+    """Begun apart on two disks: only the identifiers in the headers of their logs differ."""
+    folders, settings = two_disks(tmp_path), [*overrides, "run.dir=run", "run.steps=2"]
+    for folder in folders:
+        lives(settings, folders=[folder])
+    logs = [(folder / "run" / "steps.log").read_bytes() for folder in folders]
+    results = lives([*settings, "run.steps=4"], ranks=2, nodes=2, folders=folders)
+    assert all(
+        "the logs of ranks 0 and 1 belong to two runs: run is " in result for result in results
+    ), results
+    assert logs == [(folder / "run" / "steps.log").read_bytes() for folder in folders]
+
+
+def test_copies_of_a_log_that_parted_are_never_mixed(overrides, tmp_path):
+    """The same run, continued on each of two disks by itself: one header, two histories."""
+    folders = two_disks(tmp_path)
+    lives([*overrides, "run.dir=run", "run.steps=2"], folders=[folders[0]])
+    shutil.copytree(folders[0] / "run", folders[1] / "run")
+    settings = [*overrides, "run.dir=run", "run.steps=4"]
+    lives(settings, folders=[folders[0]])
+    lives([*settings, "update.lr=2e-3"], folders=[folders[1]], prelude=(accept_any_config,))
+    logs = [(folder / "run" / "steps.log").read_bytes() for folder in folders]
+    assert logs[0] != logs[1]
+    shutil.copy(folders[0] / "run" / "config.yaml", folders[1] / "run" / "config.yaml")
+    results = lives(settings, ranks=2, nodes=2, folders=folders)
+    assert all("differ: they belong to two runs" in result for result in results), results
+    assert logs == [(folder / "run" / "steps.log").read_bytes() for folder in folders]
+
+
+def accept_any_config():
+    """Let this process continue a run with other settings, as an older zo may have."""
+    from zo.state.run_folder import RunFolder
+
+    RunFolder.check = lambda *_: None
 
 
 def test_nodes_of_other_versions_or_weights_are_named(overrides, tiny_model, tmp_path):
@@ -215,16 +251,16 @@ def test_clocks_that_are_apart_are_named(overrides, tmp_path):
 def be_ahead(seconds):
     from types import SimpleNamespace
 
-    from zo.run import startup as roll_call
+    from zo.run import startup
 
-    roll_call.time = SimpleNamespace(time=lambda: time.time() + seconds)
+    startup.time = SimpleNamespace(time=lambda: time.time() + seconds)
 
 
 def pretend_older():
-    from zo.run import startup as roll_call
+    from zo.run import startup
 
-    true = roll_call.versions()
-    roll_call.versions = lambda: true | {"torch": "2.0.0"}
+    true = startup.versions()
+    startup.versions = lambda: true | {"torch": "2.0.0"}
 
 
 def command(overrides, *launcher):
@@ -316,7 +352,7 @@ def test_ranks_that_cannot_meet_say_so(overrides, tmp_path):
         )
     assert done.returncode == 2
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: rank 0 cannot meet the other 1 at 127.0.0.1:"), done.stderr
+    assert last.startswith("error: rank 0 cannot connect to the other 1 at 127.0.0.1:"), done.stderr
     assert not (tmp_path / "run").exists()
 
 

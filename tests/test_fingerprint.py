@@ -121,6 +121,6 @@ def test_a_resume_on_another_frozen_base_is_refused(tmp_path, name):
         model.get_parameter(name).data.view(-1)[5] += 1
 
     adapted_run(tmp_path, lambda model: None, 2)
-    with pytest.raises(UserError, match="began from another base model"):
+    with pytest.raises(UserError, match="was started from a different base model"):
         adapted_run(tmp_path, change, 4)
     assert adapted_run(tmp_path, lambda model: None, 4)["steps"] == 4

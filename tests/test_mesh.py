@@ -3,8 +3,10 @@
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -191,8 +193,60 @@ def keep_slice(index, of, found):
     total = sum(block.size_bytes for block in layout.blocks)
     return_freed_memory()
     before = held_bytes()
-    store = HostStore(layout, RandomSource(model, 0), pin=False, slice=Slice(index, of))
+    store = HostStore(layout, RandomSource(model, 0), slice=Slice(index, of))
     found.put((store.found.digests.numpy(), held_bytes() - before, total))
+
+
+def barrier_and_count(rank, port, found):
+    """Meet, wait in a barrier for rank 0, which is late, and count requests to the store."""
+    from zo.distributed.process_group import Mesh
+
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    mesh, requested = Mesh(timeout_s=60), [0]
+
+    class Counted:
+        """A store that counts the keys of its requests."""
+
+        def __getattr__(self, name):
+            method = getattr(store, name)
+
+            def call(keys, *arguments):
+                requested[0] += len(keys) if isinstance(keys, list) else 1
+                return method(keys, *arguments)
+
+            return call
+
+    store, mesh._store = mesh._store, Counted()
+    if rank == 0:
+        time.sleep(LATE_S)
+    begun = time.monotonic()
+    mesh.barrier()
+    waited = time.monotonic() - begun
+    mesh.barrier()
+    mesh.close()
+    found.put((rank, waited, requested[0]))
+
+
+LATE_S = 4
+
+
+def test_a_barrier_waits_for_all_with_few_requests():
+    """One rank may write a large model for an hour, while the others share its host and store."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    found = context.Queue()
+    processes = [context.Process(target=barrier_and_count, args=(i, port, found)) for i in range(4)]
+    for process in processes:
+        process.start()
+    results = [found.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    for rank, waited, requested in results:
+        assert rank == 0 or waited > LATE_S / 2
+        assert requested < 60
 
 
 def held_bytes():
@@ -223,11 +277,11 @@ SPSA, ONE_SIDED = (lambda q: 2 * q), (lambda q: q + 1)
 @pytest.mark.parametrize("ranks", range(1, 13))
 @pytest.mark.parametrize(("sequences", "micro"), [(16, 16), (16, 8), (12, 3), (7, 7), (8, 1)])
 def test_idle_ranks_are_counted_and_the_remedy_fills_them(rows_of, ranks, sequences, micro):
-    """Every number in the line is tried: a remedy that leaves a rank idle would be worse than none."""
+    """Every number in the line is tried: a remedy must not leave a rank idle."""
     for directions in (1, 2, 3):
         for perturb in (p for p in range(1, ranks + 1) if ranks % p == 0):
             shape = Shape(perturb, ranks // perturb, ranks)
-            of_cells = owners(shape, rows_of(directions), sequences // micro)
+            of_cells = owners(rows_of(directions), sequences // micro, perturb, shape.data)
             counts = {of_cells.count(rank) for rank in range(ranks)}
             said = idle_report(shape, rows_of, directions, sequences, micro)
             if len(counts) == 1:
@@ -257,8 +311,8 @@ def test_idle_ranks_of_a_large_recipe_by_name():
     said = idle_report(Shape(2, 4, 8), SPSA, 1, 16, 16)
     assert said == (
         "6 of 8 ranks have no cell: the loss table has 2 rows (probes) x 1 column (micro-batches) for 8 ranks; "
-        "batch.micro=4 (8 cells) or estimator.directions=4 (8 cells) would give each the same, in a new run, for they "
-        "change the result"
+        "batch.micro=4 (8 cells) or estimator.directions=4 (8 cells) gives all ranks the same number (it "
+        "changes the result, so use a new run.dir)"
     )
 
 
@@ -320,9 +374,7 @@ def test_values_of_a_large_run_are_placed_in_one_pass():
             Counted.comparisons += 1
             return int(self) == int(other)
 
-    of_cells = tuple(
-        Counted(rank) for rank in owners(Shape(2000, 2), 2000, 2) + owners(Shape(2, 1000), 2, 2000)
-    )
+    of_cells = tuple(Counted(rank) for rank in owners(2000, 2, 2000, 2) + owners(2, 2000, 2, 1000))
     most, at = places.__wrapped__(of_cells, 4000)
     assert most == 3
     assert len(set(at)) == len(of_cells) == 8000

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: what a command says, how it ends, and what it leaves; real signals to real processes."""
+"""SIGINT and SIGTERM: last line, exit code and files of commands that real signals end."""
 
 import json
 import os
@@ -18,11 +18,14 @@ pytestmark = pytest.mark.slow  # Whole runs in processes of their own.
 
 ROOT = Path(__file__).resolve().parent.parent
 PREPARED = "import sys; sys.path.insert(0, {root!r}); sys.argv = {argv!r}; {before}; "
-SLOW_STEPS = "import time; from zo.state.log import Log; a = Log.append; Log.append = lambda s, e: (time.sleep(0.5), a(s, e))"
+SLOW_STEPS = (
+    "import time; from zo.state.log import Log; a = Log.append; "
+    "Log.append = lambda s, e: (time.sleep(0.5), a(s, e))"
+)
 
 
 def start(script, arguments, cwd, before="pass", prefix=()):
-    """Start a command as a shell does, with something done first in its process."""
+    """Start a command as a shell does, after some code in the same process."""
     path = str(ROOT / "launch" / f"{script}.py")
     run = f"import runpy; runpy.run_path({path!r}, run_name='__main__')"
     argv = [path, *map(str, arguments)]
@@ -40,7 +43,7 @@ def start(script, arguments, cwd, before="pass", prefix=()):
 
 
 def lines_until(process, pattern):
-    """Read stderr up to a line; all lines so far."""
+    """Read stderr up to a line; return all lines so far."""
     lines = []
     for line in process.stderr:
         lines.append(line)
@@ -50,7 +53,7 @@ def lines_until(process, pattern):
 
 
 def ended(process, code, said):
-    """Wait for a process; its exit code is this, and its last line too, and there was no traceback."""
+    """Wait for a process and check its exit code and last line; there is no traceback."""
     out, err = process.communicate(timeout=60)
     assert process.returncode == code, err
     assert "Traceback" not in err
@@ -141,8 +144,8 @@ def test_in_an_export_nothing_is_left(overrides, tmp_path):
     assert start("train", run, tmp_path).wait(120) == 0
     held = (
         "import time, pathlib, zo.run.export as x; w = x._write_weights; "
-        "x._write_weights = lambda m, c, s, folder: (w(m, c, s, folder), print('written', file=sys.stderr), "
-        "time.sleep(600))"
+        "x._write_weights = lambda m, c, s, folder: (w(m, c, s, folder), "
+        "print('written', file=sys.stderr), time.sleep(600))"
     )
     process = start("export", [f"run={tmp_path}/run", f"to={tmp_path}/out/model"], tmp_path, held)
     lines_until(process, "^written")
@@ -153,7 +156,7 @@ def test_in_an_export_nothing_is_left(overrides, tmp_path):
 
 
 def test_under_torchrun_one_rank_speaks(long_run, tmp_path):
-    """torchrun hands the signal on to its ranks, and has a traceback of its own; the ranks have none."""
+    """One line from rank 0, no traceback of a rank (torchrun prints its own), and no lock is left."""
     torchrun = [
         sys.executable,
         "-m",
@@ -177,5 +180,19 @@ def test_under_torchrun_one_rank_speaks(long_run, tmp_path):
     _, err = process.communicate(timeout=60)
     assert process.returncode != 0
     assert err.count("ended by SIGINT; no completed step is lost") == 1
-    assert "zo/trainer.py" not in err
+    assert "zo/run/trainer.py" not in err
     assert not [p for p in ranks if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    steps = len(read(tmp_path / "run" / "steps.log")[1])
+    assert steps >= 1
+    again = subprocess.run(
+        [*torchrun, *long_run, f"run.steps={steps + 1}"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout)["steps"] == steps + 1
+    assert not (tmp_path / "run" / "lock").exists()

@@ -308,7 +308,7 @@ def flip(path):
 
 
 BROKEN = {
-    "a flipped byte": (flip, "began from another base model"),
+    "a flipped byte": (flip, "was started from a different base model"),
     "truncated": (lambda path: os.truncate(path, path.stat().st_size - 10), "is truncated"),
     "missing": (os.unlink, r"weights of model\.name=.* cannot be loaded"),
     "another file": (lambda path: path.write_bytes(b"no weights at all"), "not a safetensors file"),

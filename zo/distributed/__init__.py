@@ -1,1 +1,1 @@
-"""The ranks of a run: mesh, process group, failures, slices."""
+"""Ranks of a run: mesh shape, process group, failure attribution, slices of the weights."""

@@ -1,7 +1,9 @@
-"""Which rank is missing, when a collective fails.
+"""Failure attribution: find the ranks that made a collective fail.
 
-A collective says that it failed, seldom through whom. Then every rank that is still there says so in the store that
-the ranks met by, and whether it waits too; the ranks that say nothing died, those that do not wait are late.
+The error of a collective seldom names the rank that caused it. So each rank runs a thread that
+watches the rendezvous store. When one rank reports a failure there, the others answer with two
+keys: that they are alive, and that they wait in a collective too. Ranks without the first key died;
+ranks without the second are late.
 """
 
 import threading
@@ -14,20 +16,20 @@ from typing import Any
 from zo.errors import RankError
 
 GRACE_S = 2.0
-"""How long a rank that lost another one waits for the others to answer, before it says who did not."""
+"""Seconds that a rank whose collective failed leaves the others to answer."""
 
 
 class Peers:
-    """The other ranks of a run, as this one sees them through the store."""
+    """The other ranks of a run, seen through the rendezvous store."""
 
     def __init__(self, store: Any, rank: int, hosts: list[str], timeout: timedelta) -> None:
-        """Begin to answer ranks that lost another one.
+        """Start the thread that answers ranks whose collective failed.
 
         Args:
-            store: the one that all ranks met by.
-            rank: this one.
-            hosts: of all ranks, by rank.
-            timeout: how long ranks wait for one another in a collective.
+            store: the store that all ranks rendezvoused with.
+            rank: of this process.
+            hosts: host name of each rank.
+            timeout: of collectives.
         """
         self.rank, self.ranks, self.timeout = rank, len(hosts), timeout
         self._store, self._hosts = store, hosts
@@ -37,10 +39,10 @@ class Peers:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """What ranks do together; a rank that is not there ends it in an error that names that one.
+        """Turn a failed collective in this block into an error that names the missing ranks.
 
         Raises:
-            RankError: a rank died, or did not come in time.
+            RankError: a rank died, or did not join the collective in time.
         """
         thread = threading.get_ident()
         self._waiting.add(thread)
@@ -52,16 +54,17 @@ class Peers:
             self._waiting.discard(thread)
 
     def check(self) -> None:
-        """Raise ``RuntimeError`` if a rank has lost another one; for use inside :meth:`together`."""
+        """Raise ``RuntimeError`` if a rank reported a failure; call it inside :meth:`together`."""
         if self._store.check(["lost"]):
             raise RuntimeError("a rank was lost")
 
     def close(self) -> None:
-        """Answer no longer."""
+        """Stop the thread."""
         self._ends.set()
         self._watcher.join()
 
     def _lost(self, error: RuntimeError) -> str:
+        """Report the failure to the other ranks and return a message with those missing."""
         said = " ".join(str(error).split())[:160]
         others = [rank for rank in range(self.ranks) if rank != self.rank]
         dead, late = others, others
@@ -75,13 +78,14 @@ class Peers:
         names = [f"rank {rank} (host {self._hosts[rank]})" for rank in dead or late]
         missing = names if len(names) < len(others) or self.ranks == 2 else ["another rank"]
         return (
-            f"{', '.join(missing)} died, or was not there within mesh.timeout_s={self.timeout // timedelta(seconds=1)} "
-            f"({said}); no step is lost: the same command goes on, and torchrun --max-restarts gives it by itself"
+            f"{', '.join(missing)} died, or did not respond within "
+            f"mesh.timeout_s={self.timeout // timedelta(seconds=1)} ({said}); no step is lost: the "
+            "same command resumes the run, and torchrun --max-restarts does so automatically"
         )
 
     def _watch(self, store: Any) -> None:
-        """When a rank has lost another one, tell it that this one lives, and whether it waits too."""
-        with suppress(RuntimeError):  # Whoever keeps the store is gone: the collectives will tell.
+        """Once a rank reports a failure, answer that this one is alive, and when it waits too."""
+        with suppress(RuntimeError):  # The store is gone, so the collectives fail as well.
             while not self._ends.wait(0.5):
                 if store.check(["lost"]):
                     store.set(f"lives/{self.rank}", "")

@@ -1,8 +1,9 @@
-"""The ranks of a run as a mesh, perturb x data x slice: who computes which cell. Pure arithmetic.
+"""Mesh shape (perturb x data x slice) and the cells that each rank owns. Pure arithmetic.
 
-The perturb axis splits the rows of the loss table, the data axis its columns, so perturb x data is the number of ranks.
-The slice axis cuts the ranks of each node into groups that keep one copy of the weights together. Every rank
-contributes the cells it owns and puts all of them in the same places, so nothing depends on who computed one.
+The perturb axis splits the rows of the loss table, the data axis its columns, so perturb x data is
+the number of ranks. The slice axis divides the ranks of each node into groups; a group stores one
+copy of the weights. Every rank contributes its own cells and receives all of them in the same
+order, so no result depends on which rank computed a cell.
 """
 
 from collections import Counter
@@ -31,33 +32,33 @@ class Shape:
 def fit(
     config: MeshConfig, ranks: int, rows: int, columns: int, local_ranks: int | None = None
 ) -> Shape:
-    """The mesh that a configuration asks for, its empty axes filled in (perturb first).
+    """Return the configured mesh with its empty axes filled in (perturb first).
 
     Args:
-        config: sizes that are given.
-        ranks: of the run.
+        config: the sizes that are set.
+        ranks: number of ranks of the run.
         rows: of the loss table.
         columns: of the loss table.
-        local_ranks: ranks of a node; all of them by default.
+        local_ranks: number of ranks of a node; all of them by default.
 
     Raises:
-        UserError: perturb x data is not the number of ranks, there are more ranks than cells and no slices that a rank
-            without one could serve, or slices do not divide a node.
+        UserError: perturb x data is not the number of ranks, a rank would have neither a cell nor a
+            slice of the weights, or the slices do not divide the ranks of a node.
     """
     local_ranks, slices = local_ranks or ranks, config.slice
     if local_ranks % slices:
         use = ", ".join(str(s) for s in range(1, local_ranks + 1) if local_ranks % s == 0)
         raise UserError(
-            f"mesh.slice={slices} does not divide the {local_ranks} rank{'s' * (local_ranks > 1)} of a node, and "
-            f"slices do not reach over nodes; use {use}"
+            f"mesh.slice={slices} does not divide the {_lines(local_ranks, 'rank')} of a node, and "
+            f"slices do not span nodes; use {use}"
         )
     pairs = [Shape(p, ranks // p, slices) for p in range(ranks, 0, -1) if ranks % p == 0]
-    # A rank without a cell is of use only where it keeps a slice.
+    # A rank without a cell is useful only if it stores a slice.
     fits = [s for s in pairs if slices > 1 or (s.perturb <= rows and s.data <= columns)]
     wanted = [
         s for s in fits if config.perturb in (None, s.perturb) and config.data in (None, s.data)
     ]
-    # Even splits first: an axis that does not divide its lines leaves ranks waiting.
+    # Even splits first: where an axis does not divide its lines, some ranks wait.
     wanted.sort(key=lambda s: (rows % s.perturb != 0) + (columns % s.data != 0))
     if not wanted:
         given = [(axis, getattr(config, axis)) for axis in ("perturb", "data")]
@@ -66,8 +67,8 @@ def fit(
             or "an empty mesh"
         )
         raise UserError(
-            f"{asked} does not fit {ranks} rank{'s' * (ranks > 1)} and a table of {rows} rows (probes) x {columns} "
-            f"columns (micro-batches); "
+            f"{asked} does not fit {_lines(ranks, 'rank')} and a table of {rows} rows (probes) x "
+            f"{columns} columns (micro-batches); "
             + (
                 f"use {' or '.join(map(str, fits))}"
                 if fits
@@ -79,16 +80,17 @@ def fit(
 
 @lru_cache(8)
 def places(owners: tuple[int, ...], ranks: int) -> tuple[int, tuple[int, ...]]:
-    """Return where values lie once every rank's, padded to the same number, are put one after another.
+    """Return the index of each value in an all-gather of all ranks' values.
+
+    Each rank sends its values in order, padded to the largest number that a rank has, and a flag.
 
     Args:
-        owners: for every value, the rank that has it.
-        ranks: of the run.
+        owners: the rank of each value.
+        ranks: number of ranks of the run.
 
     Returns:
-        The most values that one rank has, and for every value its rank times one more than that
-        (each rank adds a flag behind its values) plus its number among the rank's. Takes
-        ``len(owners) + ranks`` operations.
+        The largest number of values of a rank, and for each value
+        ``rank * (largest + 1) + number among the rank's``. Takes ``len(owners) + ranks`` steps.
     """
     taken, numbers = [0] * ranks, []
     for rank in owners:
@@ -107,13 +109,13 @@ def idle_report(
     sequences: int,
     micro: int,
 ) -> str | None:
-    """Return a line that says which ranks have no cell, or fewer than others, and what fills them.
+    """Return a warning about ranks with no or fewer cells, with settings that fill them.
 
     Args:
         shape: of the mesh.
-        rows_of: rows of the loss table for a number of directions.
-        directions: a step.
-        sequences: a step.
+        rows_of: returns the rows of the loss table for a number of directions.
+        directions: per step.
+        sequences: per step.
         micro: sequences of a micro-batch.
 
     Returns:
@@ -133,8 +135,8 @@ def idle_report(
     remedy = " or ".join(f"{setting} ({total} cells)" for setting, total in fills)
     return (
         f"{found}: the loss table has {_lines(rows, 'row')} (probes) x {_lines(columns, 'column')} "
-        f"(micro-batches) for {ranks} ranks; {remedy} would give each the same, in a new run, for "
-        "they change the result"
+        f"(micro-batches) for {ranks} ranks; {remedy} gives all ranks the same number (it changes "
+        "the result, so use a new run.dir)"
     )
 
 
@@ -145,7 +147,7 @@ def _lines(count: int, name: str) -> str:
 def _fills(
     ranks: int, rows_of: Callable[[int], int], directions: int, sequences: int, micro: int
 ) -> Sequence[tuple[str, int]]:
-    """Return settings near the given ones whose number of cells is a multiple of the ranks'."""
+    """Return nearby settings whose number of cells is a multiple of the number of ranks."""
     found, rows, columns = [], rows_of(directions), sequences // micro
     divisors = [m for m in range(1, sequences + 1) if sequences % m == 0]
     # The largest micro-batch that is not larger than now costs the least; else the next larger one.

@@ -1,7 +1,7 @@
-"""The running ranks of a run: how they meet, and all that they say to one another.
+"""Process group of a run: rendezvous and every collective.
 
-A single process needs none of it. What ranks say to one another goes by gloo, whatever the device; slices of blocks go
-by the device's own means (NCCL).
+A single process needs none of it. Scalars and objects are exchanged with gloo on any device, slices
+of blocks with the device's own backend (NCCL).
 """
 
 import json
@@ -25,19 +25,22 @@ from zo.distributed.mesh import Shape, places
 from zo.distributed.slices import Slices
 from zo.errors import UserError
 
+FIRST_PAUSE_S, LAST_PAUSE_S = 0.004, 0.25
+"""Seconds between two requests to the store in a barrier; each pause is twice the one before."""
+
 
 class Mesh:
-    """The running ranks; made once a process."""
+    """This process as a rank of the run; create it once per process."""
 
     def __init__(self, device: str = "cpu", timeout_s: int = 1800) -> None:
-        """Join the other ranks that torchrun started, if any.
+        """Rendezvous with the other ranks that torchrun started, if any.
 
         Args:
             device: ``cpu`` or ``cuda``.
-            timeout_s: how long the other ranks are waited for.
+            timeout_s: seconds to wait for other ranks.
 
         Raises:
-            UserError: they cannot be met.
+            UserError: the rendezvous failed.
         """
         self.rank, self.ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", self.ranks))
@@ -49,7 +52,7 @@ class Mesh:
         self.shape, self.slices = Shape(1, 1), None
         self.timeout = timedelta(seconds=timeout_s)
         self.scalar_bytes = 0
-        """Bytes that this rank sent in collectives of scalars, so far."""
+        """Bytes that this rank sent in :meth:`gather` so far."""
         self._barriers = 0
         if device == "cuda":
             torch.cuda.set_device(self.device)
@@ -57,7 +60,7 @@ class Mesh:
             self._join()
 
     slices: Slices | None
-    """The ranks that keep the rest of this rank's copy of the weights, if they are cut."""
+    """The group of ranks that share a copy of the weights, if ``mesh.slice`` is more than 1."""
 
     def _join(self) -> None:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
@@ -76,13 +79,14 @@ class Mesh:
         except (RuntimeError, ValueError, OSError) as error:
             said = " ".join(str(error).split())[:200]
             raise UserError(
-                f"rank {self.rank} cannot meet the other {self.ranks - 1} at {where} ({said}); start all ranks with "
-                "torchrun, with an address and a free port that every node reaches"
+                f"rank {self.rank} cannot connect to the other {self.ranks - 1} at {where} "
+                f"({said}); start all ranks with torchrun, with an address and a free port that "
+                "every node can reach"
             ) from error
         self._peers = Peers(self._store, self.rank, hosts, self.timeout)
 
     def arrange(self, shape: Shape) -> None:
-        """Give the axes their sizes; every rank calls this."""
+        """Set the sizes of the axes and create the groups of slices; every rank calls this."""
         assert shape.perturb * shape.data == self.ranks
         self.shape = shape
         if shape.slice > 1:
@@ -92,28 +96,27 @@ class Mesh:
 
     @property
     def first_of_node(self) -> bool:
-        """Whether this is the rank that keeps a node's files."""
+        """True on the rank that writes a node's files."""
         return self.local_rank == 0
 
     def together(self) -> AbstractContextManager[None]:
-        """See :meth:`zo.distributed.failure.Peers.together`; for runs of more than one rank."""
+        """See :meth:`zo.distributed.failure.Peers.together`; only for runs of several ranks."""
         return self._peers.together()
-
-    # What ranks say to one another.
 
     def gather(
         self, mine: Sequence[Tensor], owners: Sequence[int], width: int, flag: bool = False
     ) -> tuple[Tensor, bool]:
-        """Bring together values that ranks own: the one collective of a step.
+        """Gather the values of all ranks: the only collective of a step.
 
         Args:
             mine: this rank's values, in order; float64 of shape ``[width]`` each, on any device.
-            owners: for every value of all ranks, in order, the rank that has it; the same on every rank.
-            width: numbers a value.
-            flag: something that all ranks are to know if it is so on one.
+            owners: the rank of each value of all ranks, in order; the same on every rank.
+            width: numbers per value.
+            flag: true if any rank passes true.
 
         Returns:
-            float64 of shape ``[len(owners), width]`` on CPU, the same on every rank, and whether a rank gave the flag.
+            The values, float64 of shape ``[len(owners), width]`` on CPU, and the flag; the same on
+            every rank.
         """
         local = (
             torch.stack(list(mine)).to("cpu", torch.float64)
@@ -133,7 +136,7 @@ class Mesh:
         return gathered[list(at)], bool(gathered[most - 1 :: most].any())
 
     def broadcast(self, value: Any, source: int = 0) -> Any:
-        """One rank's value on every rank; what JSON can carry."""
+        """Return the value of rank ``source`` on every rank; it must be valid JSON."""
         if self.ranks == 1:
             return value
         data = json.dumps(value).encode() if self.rank == source else b""
@@ -147,7 +150,7 @@ class Mesh:
         return json.loads(content.numpy().tobytes())
 
     def collect(self, value: Any) -> list[Any]:
-        """Every rank's value, by rank, on every rank; what JSON can carry."""
+        """Return the values of all ranks, in order, on every rank; they must be valid JSON."""
         if self.ranks == 1:
             return [value]
         data = json.dumps(value).encode()
@@ -165,10 +168,10 @@ class Mesh:
 
     @contextmanager
     def agreed(self) -> Iterator[None]:
-        """A mistake that one rank meets inside ends all ranks with its words.
+        """Raise a ``UserError`` of one rank in this block on all ranks; every rank enters it.
 
         Raises:
-            UserError: the first rank's that met one.
+            UserError: this rank's own, or that of the lowest rank that had one.
         """
         mistake = None
         try:
@@ -184,24 +187,33 @@ class Mesh:
             raise UserError(found)
 
     def barrier(self) -> None:
-        """Wait for every rank, however long one takes (to write a large model, say) while it lives."""
+        """Wait for every rank without a time limit: one may be writing a large model.
+
+        Raises:
+            RankError: a rank reported that another one is missing.
+        """
         if self.ranks == 1:
             return
         self._barriers += 1
         with self.together():
-            self._meet("came")
-            # Rank 0 may keep the store: it stays until no other rank asks it anything.
-            self._meet("went", waits=self.rank == 0)
+            self._arrive(f"came/{self._barriers}", waits=True)
+            # Rank 0 may host the store, so it stays until the others have sent their last request.
+            self._arrive(f"went/{self._barriers}", waits=self.rank == 0)
 
-    def _meet(self, where: str, waits: bool = True) -> None:
-        keys = [f"{where}/{self._barriers}/{rank}" for rank in range(self.ranks)]
-        self._store.set(keys[self.rank], "")
-        while waits and not self._store.check(keys):
+    def _arrive(self, counter: str, waits: bool) -> None:
+        """Count this rank; the last one sets a key that the others wait for."""
+        if self._store.add(counter, 1) == self.ranks:
+            self._store.set(f"{counter}/all", "")
+            return
+        # Polled, because each timeout of the store's own wait writes two warnings to stderr.
+        pause_s = FIRST_PAUSE_S
+        while waits and not self._store.check([f"{counter}/all"]):
             self._peers.check()
-            time.sleep(0.02)
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, LAST_PAUSE_S)
 
     def close(self) -> None:
-        """Leave the group."""
+        """Destroy the process group."""
         if self.ranks > 1:
             self._peers.close()
         if dist.is_initialized():
@@ -209,11 +221,11 @@ class Mesh:
 
 
 def _apart(store: Any, rank: int, ranks: int, timeout: timedelta) -> Any:
-    """A part of a store that no earlier group of ranks has written to.
+    """Return a view of the store that no earlier group of ranks has written to.
 
-    torchrun keeps one store over several groups when nodes leave and join, so that a rank may read addresses of dead
-    ones. Rank 0 names the group by the words that every rank said; a rank goes by a name only if its own word, new in
-    each process, is in it.
+    torchrun keeps one store when nodes leave and join, so a rank could read addresses of dead
+    ranks. Each process writes a new random word; rank 0 publishes the words of all ranks as the name
+    of the group, and a rank accepts a name only if it contains its own word.
     """
     word, until = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
     store.set(f"zo/word/{rank}", word)
@@ -232,4 +244,4 @@ def _apart(store: Any, rank: int, ranks: int, timeout: timedelta) -> Any:
                 if store.check([f"zo/{words[0]}/agreed"]):
                     return PrefixStore(f"zo/{words[0]}", store)
         time.sleep(0.02)
-    raise RuntimeError(f"not all of {ranks} ranks came in time")
+    raise RuntimeError(f"not all of the {ranks} ranks connected in time")

@@ -1,7 +1,8 @@
-"""What the ranks of a run tell one another before the first step: that they are alike, and which log is the longest.
+"""Startup check: all ranks run the same software on the same inputs, and continue the same log.
 
-Rank 0 keeps the run's folder, and so does the first rank of every other node whose ``run.dir`` is not the same place:
-a node's disk may be lost. When ranks meet, the longest log is every rank's, and the other copies are completed from it.
+Rank 0 writes the run's folder, and so does the first rank of every other node whose ``run.dir`` is
+another folder, because a node's disk may be lost. At startup all ranks take the longest log, and
+the other copies are completed from it.
 """
 
 import platform
@@ -23,16 +24,16 @@ from zo.state.run_folder import RunFolder
 from zo.state.versions import versions
 
 CLOCKS_APART_S = 10.0
-"""torchrun takes a node for dead whose clock is 15 s from another's."""
+"""Largest difference in seconds; torchrun considers a node dead from 15 s on."""
 
 
 def acquire_run_folder(mesh: Mesh, folder: RunFolder, resources: ExitStack) -> bool:
-    """Take the lock of the run's folder if this rank is to write it, and return whether it is.
+    """Lock the run's folder if this rank writes it; return true if so.
 
-    Rank 0 does, and the first rank of a node that does not find rank 0's lock there.
+    The writers are rank 0 and the first rank of each node that does not see rank 0's lock there.
 
     Raises:
-        UserError: a run goes on there, or it cannot be written.
+        UserError: the folder is locked by a running process, or cannot be written.
     """
     lock = None
     with mesh.agreed():
@@ -48,12 +49,12 @@ def acquire_run_folder(mesh: Mesh, folder: RunFolder, resources: ExitStack) -> b
             if lock is not None:
                 resources.callback(lock.release)
     if mesh.rank == 0 and lock is not None:
-        lock.hide()  # All have looked.
+        lock.hide()  # All ranks have looked for it.
     return lock is not None
 
 
 def _own_lock(folder: RunFolder, token: str) -> Lock | None:
-    """Take the lock of a node's own folder; ``None`` where it turns out that rank 0 has it."""
+    """Lock a node's own folder; return ``None`` if it is rank 0's after all."""
     try:
         return Lock(folder.path)
     except UserError:
@@ -63,17 +64,22 @@ def _own_lock(folder: RunFolder, token: str) -> Lock | None:
 
 
 def differences(first: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
-    """Return in which versions another rank differs from the first, one a string; an unlike GPU comes last."""
+    """Return one string for each version in which a rank differs from rank 0, the GPU last."""
     keys = sorted(first.keys() | other.keys(), key=lambda key: (key == "gpu", key))
     pairs = [(key, other.get(key, "none"), first.get(key, "none")) for key in keys]
     return [f"{key} {theirs}, not {ours}" for key, theirs, ours in pairs if theirs != ours]
 
 
 def check_alike(mesh: Mesh, base: str, data: str) -> None:
-    """See that all ranks have the same versions, base weights, training data and time.
+    """Check that all ranks have the same versions, GPU, base weights, training data and time.
+
+    Args:
+        mesh: of the run.
+        base: checksum of the base weights.
+        data: checksum of the training data.
 
     Raises:
-        UserError: a rank has others; it is named.
+        UserError: a rank differs from rank 0; the message names the rank, its host and both values.
     """
     machine = {"machine": platform.machine(), **versions()}
     said = mesh.collect(
@@ -98,8 +104,8 @@ def check_alike(mesh: Mesh, base: str, data: str) -> None:
         for what, key in (("base weights", "base"), ("training data", "data")):
             if other[key] != first[key]:
                 raise UserError(
-                    f"{names[0]} has other {what} than {names[1]}: {other[key][:12]} and {first[key][:12]}; copy the "
-                    "same files to every node"
+                    f"{names[0]} has other {what} than {names[1]}: {other[key][:12]} and "
+                    f"{first[key][:12]}; copy the same files to every node"
                 )
         apart = abs(other["time"] - first["time"])
         if apart > CLOCKS_APART_S:
@@ -111,60 +117,60 @@ def check_alike(mesh: Mesh, base: str, data: str) -> None:
 def open_log(
     mesh: Mesh,
     folder: RunFolder,
-    keeps: bool,
+    is_writer: bool,
     config: Config,
     facts: Mapping[str, Any],
     header: dict[str, Any],
 ) -> Log:
-    """The run's log, old or new, the same on every rank.
+    """Open or create the run's log, the same on every rank.
 
     Args:
         mesh: of the run.
         folder: of this rank's node.
-        keeps: whether this rank writes there; the others hold the entries in memory.
+        is_writer: if true, this rank writes there; otherwise it holds the entries in memory.
         config: of the run.
         facts: for ``config.yaml``.
         header: of a new log.
 
     Raises:
-        UserError: a log began from other weights or data, or two copies of it differ.
+        UserError: the log was started from other weights or data, or two copies of it differ.
     """
     log = None
     with mesh.agreed():
-        if keeps and folder.log_file.exists():
+        if is_writer and folder.log_file.exists():
             log = _matching(folder, header)
     copies = mesh.collect(None if log is None else [log.version, log.header])
     source = max(range(len(copies)), key=lambda rank: copies[rank][0] if copies[rank] else -1)
-    header = _header_of_all(mesh, folder, keeps, copies, header)
+    header = _common_header(mesh, folder, is_writer, copies, header)
     longest = mesh.broadcast(
         [asdict(e) for e in log.entries] if log and mesh.rank == source else [], source
     )
     entries = [Entry(**{**e, "scalars": tuple(e["scalars"])}) for e in longest]
     with mesh.agreed():
-        if not keeps:
+        if not is_writer:
             log = Log(header, entries)
         else:
             log = log or folder.create(config, facts, header)
             if log.entries != entries[: log.version]:
                 raise UserError(
-                    f"{folder.log_file} on host {socket.gethostname()} and the longest copy, of rank {source}, differ: "
-                    "they are of two runs; move one of them away"
+                    f"{folder.log_file} on host {socket.gethostname()} and the longest copy, "
+                    f"of rank {source}, differ: they belong to two runs; move one of them away"
                 )
             log.extend(entries[log.version :])
     return log
 
 
-def _header_of_all(
-    mesh: Mesh, folder: RunFolder, keeps: bool, copies: list[Any], header: dict[str, Any]
+def _common_header(
+    mesh: Mesh, folder: RunFolder, is_writer: bool, copies: list[Any], header: dict[str, Any]
 ) -> dict[str, Any]:
-    """The header that all copies of the log have, or a new run's."""
+    """Return the header of all copies of the log, or of a new run."""
     held = {rank: copy[1] for rank, copy in enumerate(copies) if copy}
     if not held:
         with mesh.agreed():
-            if keeps and (left := folder.left_by_a_log()):
+            if is_writer and (left := folder.left_by_a_log()):
                 raise UserError(
-                    f"{folder.log_file} is missing, and {', '.join(left)} of its run are there; put the log back, or "
-                    "use another run.dir"
+                    f"{folder.log_file} is missing, but {', '.join(left)} of its run exist; put "
+                    "the log back, or use another run.dir"
                 )
         made: dict[str, Any] = mesh.broadcast({"run": uuid.uuid4().hex, **header})
         return made
@@ -172,32 +178,33 @@ def _header_of_all(
     for rank in others:
         if found := difference(held[rank], held[first]) or difference(held[first], held[rank]):
             raise UserError(
-                f"the logs of ranks {first} and {rank} are of two runs: {found[0]} is {found[2]} and {found[1]}; move "
-                "one of them away"
+                f"the logs of ranks {first} and {rank} belong to two runs: {found[0]} is "
+                f"{found[2]} and {found[1]}; move one of them away"
             )
     agreed: dict[str, Any] = held[first]
     return agreed
 
 
 def _matching(folder: RunFolder, header: Mapping[str, Any]) -> Log:
+    """Open the log and compare its header with this run's and with ``config.yaml``."""
     log = Log.open(folder.log_file)
     if found := difference(log.header, header):
         log.close()
         key, there, here = found
         if what := {"base": "base model", "data": "training data"}.get(key):
             raise UserError(
-                f"run.dir={folder.path} began from another {what}: its log names {str(there)[:12]}, this one is "
-                f"{here[:12]}; restore it, or use a new run.dir"
+                f"run.dir={folder.path} was started from a different {what}: {str(there)[:12]} in "
+                f"its log, {here[:12]} now; restore it, or use a new run.dir"
             )
         raise UserError(
-            f"{folder.log_file} is the log of another run: {key} is {there!r} there and {here!r} now; put this run's "
-            "log back, or use another run.dir"
+            f"{folder.log_file} is the log of another run: {key} is {there!r} there and {here!r} "
+            "now; put this run's log back, or use another run.dir"
         )
     begun = folder.read_config().get("log_header")
     if begun and (found := difference(log.header, begun)):
         log.close()
         raise UserError(
-            f"{folder.log_file} is the log of another run than config.yaml: {found[0]} is {found[1]} there and "
-            f"{found[2]} in config.yaml; put this run's log back, or use another run.dir"
+            f"{folder.log_file} and config.yaml belong to two runs: {found[0]} is {found[1]} in "
+            f"the log and {found[2]} in config.yaml; put this run's log back, or use another run.dir"
         )
     return log
