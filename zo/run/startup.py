@@ -75,7 +75,7 @@ def check_alike(mesh: Mesh, base: str, data: str) -> None:
     Raises:
         UserError: a rank has others; it is named.
     """
-    machine = {"machine": platform.machine(), **versions()}
+    machine = {"machine": platform.machine(), **versions(mesh.device)}
     said = mesh.collect(
         {
             "host": socket.gethostname(),
