@@ -125,7 +125,7 @@ def test_two_runs_in_one_process(overrides, tmp_path, apart, pin):
 
 
 def without_waits(settings, model, chunk_bytes):
-    """Train with CUDA's check of synchronising calls on in the forwards of all steps but the first."""
+    """Train with CUDA's check of synchronising calls on in the forwards of later steps."""
     import zo.model.blocks
     from zo import Trainer, load_config
     from zo.streaming.replica import Replica
