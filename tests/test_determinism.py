@@ -4,6 +4,13 @@ import os
 import subprocess
 import sys
 
+import pytest
+import torch
+from torch import nn
+
+from zo import Trainer, load_config
+from zo.errors import UserError
+
 CHECK = """
 import os, torch
 from zo.io.determinism import make_deterministic
@@ -27,3 +34,30 @@ def test_a_gpu_run_sets_what_decides_its_bits_and_a_cpu_run_nothing():
         [sys.executable, "-c", CHECK], env=os.environ, capture_output=True, text=True, check=False
     )
     assert run.returncode == 0, run.stderr
+
+
+@pytest.fixture
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_an_operation_without_a_deterministic_form_is_named(deterministic, tmp_path):
+    """Else the first step ends in PyTorch's stack trace, with a remedy that makes runs differ.
+
+    ``put_`` is refused on CPU too, so this is PyTorch's own message.
+    """
+
+    def objective(model, batch):
+        loss = model(batch["x"]).sum()
+        places, ones = torch.tensor([0, 0]), torch.ones(2)
+        return torch.zeros(2).put_(places, ones) + torch.stack((loss, torch.ones(())))
+
+    config = load_config(
+        "quickstart", [f"run.dir={tmp_path}/run", "run.steps=1", "run.device=cpu", "eval.every=0"]
+    )
+    batches = lambda step, column: {"x": torch.ones(2, 4)}  # noqa: E731
+    with pytest.raises(UserError, match=r"calls put_, which has no deterministic .*; use ") as told:
+        Trainer(config, model=nn.Linear(4, 4), objective=objective, batches=batches).train()
+    assert "\n" not in str(told.value)

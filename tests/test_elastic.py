@@ -259,8 +259,8 @@ def be_ahead(seconds):
 def pretend_older():
     from zo.run import startup
 
-    true = startup.versions()
-    startup.versions = lambda: true | {"torch": "2.0.0"}
+    true = startup.versions
+    startup.versions = lambda device: true(device) | {"torch": "2.0.0"}
 
 
 def command(overrides, *launcher):

@@ -1,4 +1,4 @@
-"""Lockstep against plain forwards, with the same bits, for families that transformers builds in different ways."""
+"""Lockstep against plain forwards, with the same bits, for families that differ in structure."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -12,7 +12,9 @@ from zo.config.schema import MemoryConfig
 from zo.errors import UserError
 from zo.method.estimator import float32
 from zo.method.perturbation import Probe, rademacher
+from zo.model import blocks
 from zo.model.blocks import find_layout, layer_lists
+from zo.model.lockstep import Lockstep
 from zo.model.source import ModelSource
 from zo.state.log import Log
 from zo.streaming.replica import Replica
@@ -102,7 +104,7 @@ def replica_of(model, layout=None, **memory):
 @pytest.mark.parametrize("name", FAMILIES)
 @torch.no_grad()
 def test_lockstep_is_plain_forwards(name, dtype):
-    """Every probe of several directions, on two micro-batches: each cell sees its own weights, whole and alone."""
+    """Several probes on two micro-batches: each cell sees all of its own weights and no others."""
     model, reference = build(name, dtype), build(name, dtype)
     replica = replica_of(model)
     eps = float32(0.01)
@@ -113,16 +115,16 @@ def test_lockstep_is_plain_forwards(name, dtype):
     )
     parameters = dict(reference.named_parameters(remove_duplicate=False))
     placed = list(find_layout(reference).parameters)
-    masters = {p.name: parameters[p.name].data.clone() for p in placed}
+    stored = {p.name: parameters[p.name].data.clone() for p in placed}
     for row, probe in enumerate(probes):
         for p in placed:
             z = rademacher(HEADER["seed"], probe.direction, p.start, p.numel).view(p.spec.shape)
             for n in p.spec.names:
-                parameters[n].data = (masters[p.name].float() + z * probe.scale).to(dtype)
+                parameters[n].data = (stored[p.name].float() + z * probe.scale).to(dtype)
         for cell, (cell_row, forward) in enumerate(cells):
             if cell_row == row:
                 assert torch.equal(together[cell], forward(reference))
-    assert all(torch.equal(tensor, masters[name]) for name, tensor in replica.tensors())
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in replica.tensors())
     assert not torch.equal(together[0], together[2])
 
 
@@ -202,7 +204,7 @@ def test_a_weight_outside_any_visited_block_is_refused_by_name():
         self_check([model], forwards(model), CPU, "rademacher")
 
 
-def test_a_cell_that_fails_ends_the_others_and_leaves_the_master_in_place():
+def test_a_forward_that_fails_ends_the_others_and_leaves_the_weights_in_place():
     model = build("llama")
     before = {n: p.clone() for n, p in model.named_parameters()}
     replica = replica_of(model)
@@ -221,7 +223,7 @@ def test_a_cell_that_fails_ends_the_others_and_leaves_the_master_in_place():
 
 @torch.no_grad()
 def test_the_number_of_threads_is_not_part_of_the_result():
-    """Ranks share cores: were a forward's bits to depend on threads, the mesh would be part of the result."""
+    """Ranks share cores: if bits depended on threads, the mesh would be part of the result."""
     model = build("llama")
     threads, found = torch.get_num_threads(), []
     try:
@@ -231,3 +233,31 @@ def test_the_number_of_threads_is_not_part_of_the_result():
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_a_lookup_without_data_dependent_shapes_has_the_same_bits(monkeypatch, dtype):
+    """The GPU's form of a lookup in chunks, which nothing waits for, against the CPU's.
+
+    The ids lie on the borders of chunks, and some chunks have none.
+    """
+    monkeypatch.setattr(blocks, "CHUNK_BYTES", 40_000)
+    probes, found = [Probe(0, 0.0), Probe(0, 0.5), Probe(0, -0.5)], []
+    for fixed_shapes in (False, True):
+        torch.manual_seed(0)
+        model = t.LlamaForCausalLM(t.LlamaConfig(**{**GROUPED, "vocab_size": 1500})).to(dtype)
+        layout = find_layout(model.eval(), "module")
+        replica = replica_of(model, layout)
+        replica._lockstep.detach()
+        replica._lockstep = Lockstep(replica.binding, fixed_shapes=fixed_shapes)
+        chunks = [p.rows for b in layout.blocks for p in b.parts if p.rows is not None]
+        assert len(chunks) > 4
+        first, second = chunks[:2]
+        ids = torch.tensor([[0, first[1] - 1, second[0], 1499], [5, 5, second[1] - 1, 0]])
+        cell = lambda m=model, ids=ids: m(input_ids=ids, use_cache=False).logits  # noqa: E731
+        found.append(replica.table(probes, [0, 1, 2], [cell] * 3))
+        replica.close()
+        assert torch.equal(found[-1][0], model(input_ids=ids, use_cache=False).logits)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert not torch.equal(found[0][1], found[0][2])

@@ -1,12 +1,13 @@
-"""Many ordinary forwards, one block at a time, so that one visit of a block serves every cell of the loss table.
+"""Run many ordinary forwards block by block, so that one visit of a block serves all of them.
 
-Each cell is a plain function call in a greenlet of its own. A pre-forward hook on the modules that enter a block
-suspends it; the hub resumes every cell that waits for the same block before any of them goes on to the next. No
-model is rewritten, and nothing is assumed of its inputs, outputs or control flow: a cell that takes another path
-waits for another block and is served there. A vocabulary in chunks is looked up, or multiplied by, chunk by chunk.
+Each forward is a plain function call in a greenlet of its own. A pre-forward hook on the modules
+that enter a block suspends it; the hub resumes every forward that waits for the same block before
+any of them continues to the next. No model is rewritten, and nothing is assumed of its inputs,
+outputs or control flow: a forward that takes another path waits for another block and is served
+there. A vocabulary in chunks is looked up, or multiplied by, chunk by chunk.
 
-Enter autocast and grad modes outside :meth:`Lockstep.run`, never inside a cell across a block: they belong to the
-thread, not to the greenlet.
+Enter autocast and grad modes outside :meth:`Lockstep.run`, never inside a forward across a block:
+they belong to the thread, not to the greenlet.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -31,8 +32,10 @@ class BlockProvider(Protocol):
     def next(self, block: int | None, lookup: bool) -> int | None:
         """Return the block to serve next, or ``None`` to end the run.
 
-        ``block`` is the earliest that a cell waits for, and ``lookup`` whether rows of it are looked up; ``None`` where
-        none waits. Another one is served where other ranks need it first.
+        Args:
+            block: the earliest that a forward waits for, ``None`` if none waits. Another one is
+                returned where other ranks need it first.
+            lookup: True if rows of it are looked up.
         """
         ...
 
@@ -41,21 +44,28 @@ class BlockProvider(Protocol):
     ) -> Iterable[int]:
         """Yield every given forward once, each when the block holds that forward's weights.
 
-        ``row_numbers`` holds, for each forward, the rows of an embedding that it looks up, if that is all it does.
+        Args:
+            block: index of the block.
+            forwards: numbers of the forwards that wait for it.
+            row_numbers: for each forward, the rows of an embedding that it looks up, int64, or
+                ``None`` if it may read all of the block.
         """
         ...
 
 
 class Lockstep:
-    """Hooks on a model's blocks; plain forwards outside :meth:`run` pass through them untouched."""
+    """Hooks on a model's blocks; forwards outside :meth:`run` pass through them untouched."""
 
-    def __init__(self, binding: Binding, offload: bool = False) -> None:
+    def __init__(self, binding: Binding, offload: bool = False, fixed_shapes: bool = False) -> None:
         """Attach the hooks.
 
         Args:
             binding: the model's parameters.
-            offload: keep the hidden states of cells that wait in host memory.
+            offload: keep the hidden states of waiting forwards in host memory.
+            fixed_shapes: look up a vocabulary in chunks on the CPU as on a GPU, where the host must
+                not wait for the number of ids in a chunk.
         """
+        self._fixed_shapes = fixed_shapes
         model, self._binding, self._offload = binding.model, binding, offload
         self._waiting: dict[greenlet, int | None] = {}
         self._row_numbers: dict[greenlet, Tensor | None] = {}
@@ -81,25 +91,25 @@ class Lockstep:
     def _enter(
         self, block: int, row_numbers: Tensor | None = None, hidden: Tensor | None = None
     ) -> None:
-        """Wait, in a cell, until the block holds the cell's weights."""
-        cell = getcurrent()
-        if cell not in self._waiting:
+        """Suspend the current forward until the block holds its weights."""
+        forward = getcurrent()
+        if forward not in self._waiting:
             return
-        # What a cell has before its first block is its batch's, and other cells' too.
+        # Before its first block a forward has only its batch, which other forwards share.
         own = (
             self._offload
-            and cell in self._row_numbers
+            and forward in self._row_numbers
             and hidden is not None
             and hidden.is_floating_point()
         )
-        self._waiting[cell], self._row_numbers[cell] = block, row_numbers
+        self._waiting[forward], self._row_numbers[forward] = block, row_numbers
         restore = _offload_activation(hidden) if own and hidden is not None else None
-        cell.parent.switch()
+        forward.parent.switch()
         if restore is not None:
             restore()
 
     def _patch(self, model: nn.Module, chunks: list[Block]) -> None:
-        """Let the modules that own a parameter in chunks compute with one chunk after another."""
+        """Let the modules that own a parameter in chunks compute chunk by chunk."""
         for name in chunks[0].parts[0].parameter.spec.names:
             module = model.get_submodule(name.rpartition(".")[0])
             make = self._lookup if isinstance(module, nn.Embedding) else self._head
@@ -109,18 +119,41 @@ class Lockstep:
     def _lookup(self, chunks: list[Block]) -> Callable[[Tensor], Tensor]:
         def forward(ids: Tensor) -> Tensor:
             width, dtype = chunks[0].parts[0].shape[1], chunks[0].parts[0].parameter.spec.dtype
-            flat = ids.flatten()
-            found = torch.empty(len(flat), width, dtype=dtype, device=ids.device)
+            found = torch.empty(ids.numel(), width, dtype=dtype, device=ids.device)
+            fixed = self._fixed_shapes or ids.device.type != "cpu"
             for chunk in chunks:
-                first, stop = chunk.parts[0].rows or (0, 0)
-                inside = ((flat >= first) & (flat < stop)).nonzero().squeeze(1)
-                if len(inside):
-                    rows = flat[inside] - first
-                    self._enter(chunk.index, rows)
-                    found[inside] = functional.embedding(rows, self._binding.chunks[chunk.index])
+                look_up = self._look_up_all if fixed else self._look_up_inside
+                look_up(chunk, ids.flatten(), found)
             return found.view(*ids.shape, width)
 
         return forward
+
+    def _look_up_inside(self, chunk: Block, ids: Tensor, found: Tensor) -> None:
+        """Write the rows of the ids in a chunk to ``found``; skip a chunk without any.
+
+        Args:
+            chunk: some rows of a vocabulary.
+            ids: integers of shape ``[n]``.
+            found: shape ``[n, width]``; *modified in place*.
+        """
+        first, stop = chunk.parts[0].rows or (0, 0)
+        inside = ((ids >= first) & (ids < stop)).nonzero().squeeze(1)
+        if len(inside):
+            rows = ids[inside] - first
+            self._enter(chunk.index, rows)
+            found[inside] = functional.embedding(rows, self._binding.chunks[chunk.index])
+
+    def _look_up_all(self, chunk: Block, ids: Tensor, found: Tensor) -> None:
+        """Do the same for all ids, in or out of the chunk: no shape depends on their values.
+
+        On a GPU the host would wait for the number of ids inside. See :meth:`_look_up_inside`.
+        """
+        first, stop = chunk.parts[0].rows or (0, 0)
+        rows = (ids - first).clamp(0, stop - first - 1)
+        self._enter(chunk.index, rows)
+        values = functional.embedding(rows, self._binding.chunks[chunk.index])
+        inside = ((ids >= first) & (ids < stop)).unsqueeze(1)
+        torch.where(inside, values, found, out=found)
 
     def _head(self, chunks: list[Block]) -> Callable[[Tensor], Tensor]:
         def forward(x: Tensor) -> Tensor:
@@ -134,27 +167,27 @@ class Lockstep:
 
         return forward
 
-    def run(self, cells: Sequence[Callable[[], T]], provider: BlockProvider) -> list[T]:
-        """Run every cell to its end and return their results in order.
+    def run(self, forwards: Sequence[Callable[[], T]], provider: BlockProvider) -> list[T]:
+        """Run every forward to its end and return their results in order.
 
         Raises:
-            Exception: whatever a forward or the provider raises; the other cells are ended where they stand.
+            Exception: whatever a forward or the provider raises; the others are ended.
         """
-        greenlets = [greenlet(cell) for cell in cells]
+        greenlets = [greenlet(forward) for forward in forwards]
         self._waiting = dict.fromkeys(greenlets)
-        results: list[Any] = [None] * len(cells)
+        results: list[Any] = [None] * len(forwards)
 
-        def resume(cell: int) -> None:
-            self._waiting[greenlets[cell]] = None
-            result = greenlets[cell].switch()
-            if greenlets[cell].dead:
-                results[cell] = result
+        def resume(number: int) -> None:
+            self._waiting[greenlets[number]] = None
+            result = greenlets[number].switch()
+            if greenlets[number].dead:
+                results[number] = result
 
         try:
-            for cell in range(len(cells)):
-                resume(cell)
+            for number in range(len(forwards)):
+                resume(number)
             while True:
-                # The earliest block first: cells that skipped one wait for those that did not.
+                # The earliest block first: forwards that skipped one wait for the others.
                 earliest = min((b for b in self._waiting.values() if b is not None), default=None)
                 lookup = any(
                     self._row_numbers[g] is not None
@@ -164,11 +197,11 @@ class Lockstep:
                 block = provider.next(earliest, earliest is not None and lookup)
                 if block is None:
                     break
-                here = [cell for cell, g in enumerate(greenlets) if self._waiting[g] == block]
-                rows = [self._row_numbers[greenlets[cell]] for cell in here]
+                here = [i for i, g in enumerate(greenlets) if self._waiting[g] == block]
+                rows = [self._row_numbers[greenlets[i]] for i in here]
                 with closing(provider.serve(block, here, rows)) as served:  # type: ignore[type-var]
-                    for cell in served:
-                        resume(cell)
+                    for number in served:
+                        resume(number)
         finally:
             self._waiting, self._row_numbers = {}, {}
             for g in greenlets:
@@ -177,7 +210,7 @@ class Lockstep:
         return results
 
     def detach(self) -> None:
-        """Leave the model as it was."""
+        """Remove the hooks and restore the forwards that were replaced."""
         for hook in self._hooks:
             hook.remove()
         while self._patched:
@@ -185,10 +218,10 @@ class Lockstep:
 
 
 def _offload_activation(tensor: Tensor) -> Callable[[], None]:
-    """Move a tensor's memory to the host and free it where it was; what is returned brings it back.
+    """Move a tensor's storage to host memory, free it on the device, and return what restores it.
 
-    The storage is emptied in place, so that every reference that the forward holds stays valid. On a GPU copies are in
-    the order of its stream, as is the reuse of what is freed.
+    The storage is emptied in place, so that every reference that the forward holds stays valid. On
+    a GPU copies are in the order of its stream, as is the reuse of what is freed.
     """
     storage = tensor.untyped_storage()
     size, there = (

@@ -6,10 +6,12 @@ import torch
 
 from zo.data.tasks import Batch, Task
 from zo.distributed.process_group import Mesh
+from zo.io.determinism import explain_nondeterminism
 from zo.streaming.replica import Replica
 
 
 @torch.no_grad()
+@explain_nondeterminism()
 def evaluate(
     replica: Replica, task: Task, batches: Sequence[Batch], mesh: Mesh, at_once: int
 ) -> dict[str, float]:

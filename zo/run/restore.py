@@ -11,7 +11,7 @@ from zo.config.recipes import config_of
 from zo.config.schema import Config
 from zo.distributed.process_group import Mesh
 from zo.errors import UserError
-from zo.io.determinism import make_deterministic
+from zo.io.determinism import explain_nondeterminism, make_deterministic
 from zo.io.hardware import choose_device
 from zo.observe.metrics import Progress
 from zo.run.assemble import assemble
@@ -112,7 +112,7 @@ def _load(config: Config, blocks: Path) -> tuple[Problem, Mesh, Replica]:
     say = Progress(0, 0, mesh.rank == 0).say
     say(f"reading {config.model.name} and {config.data.name}")
     problem = build_problem(config)
-    with torch.no_grad():
+    with torch.no_grad(), explain_nondeterminism():
         return problem, mesh, assemble(problem, config, mesh, blocks, say, writable=False)
 
 

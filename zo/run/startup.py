@@ -81,7 +81,7 @@ def check_alike(mesh: Mesh, base: str, data: str) -> None:
     Raises:
         UserError: a rank differs from rank 0; the message names the rank, its host and both values.
     """
-    machine = {"machine": platform.machine(), **versions()}
+    machine = {"machine": platform.machine(), **versions(mesh.device)}
     said = mesh.collect(
         {
             "host": socket.gethostname(),

@@ -24,7 +24,7 @@ from zo.data.tasks import Batch
 from zo.distributed.mesh import fit
 from zo.distributed.process_group import Mesh
 from zo.errors import UserError
-from zo.io.determinism import make_deterministic
+from zo.io.determinism import explain_nondeterminism, make_deterministic
 from zo.io.hardware import choose_device
 from zo.io.signals import go_on_with, termination
 from zo.method import estimator
@@ -97,7 +97,7 @@ class Trainer:
         """
         device = choose_device(self.config.run.device)
         make_deterministic(device)
-        with ExitStack() as resources, torch.no_grad():
+        with ExitStack() as resources, torch.no_grad(), explain_nondeterminism():
             asked = resources.enter_context(termination())
             mesh = Mesh(device.type, self.config.mesh.timeout_s)
             resources.callback(mesh.close)
@@ -178,7 +178,7 @@ class Run:
         }
         check_alike(self.mesh, base, self.problem.data_checksum)
         facts = {
-            "versions": versions(),
+            "versions": versions(self.mesh.device),
             "base": {"name": config.model.name, "fingerprint": base},
             "command": command,
         }
