@@ -12,8 +12,8 @@ import torch
 from step_time import Zo, forwards
 from transformers import OPTConfig, OPTForCausalLM
 
-from zo.method.kernels import visit
-from zo.method.perturbation import Change, Offset, Pass
+from zo.method.kernels import replay_and_perturb
+from zo.method.perturbation import Change, Pass, Probe
 
 MIB = 2**20
 
@@ -48,10 +48,10 @@ def main():
         # Loads numba and the compiled kernel: a constant of the process, reported apart.
         before = resident("VmRSS")
         tiny = torch.zeros(2, 1 << 18, dtype=model.dtype)
-        visit(
+        replay_and_perturb(
             tiny[0],
             0,
-            Pass(1, "rademacher", (Change(1, (0,), (1.0,)),), (Offset(1, 1.0),)),
+            Pass(1, "rademacher", (Change(1, (0,), (1.0,)),), (Probe(1, 1.0),)),
             tiny[1:],
         )
         kernel = resident("VmRSS") - before

@@ -346,12 +346,12 @@ def simulated(seed):
 
         return noted
 
-    def visit(device, weights, address, work, out=None, rows=None):
+    def note_replay(device, weights, address, work, out=None, rows=None):
         device.access(weights, bool(work.changes), "replay")
 
     patched = [
         (devices.DEVICES, "cpu", make),
-        (replay, "visit", noting(replay.visit, visit)),
+        (replay, "replay_and_perturb", noting(replay.replay_and_perturb, note_replay)),
         (
             disk.Mapped,
             "read",

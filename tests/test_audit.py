@@ -49,10 +49,10 @@ def go_on(replica, steps):
 @torch.no_grad()
 def replayed_elements(steps, monkeypatch):
     replica, audits = started("host", steps)
-    counted, original = [], replay.visit
+    counted, original = [], replay.replay_and_perturb
     costs = []
     for _ in range(3 * HELD):
-        monkeypatch.setattr(replay, "visit", original)
+        monkeypatch.setattr(replay, "replay_and_perturb", original)
         go_on(replica, 2)
 
         def counting(weights, address, work, *rest):
@@ -60,10 +60,10 @@ def replayed_elements(steps, monkeypatch):
             original(weights, address, work, *rest)
 
         counted.clear()
-        monkeypatch.setattr(replay, "visit", counting)
+        monkeypatch.setattr(replay, "replay_and_perturb", counting)
         audits.check(Mesh())
         costs.append(sum(counted))
-    monkeypatch.setattr(replay, "visit", original)
+    monkeypatch.setattr(replay, "replay_and_perturb", original)
     replica.close()
     return costs
 

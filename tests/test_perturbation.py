@@ -6,19 +6,19 @@ import pytest
 import torch
 
 from zo.method.estimator import float32
-from zo.method.kernels import visit
+from zo.method.kernels import replay_and_perturb
 from zo.method.perturbation import (
     STORED_DTYPES,
     Change,
-    Offset,
     Pass,
+    Probe,
     Rows,
     Z,
     _cos_sin_turns,
     _log_uniform,
     gaussian,
     rademacher,
-    visit_reference,
+    replay_and_perturb_reference,
 )
 from zo.method.rounding import round_stochastic, rounding_bits
 
@@ -27,7 +27,7 @@ CHANGES = (
     Change(7, (14, 15), (float32(1.25e-4), float32(-3.3e-5)), float32(0.9999)),
     Change(8, (16, 17), (float32(2e-6), 0.0)),
 )
-OFFSETS = (Offset(18, EPS), Offset(18, -EPS), Offset(19, EPS), Offset(0, 0.0))
+PROBES = (Probe(18, EPS), Probe(18, -EPS), Probe(19, EPS), Probe(0, 0.0))
 
 
 def bits(tensor):
@@ -80,8 +80,10 @@ def test_polynomials_are_as_good_as_float32_allows():
 def test_cpu_kernel_has_the_bits_of_the_equation(distribution, dtype, count, address):
     expected, found = weights(count, dtype), weights(count, dtype)
     expected_out, found_out = torch.zeros(4, count, dtype=dtype), torch.zeros(4, count, dtype=dtype)
-    visit_reference(expected, address, Pass(SEED, distribution, CHANGES, OFFSETS), expected_out)
-    visit(found, address, Pass(SEED, distribution, CHANGES, OFFSETS), found_out)
+    replay_and_perturb_reference(
+        expected, address, Pass(SEED, distribution, CHANGES, PROBES), expected_out
+    )
+    replay_and_perturb(found, address, Pass(SEED, distribution, CHANGES, PROBES), found_out)
     assert torch.equal(bits(found), bits(expected))
     assert torch.equal(bits(found_out), bits(expected_out))
 
@@ -93,10 +95,12 @@ def test_threads_and_slices_do_not_change_bits(dtype):
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        visit(whole, 0, Pass(SEED, "gaussian", CHANGES))
+        replay_and_perturb(whole, 0, Pass(SEED, "gaussian", CHANGES))
         torch.set_num_threads(1)
         for start in range(0, count, 128 * 999):
-            visit(parts[start : start + 128 * 999], start, Pass(SEED, "gaussian", CHANGES))
+            replay_and_perturb(
+                parts[start : start + 128 * 999], start, Pass(SEED, "gaussian", CHANGES)
+            )
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(bits(whole), bits(parts))
@@ -105,9 +109,9 @@ def test_threads_and_slices_do_not_change_bits(dtype):
 @pytest.mark.parametrize("dtype", STORED_DTYPES)
 def test_entries_in_one_pass_have_the_bits_of_entries_one_by_one(dtype):
     together, apart = weights(10_000, dtype), weights(10_000, dtype)
-    visit(together, 0, Pass(SEED, "rademacher", CHANGES))
+    replay_and_perturb(together, 0, Pass(SEED, "rademacher", CHANGES))
     for change in CHANGES:
-        visit(apart, 0, Pass(SEED, "rademacher", (change,)))
+        replay_and_perturb(apart, 0, Pass(SEED, "rademacher", (change,)))
     assert torch.equal(bits(together), bits(apart))
 
 
@@ -117,8 +121,10 @@ def test_rows_that_will_be_read_are_written_and_changes_apply_to_all(width):
     count, numbers = 60 * width, torch.tensor([0, 7, 8, 31, 59])
     whole, part = weights(count, torch.bfloat16), weights(count, torch.bfloat16)
     whole_out, part_out = (torch.zeros(4, count, dtype=torch.bfloat16) for _ in range(2))
-    visit(whole, 1280, Pass(SEED, "rademacher", CHANGES, OFFSETS), whole_out)
-    visit(part, 1280, Pass(SEED, "rademacher", CHANGES, OFFSETS), part_out, Rows(numbers, width))
+    replay_and_perturb(whole, 1280, Pass(SEED, "rademacher", CHANGES, PROBES), whole_out)
+    replay_and_perturb(
+        part, 1280, Pass(SEED, "rademacher", CHANGES, PROBES), part_out, Rows(numbers, width)
+    )
     assert torch.equal(bits(whole), bits(part))
     expected, found = (bits(out).view(4, 60, width)[:, numbers] for out in (whole_out, part_out))
     assert torch.equal(expected, found)
@@ -126,7 +132,7 @@ def test_rows_that_will_be_read_are_written_and_changes_apply_to_all(width):
 
 def test_probes_leave_the_master_alone():
     master, out = weights(10_000, torch.bfloat16), torch.empty(4, 10_000, dtype=torch.bfloat16)
-    visit(master, 0, Pass(SEED, "rademacher", offsets=OFFSETS), out)
+    replay_and_perturb(master, 0, Pass(SEED, "rademacher", probes=PROBES), out)
     assert torch.equal(bits(master), bits(weights(10_000, torch.bfloat16)))
 
 
@@ -148,7 +154,9 @@ def test_small_steps_on_bf16_weights_are_realised():
     before = master.double().mean()
     for number in range(steps):
         z = rademacher(5, number, 0, count)
-        visit(master, 0, Pass(5, "rademacher", (Change(number + 1, (number,), (step,)),)))
+        replay_and_perturb(
+            master, 0, Pass(5, "rademacher", (Change(number + 1, (number,), (step,)),))
+        )
     wanted = sum(rademacher(5, n, 0, count).double() for n in range(steps)) * step
     moved = master.double() - before
     realised = (moved * wanted).sum() / (wanted * wanted).sum()

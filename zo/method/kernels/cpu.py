@@ -206,7 +206,7 @@ def _round_stochastic(x, kind, seed, address, step, words, halves, small):  # ty
 
 
 @_jit
-def _visit(  # type: ignore[no-untyped-def]
+def _replay_and_perturb(  # type: ignore[no-untyped-def]
     stored,
     tiles,
     address,
@@ -266,10 +266,10 @@ def _visit(  # type: ignore[no-untyped-def]
 
 
 @numba.njit(nogil=True, cache=True, parallel=True, error_model="numpy")
-def _visit_in_parts(parts, stored, tiles, *arguments):  # type: ignore[no-untyped-def]
+def _replay_and_perturb_in_parts(parts, stored, tiles, *arguments):  # type: ignore[no-untyped-def]
     """The visit of these tiles, an equal part of them a thread."""
     for part in numba.prange(parts):
-        _visit(
+        _replay_and_perturb(
             stored, tiles[part * len(tiles) // parts : (part + 1) * len(tiles) // parts], *arguments
         )
 
@@ -309,21 +309,21 @@ def _numbers(work: p.Pass) -> tuple[np.ndarray, ...]:
         np.array([c.decay for c in work.changes], f32),
         directions,
         coefficients,
-        np.array([o.direction for o in work.offsets], u64),
-        np.array([o.scale for o in work.offsets], f32),
+        np.array([probe.direction for probe in work.probes], u64),
+        np.array([probe.scale for probe in work.probes], f32),
     )
 
 
-def visit_cpu(
+def replay_and_perturb_cpu(
     weights: Tensor,
     address: int,
     work: p.Pass,
     out: Tensor | None = None,
     rows: p.Rows | None = None,
 ) -> None:
-    """Compute :func:`zo.method.kernels.visit` for tensors on CPU, on as many threads as torch uses."""
+    """Compute :func:`zo.method.kernels.replay_and_perturb` for tensors on CPU, on as many threads as torch uses."""
     if rows is not None and work.changes:
-        visit_cpu(weights, address, replace(work, offsets=()))
+        replay_and_perturb_cpu(weights, address, replace(work, probes=()))
         work = replace(work, changes=())
     count, stored = weights.numel(), _numpy(weights)
     arguments = (
@@ -338,7 +338,7 @@ def visit_cpu(
     tiles = np.arange(-(-count // TILE)) if rows is None else _tiles_of(rows, count)
     threads = torch.get_num_threads() if len(tiles) * TILE >= PARALLEL_FROM else 1
     if threads == 1:
-        _visit(stored, tiles, *arguments)
+        _replay_and_perturb(stored, tiles, *arguments)
     else:
         numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
-        _visit_in_parts(threads, stored, tiles, *arguments)
+        _replay_and_perturb_in_parts(threads, stored, tiles, *arguments)

@@ -173,7 +173,7 @@ def _round_stochastic(x, kind: tl.constexpr, seed_lo, seed_hi, address, step, ti
 # Nothing that changes within a run may choose a variant of the kernel: each takes seconds to compile. Pointers keep
 # Triton's rule (aligned to 16 bytes or not): where segments lie in their memory, a layout fixes once.
 @triton.jit(do_not_specialize=["units", "address", "num_changes", "num_directions", "num_probes"])
-def _visit(  # type: ignore[no-untyped-def]
+def _replay_and_perturb(  # type: ignore[no-untyped-def]
     stored, units: tl.int64, address: tl.int64, table, num_changes: tl.int32, num_directions: tl.int32,
     num_probes: tl.int32, out, unit: tl.constexpr, kind: tl.constexpr, gaussian: tl.constexpr, tile: tl.constexpr,
 ):  # fmt: skip
@@ -213,10 +213,10 @@ def _visit(  # type: ignore[no-untyped-def]
 @lru_cache(maxsize=256)
 def _numbers(work: p.Pass) -> tuple[Tensor, int]:
     """All numbers of a pass as one int32 tensor, float32 ones by their bits; and the most directions of a change."""
-    changes, offsets = work.changes, work.offsets
+    changes, probes = work.changes, work.probes
     width = max((len(c.directions) for c in changes), default=0)
     floats = [c for change in changes for c in (change.decay, *change.coefficients)] + [
-        o.scale for o in offsets
+        probe.scale for probe in probes
     ]
     bits = iter(torch.tensor(floats, dtype=torch.float32).view(torch.int32).tolist())
     numbers = [work.seed & 0xFFFFFFFF, work.seed >> 32]
@@ -225,8 +225,8 @@ def _numbers(work: p.Pass) -> tuple[Tensor, int]:
         for direction in change.directions:
             numbers += [direction, next(bits)]
         numbers += [0, 0] * (width - len(change.directions))
-    for offset in offsets:
-        numbers += [offset.direction, next(bits)]
+    for probe in probes:
+        numbers += [probe.direction, next(bits)]
     return torch.tensor(numbers, dtype=torch.int64).to(torch.int32), width
 
 
@@ -253,7 +253,7 @@ def arguments(
     stored, written = (
         t if kind == 0 else t.view(torch.int16) for t in (weights, weights if out is None else out)
     )
-    sizes = (len(work.changes), _numbers(work)[1], len(work.offsets))
+    sizes = (len(work.changes), _numbers(work)[1], len(work.probes))
     constants = {
         "unit": unit,
         "kind": kind,
@@ -263,16 +263,16 @@ def arguments(
     return (stored, count // unit, address, table, *sizes, written), constants | OPTIONS
 
 
-def visit_triton(
+def replay_and_perturb_triton(
     weights: Tensor,
     address: int,
     work: p.Pass,
     out: Tensor | None = None,
     rows: p.Rows | None = None,
 ) -> None:
-    """Compute :func:`zo.method.kernels.visit` on a GPU; nothing waits for the device, and all of ``out`` is written."""
+    """Compute :func:`zo.method.kernels.replay_and_perturb` on a GPU; nothing waits for the device, and all of ``out`` is written."""
     count = weights.numel()
     assert out is None or out.stride(0) == count
     stream = driver.active.get_current_stream(weights.device.index) if weights.is_cuda else 0
     positional, named = arguments(weights, address, work, _table(work, weights.device, stream), out)
-    _visit[(triton.cdiv(count, TILE),)](*positional, **named)
+    _replay_and_perturb[(triton.cdiv(count, TILE),)](*positional, **named)
