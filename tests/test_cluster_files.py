@@ -164,7 +164,7 @@ def test_the_batch_script_queues_a_preempted_run_again(overrides, slurm, tmp_pat
     assert job.returncode == 0, said
     assert asked.read_text() == "requeue 7\n"
     steps = len(read(log)[1])
-    assert f"after step {steps} of 100000; the same command goes on from there" in said, out
+    assert f"after step {steps} of 100000; the same command resumes from there" in said, out
     done = ran(
         "bash",
         BATCH,

@@ -309,7 +309,7 @@ def test_sigterm_finishes_the_step_and_says_how_to_go_on(overrides, tmp_path):
     out, said = process.communicate(timeout=60)
     assert process.returncode == 0
     steps = len(read(tmp_path / "run" / "steps.log")[1])
-    assert f"after step {steps} of 100000; the same command goes on from there" in said
+    assert f"after step {steps} of 100000; the same command resumes from there" in said
     assert not out
     assert not (tmp_path / "run" / "lock").exists()
     expected = train([*settings, f"run.dir={tmp_path}/alone", f"run.steps={steps + 2}"])

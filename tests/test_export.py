@@ -232,7 +232,7 @@ def test_no_second_copy_of_the_model_is_made(tmp_path):
         from pathlib import Path
         import torch, transformers as tf
         import test_export as t
-        from zo import export
+        from zo.run import export
 
         def status(key):
             return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith(key)) * 1024
@@ -441,9 +441,9 @@ def test_the_card_tells_how_to_repeat_and_check_the_run():
     assert f"```\n{CARD.command}\n```" in text
     for said in (
         "| base model | HuggingFaceTB/SmolLM2-135M-Instruct |",
-        f"| its fingerprint | {CARD.base_fingerprint} |",
+        f"| base model fingerprint | {CARD.base_fingerprint} |",
         "| data | movie-reviews |",
-        f"| its checksum | {CARD.data_checksum} |",
+        f"| data checksum | {CARD.data_checksum} |",
         "| recipe | quickstart |",
         f"| method | {CARD.method} |",
         "| steps | 7 |",
@@ -511,7 +511,7 @@ def contents(folder):
 
 def test_the_bytes_arrive_in_a_private_repository(folder):
     """As a user does it: from another process, by environment variables alone."""
-    script = "import sys; from pathlib import Path; from zo.run.export import push; print(push(Path(sys.argv[1]), 'ann/tuned'))"
+    script = "import sys; from pathlib import Path; from zo.run.hub import push; print(push(Path(sys.argv[1]), 'ann/tuned'))"
     with HubStandIn() as hub:
         own = {
             "HF_ENDPOINT": hub.endpoint,
@@ -584,7 +584,7 @@ def test_refusals_are_one_line_with_a_remedy(folder, monkeypatch, tmp_path):
         assert "rights to create a model under bob" in refusal(folder, "bob/tuned")
         assert "namespace/name" in refusal(folder, "a/b/c")
         assert "namespace/name" in refusal(folder, "ann/..tuned")
-        assert "no exported model" in refusal(tmp_path, "ann/tuned")
+        assert "does not hold an exported model" in refusal(tmp_path, "ann/tuned")
         assert hub.repos == {}
         hub.fail_uploads_with = 403
         assert "403" in refusal(folder, "ann/tuned")

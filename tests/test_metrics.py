@@ -44,7 +44,7 @@ def test_a_bad_line_costs_no_other_line(tmp_path, bad):
     file.close()
     assert path.read_bytes() == good[0] + bad + b"".join(good[1:]) + bad + line(5, loss=0.125)
     assert len(said) == 1
-    assert "line 2 and 1 more cannot be read" in said[0]
+    assert "line 2 and 1 more cannot be read; ignored" in said[0]
 
 
 def test_steps_that_the_log_does_not_have_are_dropped(tmp_path):

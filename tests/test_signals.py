@@ -84,13 +84,17 @@ def test_during_imports(tmp_path, sent, code):
 @pytest.mark.parametrize("phase", ["reading", "checking", "loading"])
 def test_before_the_first_step(long_run, tmp_path, phase):
     """Each phase is told before it begins; held up there, the process answers Ctrl-C."""
-    held = "import time, zo.run.trainer as t; t.{} = lambda *a, **k: time.sleep(600)".format(
-        {"reading": "build_problem", "checking": "self_check", "loading": "Weights"}[phase]
-    )
+    called = {
+        "reading": "trainer.build_problem",
+        "checking": "assemble.self_check",
+        "loading": "assemble.Replica",
+    }
+    module, _, name = called[phase].partition(".")
+    held = f"import time, zo.run.{module} as m; m.{name} = lambda *a, **k: time.sleep(600)"
     process = start("train", long_run, tmp_path, held)
     lines_until(process, f"^{phase} ")
     process.send_signal(signal.SIGINT)
-    ended(process, 130, f"the same command with run.dir={tmp_path}/run goes on")
+    ended(process, 130, f"the same command with run.dir={tmp_path}/run resumes the run")
 
 
 def test_ctrl_c_in_a_step_loses_no_step(long_run, tmp_path):
@@ -119,7 +123,7 @@ def test_sigterm_answers_at_once_and_ends_after_the_step(long_run, tmp_path):
     sent = time.monotonic()
     lines_until(process, "SIGTERM: the run ends after this step; send it again to end now")
     assert time.monotonic() - sent < 2
-    ended(process, 0, "goes on from there")
+    ended(process, 0, "resumes from there")
     assert len(read(tmp_path / "run" / "steps.log")[1]) == 1
 
 

@@ -1,4 +1,4 @@
-"""zo fine-tunes any Hugging Face model with forward passes only, on one laptop core or a GPU cluster."""
+"""Forward-only fine-tuning of any Hugging Face model, on one laptop core or a GPU cluster."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ __all__ = ["Trainer", "load_config"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import the public names when they are asked for: torch takes seconds that ``python -m zo.log`` need not wait."""
+    """Import a public name at its first use: ``import zo`` does not wait seconds for torch."""
     if name == "Trainer":
         from zo.run.trainer import Trainer
 

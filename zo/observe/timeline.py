@@ -1,8 +1,8 @@
-"""What the lanes of a step did and when: a trace for Chrome or Perfetto, and a picture of it.
+"""Timeline of steps: a trace for Chrome or Perfetto, and a picture of it.
 
-Lanes: read, upload, a slice's catch-up and gather, replay+perturb, forward of each cell, write-back, and the waiting of
-the compute for a block.
-On a GPU a span on a stream is timed by the stream's own events.
+Lanes, one row of the picture each: read, upload, a slice's catch-up and gather, replay+perturb,
+forward of each cell, write-back, and the compute's waits for a block. On a GPU a span on a stream
+is timed by the stream's own events.
 """
 
 import json
@@ -24,7 +24,7 @@ COLOURS = {
     "forward": "#55a868",
     "write-back": "#8172b3",
 }
-"""Lanes from top to bottom; those of cells follow one another."""
+"""Lanes from top to bottom, and their colours; a lane of cells has a row for each cell."""
 
 
 class Clock(Protocol):
@@ -48,10 +48,10 @@ class Clock(Protocol):
 
 
 class Timeline:
-    """Spans of lanes, recorded while ``active``."""
+    """Spans by lane, recorded while ``active``."""
 
     def __init__(self, clock: Clock) -> None:
-        """Begin empty and inactive; spans on a stream are timed by a device's events."""
+        """Begin empty and inactive; ``clock`` times spans on a stream."""
         self.active = False
         self._clock, self._origin_s = clock, time.perf_counter()
         self._spans: list[tuple[str, str, Any, Any]] = []
@@ -62,7 +62,7 @@ class Timeline:
 
     @contextmanager
     def span(self, lane: str, name: str, on_stream: bool = True) -> Iterator[None]:
-        """Record what happens inside, on the host or, ``on_stream``, on the thread's compute stream."""
+        """Record the time of the block, on the host or, ``on_stream``, on the compute stream."""
         if not self.active:
             yield
             return
@@ -74,7 +74,7 @@ class Timeline:
             self._spans.append((lane, name, start, moment()))
 
     def spans(self) -> list[tuple[str, str, float, float]]:
-        """Lane, name, start and stop in seconds since the first of them, in the order of their start."""
+        """Return lane, name, start and stop of each span by start, in seconds since the first."""
 
         def seconds(moment: Any) -> float:
             if isinstance(moment, float):
@@ -93,10 +93,10 @@ class Timeline:
         """Write both files.
 
         Raises:
-            UserError: the disk refuses.
+            UserError: a file cannot be written.
         """
         spans = self.spans()
-        lanes = sorted({lane for lane, *_ in spans}, key=_place)
+        lanes = sorted({lane for lane, *_ in spans}, key=_row)
         events: list[dict[str, Any]] = [
             {"ph": "M", "pid": 1, "tid": i, "name": "thread_name", "args": {"name": lane}}
             for i, lane in enumerate(lanes)
@@ -123,23 +123,23 @@ class Timeline:
             ) from error
 
 
-def _place(lane: str) -> tuple[int, int]:
+def _row(lane: str) -> tuple[int, int]:
     kind, _, number = lane.partition(" ")
     return list(COLOURS).index(kind), int(number or 0)
 
 
 def check_drawable() -> None:
-    """See that the picture can be drawn, before a run begins.
+    """Check that the picture can be drawn, before a run begins.
 
     Raises:
-        UserError: the library is missing.
+        UserError: matplotlib is missing.
     """
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise UserError(
-            "profile.steps draws with matplotlib, which is missing; install it with: pip install -e '.[profile]', or "
-            "unset profile.steps"
+            "profile.steps needs matplotlib, which is not installed; pip install -e '.[profile]', "
+            "or unset profile.steps"
         ) from error
 
 

@@ -1,1 +1,1 @@
-"""Training, evaluation and export of one run."""
+"""Training, evaluation and export of a run."""

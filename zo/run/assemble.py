@@ -1,4 +1,4 @@
-"""A model ready to be visited: its blocks found and proved, its weights in a store; for training, scores and export."""
+"""Assembly of a model for training, scores or export: find and check its blocks, fill its store."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -23,21 +23,22 @@ def assemble(
     say: Callable[[str], None],
     writable: bool = True,
 ) -> Replica:
-    """Check a model against its plain forward, and fill its store; every rank calls this.
+    """Check a model against its plain forward and fill its store; every rank calls this.
 
     Args:
         problem: the model, and micro-batches to check it with.
         config: of the run.
         mesh: of the ranks; a store keeps this rank's slice.
         folder: of a disk store's blocks.
-        say: is told what takes long, before it begins.
+        say: prints a line before each step that takes long.
         writable: whether a disk store may write there.
 
     Returns:
         The weights at version 0; :meth:`zo.streaming.replica.Replica.open` gives them a log.
 
     Raises:
-        UserError: blocks cannot serve the model, its weights cannot be read, or memory or disk do not suffice.
+        UserError: the model cannot be split into blocks, its weights cannot be read, or there is
+            not enough memory or disk.
     """
     columns = range(min(CHECKED_BATCHES, config.batch.columns))
     batches = [to_device(problem.batches(0, column), mesh) for column in columns]
@@ -46,10 +47,10 @@ def assemble(
         [problem.narrow, problem.skeleton] if problem.narrow is not None else [problem.skeleton]
     )
     unit = config.memory.unit
-    say("checking that forwards block by block give the same bits as plain ones")
+    say("checking that block-by-block forwards equal plain forwards, bit for bit")
     merged = self_check(models, forwards, mesh.device, config.estimator.distribution, unit)
     layout, model = find_layout(problem.skeleton, unit, merged), problem.build()
-    say(f"loading weights ({sum(b.size_bytes for b in layout.blocks) / 2**30:.2f} GiB)")
+    say(f"loading weights: {sum(b.size_bytes for b in layout.blocks) / 2**20:,.1f} MiB")
     with mesh.agreed():
         replica = Replica(
             model,

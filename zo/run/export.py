@@ -1,7 +1,8 @@
-"""A trained model as a Hugging Face folder with a model card, and that folder on the hub.
+"""Export of a trained model as a Hugging Face folder with a model card.
 
-Weights leave through ``save_pretrained``, so through transformers' own converters, a part of the model at a time. A
-folder appears whole or not at all: written beside under a hidden name, synced, renamed.
+Weights are written by ``save_pretrained``, so by transformers' own converters, a part of the model
+at a time. A folder appears complete or not at all: it is written beside its place under a hidden
+name, synced, renamed.
 """
 
 import json
@@ -22,27 +23,30 @@ from zo.errors import UserError
 from zo.io.atomic import sync_folder
 from zo.io.hardware import name_accelerator
 from zo.io.signals import unfinished
-from zo.run.model_card import Card, _one_line, model_card
+from zo.run.model_card import Card, model_card, one_line
 from zo.state.run_folder import check_replaceable, manifest
 
 SHARD_BYTES = 5_000_000_000
-"""Weights converted and written at once, at most, unless one layer has more; the hub's usual size of a file."""
+"""Bytes converted and written at once, at most, unless one layer has more; usual for hub files."""
 STREAMED_BYTES, STREAMED_FILES = 128_000_000, 100
-"""The same for weights that are not in memory: at most that much, or that part of the model, if that is more."""
+"""The same for weights that are not in memory: so many bytes, or this fraction of the model."""
 ROOM_BYTES = 32 * 2**20
-"""Room asked for beside the weights: tokenizer (17 MB for the largest that we know, Gemma-3's), configuration, card."""
+"""Disk space checked for beside the weights: tokenizer (Gemma-3's has 17 MB), config, card."""
 LAYER = re.compile(r"(?:.*?\.)?\d+(?=\.)")
-"""The start of a weight's name up to its outermost layer's number."""
+"""The start of a weight's name up to the number of its outermost layer."""
 
 
 class Source(Protocol):
-    """Where the weights are while they are written."""
+    """Weights that a model itself does not hold."""
 
     is_resident: bool
-    """Whether they stay in memory, so that nothing need be copied."""
+    """True if the weights stay in memory, so that none has to be copied."""
 
     def tensors(self) -> Iterable[tuple[str, Tensor]]:
-        """Every parameter that is trained, by the first of its names; else valid until the next is asked for."""
+        """Yield every trained parameter by the first of its names.
+
+        Unless ``is_resident``, a tensor is valid only until the next is asked for.
+        """
         ...
 
 
@@ -55,23 +59,23 @@ def write_folder(
     source: Source | None = None,
     replace: bool = False,
 ) -> None:
-    """Write a folder that ``from_pretrained`` reads: weights, configuration, tokenizer if there is one, card.
+    """Write a folder that ``from_pretrained`` reads: weights, config, card, tokenizer if any.
 
-    Memory over the model's: nothing where transformers keeps weights in memory as they are on disk; else what it
-    converts, and of weights that come from elsewhere a hundredth, ``STREAMED_BYTES`` or one layer at a time.
+    Memory beyond the model's: none where transformers keeps weights in memory as they are on disk;
+    else what it converts at once. Weights of a ``source`` that is not resident are written a
+    hundredth of the model, ``STREAMED_BYTES`` or one layer at a time.
 
     Args:
         model: a transformers model; its parameters may be views of larger tensors, and tied.
         tokenizer: a transformers tokenizer, or None.
-        to: the folder; missing or empty.
-        card: what the card says.
+        to: the folder; must not exist, or be empty.
+        card: content of the model card.
         source: of the weights that the model itself does not hold.
-        replace: put the new folder in the place of one that this function wrote, which stays until the new one is
-            whole.
+        replace: replace a folder that this function wrote, once the new one is complete.
 
     Raises:
-        UserError: the folder is not empty (with ``replace``: holds what zo did not write), or the disk is too small,
-            full or not writable; nothing is left behind.
+        UserError: the folder is not empty (with ``replace``: has files that zo did not write), or
+            the disk is too small, full or not writable; nothing is left behind.
     """
     name_accelerator()
     to = to.expanduser()
@@ -90,26 +94,30 @@ def write_folder(
 
 
 class _Content:
-    """What is to be saved of a model: names, shapes and ties, before any weight is at hand."""
+    """Names, shapes and ties of the tensors of a model, before any weight is read."""
 
     def __init__(self, model: nn.Module) -> None:
         state = model.state_dict(keep_vars=True)
         parameters: dict[object, list[str]] = {}
         for name, tensor in state.items():
-            # Loaded models tie two Parameter objects on one storage; a placeholder has a storage of one element.
-            whole = tensor.device.type != "meta" and tensor.is_contiguous() and tensor.numel()
+            # Loaded models tie two Parameter objects on one storage; the storage of a
+            # placeholder has one element.
+            is_stored = tensor.device.type != "meta" and tensor.is_contiguous() and tensor.numel()
             parameters.setdefault(
-                (tensor.data_ptr(), tensor.shape) if whole else id(tensor), []
+                (tensor.data_ptr(), tensor.shape) if is_stored else id(tensor), []
             ).append(name)
         self.names = {names[0]: names for names in parameters.values()}
         """All names of each tensor, by the first of them."""
         self.resident = {name: state[name].detach() for name in self.names}
-        """What the model itself holds: all of it, or placeholders for what comes from elsewhere."""
+        """The tensors of the model itself; placeholders for those that a source holds."""
         self.meta = {name: tensor.detach().to("meta") for name, tensor in state.items()}
         self.size_bytes = sum(self.meta[name].nbytes for name in self.names)
 
     def parts(self, model: nn.Module, most_bytes: int) -> list[list[str]]:
-        """Cut the weights between layers, and modules outside them, into parts of at most that much, or one layer."""
+        """Split the names between layers, or modules outside them, into parts.
+
+        A part has at most ``most_bytes``, or one layer.
+        """
         layers: dict[str, list[str]] = {}
         for name in self.names:
             found = LAYER.match(name)
@@ -119,12 +127,12 @@ class _Content:
             if parts[-1] and self._bytes(parts[-1] + layer) > most_bytes:
                 parts.append([])
             parts[-1] += layer
-        # A whole conversion takes more memory, and is right for any model.
+        # Converting the model at once takes more memory, and is right for any model.
         apart = len(parts) > 1 and not self._joins_layers() and self._convert_apart(model, parts)
         return parts if apart else [list(self.names)]
 
     def _joins_layers(self) -> bool:
-        """Whether a tie joins two layers."""
+        """Return whether a tie joins two layers."""
         found = (
             {m.group() for name in names if (m := LAYER.match(name))}
             for names in self.names.values()
@@ -135,7 +143,7 @@ class _Content:
         return sum(self.meta[name].nbytes for name in names)
 
     def _convert_apart(self, model: Any, parts: Sequence[Sequence[str]]) -> bool:
-        """Whether the parts, each converted alone, give the names and shapes of the whole."""
+        """Return whether parts converted alone give the names and shapes of the model at once."""
 
         def saved(names: Sequence[str]) -> list[tuple[str, tuple[int, ...]]]:
             on_meta = {name: self.meta[name] for first in names for name in self.names[first]}
@@ -151,23 +159,24 @@ class _Content:
 
 @contextmanager
 def _whole_or_nothing(to: Path, bytes_needed: int, replace: bool) -> Iterator[Path]:
-    """An empty folder beside ``to`` that takes its place if the block ends well, and goes away if it does not."""
-    # One fixed name: what a killed export left is found and removed by the next.
+    """Yield an empty folder beside ``to``, which it replaces on success; remove it on an error."""
+    # One fixed name: the next export removes what a killed one left.
     beside, old = to.with_name(f".{to.name}.unfinished"), to.with_name(f".{to.name}.replaced")
     try:
         if to.exists() and not (to.is_dir() and (replace or not any(to.iterdir()))):
             raise UserError(f"{to} exists and is not an empty folder; choose a new one")
         if os.path.ismount(to):
             raise UserError(
-                f"{to} is a mount point, which no folder can replace; use a folder in it: {to / 'model'}"
+                f"{to} is a mount point and cannot be replaced; use a folder in it: {to / 'model'}"
             )
         to.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(beside, ignore_errors=True)
         bytes_free = shutil.disk_usage(to.parent).free
         if bytes_free < bytes_needed:
             raise UserError(
-                f"{to} needs {bytes_needed} bytes ({bytes_needed / 2**30:.2f} GiB) and its disk has {bytes_free} free "
-                f"({bytes_free / 2**30:.2f} GiB); make room, or choose a folder on another disk"
+                f"{to} needs {bytes_needed} bytes ({bytes_needed / 2**30:.2f} GiB) and its disk "
+                f"has {bytes_free} free ({bytes_free / 2**30:.2f} GiB); make room, or choose a "
+                "folder on another disk"
             )
         beside.mkdir()
         with unfinished(beside):
@@ -182,10 +191,10 @@ def _whole_or_nothing(to: Path, bytes_needed: int, replace: bool) -> Iterator[Pa
         shutil.rmtree(old, ignore_errors=True)
     except BaseException as error:
         shutil.rmtree(beside, ignore_errors=True)
-        # The tokenizers library raises a bare Exception with the system's words.
+        # The tokenizers library raises a bare Exception with the system's message.
         if isinstance(error, OSError | SafetensorError) or "(os error " in str(error):
             raise UserError(
-                f"{to} cannot be written: {_one_line(error)}; make room, or choose a folder that can be written"
+                f"{to} cannot be written: {one_line(error)}; make room, or choose a writable folder"
             ) from error
         raise
 
@@ -193,7 +202,7 @@ def _whole_or_nothing(to: Path, bytes_needed: int, replace: bool) -> Iterator[Pa
 def _write_weights(
     model: nn.Module, content: _Content, source: Source | None, folder: Path
 ) -> None:
-    """Write weights and configuration; a file a part, and their index, where there is more than one part."""
+    """Write weights and configuration; with several parts, one file each and their index."""
     save: Any = model.save_pretrained
     streamed = source is not None and not source.is_resident
     most_bytes = (
@@ -204,11 +213,11 @@ def _write_weights(
     for number, state in _states(content, source if streamed else None, parts):
         if len(parts) == 1:
             save(folder, state_dict=state, max_shard_size=SHARD_BYTES)
-            continue  # To the end of the source: other ranks may pass over it too.
-        # In a folder of its own: save_pretrained removes the files of other parts.
+            continue  # Exhaust the source: other ranks may take part in its passes.
+        # In its own folder: save_pretrained removes the files of other parts.
         inner, name = folder / "part", f"model-{number + 1:05d}-of-{len(parts):05d}.safetensors"
         save(inner, state_dict=state, max_shard_size="1000TB")
-        del state  # While the next part is brought, this one takes no memory.
+        del state  # Free it before the next part is read.
         with safe_open(inner / "model.safetensors", framework="pt") as file:
             weight_map |= dict.fromkeys(file.keys(), name)
         (inner / "model.safetensors").rename(folder / name)
@@ -226,7 +235,7 @@ def _write_weights(
 def _states(
     content: _Content, source: Source | None, parts: Sequence[Sequence[str]]
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """Each part's number and its weights, when they are all at hand."""
+    """Yield the number of each part and its weights, once all of them are read."""
     of_part = {name: number for number, part in enumerate(parts) for name in part}
     lacking = {
         name
@@ -240,8 +249,8 @@ def _states(
     ]
 
     def state(number: int) -> dict[str, Tensor]:
-        # Every tensor as a storage of its own: save_pretrained clones those that share one, a second copy of the
-        # model where a block is one tensor. Through DLPack each keeps its address; ties stay visible.
+        # A storage for every tensor: save_pretrained clones those that share one, a second copy of
+        # the model where a block is one tensor. DLPack keeps addresses, so ties stay visible.
         own = {first: from_dlpack(tensor) for first, tensor in held[number].items()}
         held[number] = {}
         return {name: own[first] for first in parts[number] for name in content.names[first]}

@@ -7,28 +7,32 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
 from zo.errors import UserError
-from zo.run.model_card import _one_line
+from zo.run.model_card import one_line
 
 COMMIT_MESSAGE = "Weights, card and configuration of a zo run"
 
 
 def push(folder: Path, repo_id: str, private: bool = True) -> str:
-    """Upload a folder to the hub, or to where ``HF_ENDPOINT`` points, with the token of ``HF_TOKEN`` or the login.
+    """Upload a folder to the hub or to ``HF_ENDPOINT``, with ``HF_TOKEN`` or the login's token.
 
     Args:
-        folder: what :func:`write_folder` wrote.
-        repo_id: ``namespace/name``, or a name in the token's own namespace; created if missing. Weights of an earlier
-            push that are not in the folder are deleted.
-        private: refuse a repository that anyone can read; False makes a new one public and leaves an old one as it is.
+        folder: written by :func:`zo.run.export.write_folder`.
+        repo_id: ``namespace/name``, or a name in the token's own namespace; created if missing.
+            Weights of an earlier push that are not in the folder are deleted.
+        private: refuse a public repository; False creates a public one, and leaves the visibility
+            of an existing one as it is.
 
     Returns:
-        The repository's address.
+        The repository's URL.
 
     Raises:
-        UserError: no folder, no or a wrong token, a bad id, a public repository, or no connection.
+        UserError: the folder has no model, the token is missing or wrong, the id is invalid, the
+            repository is public, or there is no connection.
     """
     if not (folder / "config.json").is_file():
-        raise UserError(f"push={repo_id}: {folder} holds no exported model; export it first")
+        raise UserError(
+            f"push={repo_id}: {folder} does not hold an exported model; export it first"
+        )
     try:
         api = HfApi()
         url = api.create_repo(repo_id, private=private, exist_ok=True)
@@ -45,22 +49,29 @@ def push(folder: Path, repo_id: str, private: bool = True) -> str:
         )
     except UserError:
         raise
-    # RuntimeError: how huggingface_hub wraps a failed upload of one file, and what its Rust part raises.
+    # RuntimeError: huggingface_hub wraps a failed upload of one file in it, and its Rust part
+    # raises it.
     except (httpx2.HTTPError, OSError, ValueError, RuntimeError) as error:
         raise UserError(f"push={repo_id} failed: {_advice(error)}") from error
     return str(url)
 
 
 def _advice(error: BaseException) -> str:
-    """What went wrong and the remedy, in one line."""
+    """Return the cause of a failed push and the remedy, in one line."""
     cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
-    said = _one_line(cause)[:300]
+    said = one_line(cause)[:300]
     if isinstance(cause, HfHubHTTPError):
         if cause.response.status_code in (401, 403):
-            return f"the hub refuses the token ({said}); run `hf auth login`, or set HF_TOKEN to one with write access"
-        return f"the hub answers {said}"
+            return (
+                f"the token was refused ({said}); run `hf auth login`, or set HF_TOKEN to a token "
+                "with write access"
+            )
+        return f"the server answered: {said}"
     if isinstance(cause, HFValidationError):
         return f"{said}; give it as namespace/name"
     if isinstance(cause, OfflineModeIsEnabled):
         return "offline mode is on; unset HF_HUB_OFFLINE"
-    return f"{said or type(cause).__name__}; check the connection and HF_ENDPOINT, then push the folder again"
+    return (
+        f"{said or type(cause).__name__}; check the connection and HF_ENDPOINT, then push the "
+        "folder again"
+    )

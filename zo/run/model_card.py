@@ -13,7 +13,7 @@ HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(?<!\.json)(?<!\.jsonl)(?<!\.csv)(?<!\.
 
 @dataclass(frozen=True)
 class Card:
-    """What a model card says of a run."""
+    """The content of a run's model card."""
 
     base: str
     """Hub id, folder or name of the model it started from."""
@@ -24,7 +24,7 @@ class Card:
     data_checksum: str
     recipe: str
     command: str
-    """What reproduces the weights, as typed."""
+    """The command that reproduces the weights, as typed."""
     seed: int
     steps: int
     method: str
@@ -39,8 +39,8 @@ class Card:
 
 TEXT = """# {title}
 
-All trainable parameters were fine-tuned with forward passes only (zeroth-order optimisation, no backward pass) by `zo`.
-The base model's licence and limits still hold.
+All trainable parameters were fine-tuned with forward passes only (zeroth-order optimisation, no
+backward pass) by `zo`. The base model's licence and limits still hold.
 
 {facts}
 
@@ -56,22 +56,27 @@ The base model's licence and limits still hold.
 
 {versions}
 
-The weights' fingerprint, a BLAKE3 hash of all parameters in address order, is `{fingerprint}`; equal fingerprints
-mean equal bits. To check it, run the command above with these versions, on the same kind of device and any number of
-ranks: the JSON object that it prints as its last line holds the same `fingerprint`.
+The weights' fingerprint, a BLAKE3 hash of all parameters in address order, is `{fingerprint}`;
+equal fingerprints mean equal bits. To check it, run the command above with these versions, on the
+same kind of device and any number of ranks: the last line that it prints is a JSON object with the
+same `fingerprint`.
 """
 
 
 def model_card(card: Card) -> str:
-    """The text of ``README.md``: metadata for the hub, and what a reader needs to judge and repeat the run."""
+    """Return the text of ``README.md``: metadata for the hub, facts, scores, and the command."""
     data = ModelCardData(
         base_model=card.base if _is_hub_id(card.base) else None,
         datasets=[card.data] if _is_hub_id(card.data) else None,
         library_name="transformers",
         tags=["zeroth-order", "forward-only", "zo"],
     )
-    facts = {"base model": card.base, "its fingerprint": card.base_fingerprint, "data": card.data}
-    facts |= {"its checksum": card.data_checksum, "recipe": card.recipe, "method": card.method}
+    facts = {
+        "base model": card.base,
+        "base model fingerprint": card.base_fingerprint,
+        "data": card.data,
+    }
+    facts |= {"data checksum": card.data_checksum, "recipe": card.recipe, "method": card.method}
     facts |= {"steps": str(card.steps), "seed": str(card.seed)}
     scores = {name: f"{value:.6g}" for name, value in card.metrics.items()}
     text = TEXT.format(
@@ -88,7 +93,7 @@ def model_card(card: Card) -> str:
 def _table(left: str, right: str, rows: Mapping[str, object]) -> str:
     cells = [(left, right), ("---", "---"), *rows.items()]
     return "\n".join(
-        "| " + " | ".join(_one_line(c).replace("|", "\\|") for c in row) + " |" for row in cells
+        "| " + " | ".join(one_line(c).replace("|", "\\|") for c in row) + " |" for row in cells
     )
 
 
@@ -96,5 +101,6 @@ def _is_hub_id(name: str) -> bool:
     return bool(HUB_ID.fullmatch(name)) and not Path(name).exists()
 
 
-def _one_line(what: object) -> str:
+def one_line(what: object) -> str:
+    """Return the text of an object with every run of white space as one space."""
     return " ".join(str(what).split())

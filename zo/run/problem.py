@@ -1,4 +1,4 @@
-"""What a run trains: a model, an objective and batches, from a configuration or from the user's own hands."""
+"""Problem of a run: a model, an objective and batches, from a configuration or from the user."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,14 +18,14 @@ from zo.model.source import ModelSource, WeightSource
 
 @dataclass(frozen=True)
 class Problem:
-    """A model before its weights are read, and what it is trained on."""
+    """A model before its weights are read, its objective and its data."""
 
     skeleton: nn.Module
     """The model's structure; its parameters may be on meta, and stay there."""
     build: Callable[[], nn.Module]
-    """The model that will compute; its weights come from the base."""
+    """Builds the model that computes; its weights come from ``base``."""
     base: Callable[[Engine], WeightSource]
-    """Where the weights come from, given what reads files."""
+    """Makes the source of the weights, given the engine that reads files."""
     objective: Callable[[nn.Module, Batch], Tensor]
     """Model and batch -> sum of losses and number of terms."""
     batches: Callable[[int, int], Batch]
@@ -35,11 +35,11 @@ class Problem:
     dev_batches: Sequence[Batch] = ()
     tokenizer: Any = None
     exportable: bool = False
-    """Whether the model can be written as a Hugging Face folder."""
+    """True if the model can be written as a Hugging Face folder."""
     narrow: nn.Module | None = None
     """A model of the same structure and a small width, on meta."""
     own: bool = False
-    """Whether the model is the user's object, which is to have the trained weights in the end."""
+    """True if the model is the user's object, which receives the trained weights at the end."""
 
 
 def own_problem(
@@ -47,7 +47,7 @@ def own_problem(
     objective: Callable[[nn.Module, Batch], Tensor],
     batches: Callable[[int, int], Batch],
 ) -> Problem:
-    """A user's own model, objective and batches."""
+    """Return the problem of a user's own model, objective and batches."""
     return Problem(
         model,
         model.eval,
@@ -60,10 +60,10 @@ def own_problem(
 
 
 def build_problem(config: Config) -> Problem:
-    """What a configuration names, read from folders or the hub; the weights are not read yet.
+    """Return the problem of a configuration, read from folders or the hub; no weights are read yet.
 
     Raises:
-        UserError: what is wrong with the model's name, its tokenizer, or the data.
+        UserError: the model, its tokenizer or the data cannot be used.
     """
     if not config.data.name:
         raise UserError("data.name is empty; give a file, a hub id, a task or synthetic")

@@ -1,4 +1,4 @@
-"""Everything that a run reports while it runs: metrics, progress, warnings and the timeline."""
+"""Reports of a run in progress: metrics, progress, warnings and the timeline."""
 
 import time
 from typing import Any
@@ -9,23 +9,24 @@ from zo.distributed.process_group import Mesh
 from zo.errors import UserError
 from zo.method import estimator
 from zo.method.table import LossTable
-from zo.observe.metrics import MetricsFile, Progress, memory
+from zo.observe.metrics import MetricsFile, memory
+from zo.observe.progress import Progress
 from zo.state.log import Log
 from zo.state.run_folder import RunFolder
 from zo.streaming.cache import Traffic
 from zo.streaming.replica import Replica
 
 FIRST_ORDER_LR = 1e-5
-"""Full fine-tuning by Gaussian directions diverges from about here; MeZO's authors use 1e-7 to 1e-6."""
+"""Full fine-tuning by Gaussian directions diverges from about here; MeZO uses 1e-7 to 1e-6."""
 
 
 class Reporter:
-    """The reports of one run; rank 0 writes files and speaks, the others count."""
+    """The reports of one run; rank 0 writes files and prints, other ranks only count."""
 
     def __init__(
         self, config: Config, mesh: Mesh, folder: RunFolder, log: Log, replica: Replica
     ) -> None:
-        """Open the metrics file behind the last step of the log."""
+        """Open the metrics file after the last step of the log."""
         self.config, self.mesh, self.folder, self.log, self.replica = (
             config,
             mesh,
@@ -44,13 +45,13 @@ class Reporter:
         self._started, self._before, self._sent = 0.0, Traffic(), 0
 
     def say_first(self, table: LossTable) -> None:
-        """Print what the run is, what it needs, and where it stands."""
+        """Print the run's model, mesh, memory, warnings and first step."""
         config, layout, shape = self.config, self.replica.layout, self.mesh.shape
         self.progress.say(
-            f"{config.recipe or 'run'} in {self.folder.path}: {layout.numel / 1e6:.1f} M parameters in "
-            f"{len(layout.blocks)} blocks, {config.model.dtype} on {self.mesh.device}, store {config.memory.store}, "
-            f"table {table.rows} x {table.columns} on mesh {shape.perturb} x {shape.data} x {shape.slice}; "
-            f"{self.replica.budget()}"
+            f"{config.recipe or 'run'} in {self.folder.path}: {layout.numel:,} parameters in "
+            f"{len(layout.blocks)} blocks, {config.model.dtype} on {self.mesh.device}, "
+            f"store {config.memory.store}, table {table.rows} x {table.columns}, "
+            f"mesh {shape.perturb} x {shape.data} x {shape.slice}; {self.replica.budget()}"
         )
         settings, batch = config.estimator, config.batch
         rows_of = estimator.rows_of(settings.name)
@@ -58,8 +59,9 @@ class Reporter:
             self.progress.say(idle)
         if config.estimator.distribution == "gaussian" and config.update.lr >= FIRST_ORDER_LR:
             self.progress.say(
-                f"update.lr={config.update.lr} looks like a rate for gradients; full fine-tuning by Gaussian "
-                "directions usually diverges there: MeZO's authors use 1e-7 to 1e-6 for all parameters, 1e-4 for LoRA"
+                f"warning: update.lr={config.update.lr} is a usual rate of first-order training; "
+                "full fine-tuning by Gaussian directions usually diverges there: MeZO uses 1e-7 to "
+                "1e-6 for all parameters, 1e-4 for LoRA"
             )
         if self.log.cut_bytes:
             self.progress.say(f"cut {self.log.cut_bytes} bytes of an unfinished entry from the log")
@@ -78,7 +80,7 @@ class Reporter:
         )
 
     def end_step(self, loss: float, skipped: int, tokens: int) -> None:
-        """Record a step, and warn of one that moved nothing.
+        """Record a step; warn if it changed nothing.
 
         Raises:
             UserError: no step of the last ``run.max_skipped`` had a finite loss.
@@ -118,23 +120,24 @@ class Reporter:
     def _warn(self, step: int, scalars: tuple[float, ...], skipped: int) -> None:
         if skipped:
             self.progress.say(
-                f"step {step}: {skipped} of {len(scalars)} directions had no finite loss and count as zero"
+                f"step {step}: {skipped} of {len(scalars)} directions had no finite loss and count "
+                "as zero"
             )
         elif not any(scalars):
             self.progress.say(
-                f"step {step}: every projected gradient is exactly zero: the loss does not feel the perturbation; "
-                "raise estimator.eps, or store the weights in float32"
+                f"step {step}: every projected gradient is exactly zero: the perturbation does not "
+                "change the loss; raise estimator.eps, or set model.dtype=float32"
             )
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped == len(scalars) else 0
         if self._skipped_in_a_row >= self.config.run.max_skipped:
             raise UserError(
-                f"no finite loss in {self._skipped_in_a_row} steps in a row (run.max_skipped), the last is step "
-                f"{step}: the run has diverged or overflows; begin anew with a smaller update.lr, or "
-                "model.dtype=float32 or bfloat16 in place of float16"
+                f"no finite loss in {self._skipped_in_a_row} steps in a row (run.max_skipped), the "
+                f"last is step {step}: the run has diverged or overflows; start another run with a "
+                "smaller update.lr, or with model.dtype=float32 or bfloat16 instead of float16"
             )
 
     def known_scores(self, step: int) -> dict[str, float] | None:
-        """Return the scores of a step that an earlier process recorded, on every rank."""
+        """Return on every rank the scores of a step that an earlier process recorded, if any."""
         known: dict[str, float] | None = self.mesh.broadcast(
             self.metrics.scores.get(step) if self.metrics else None
         )
@@ -159,7 +162,7 @@ class Reporter:
             self.replica.timeline.save(folder / "timeline.json", folder / "timeline.png", title)
 
     def close(self) -> None:
-        """Close the metrics file and leave the bar as it stands."""
+        """Close the metrics file and the bar."""
         self.progress.close()
         if self.metrics:
             self.metrics.close()

@@ -1,4 +1,4 @@
-"""A run that is there: its model, rebuilt as base, newest snapshot and the rest of the log, for scores or export."""
+"""Restoring a run's model: base, newest snapshot and the rest of the log, for scores or export."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,7 +13,7 @@ from zo.distributed.process_group import Mesh
 from zo.errors import UserError
 from zo.io.determinism import explain_nondeterminism, make_deterministic
 from zo.io.hardware import choose_device
-from zo.observe.metrics import Progress
+from zo.observe.progress import Progress
 from zo.run.assemble import assemble
 from zo.run.model_card import Card
 from zo.run.problem import Problem, build_problem
@@ -25,10 +25,10 @@ from zo.streaming.replica import Replica
 
 
 def restore_snapshot(folder: RunFolder, replica: Replica, log: Log) -> None:
-    """Load the newest snapshot that a log covers, if there is one; a durable store has its blocks instead.
+    """Load the newest snapshot that a log covers, unless the store is durable.
 
     Raises:
-        UserError: its weights are not the ones that were saved.
+        UserError: the snapshot cannot be read, or is corrupt.
     """
     store = replica.store
     if store.is_durable or (snapshot := folder.snapshot(log.version, store.base)) is None:
@@ -38,11 +38,12 @@ def restore_snapshot(folder: RunFolder, replica: Replica, log: Log) -> None:
         fingerprint = replica.combine(store.fill(snapshot.read, snapshot.version))
     except OSError as error:
         raise UserError(
-            f"{snapshot.path} cannot be read ({error}); delete that file and go on"
+            f"{snapshot.path} cannot be read ({error}); delete it and start the command again"
         ) from error
     if fingerprint != snapshot.fingerprint:
         raise UserError(
-            f"{folder.snapshots} holds a damaged snapshot of step {snapshot.version}; delete that file and go on"
+            f"{snapshot.path}: corrupt snapshot of step {snapshot.version}; delete it and start "
+            "the command again"
         )
 
 
@@ -62,11 +63,11 @@ def load_run(path: Path, change: Callable[[Config], Config] = lambda config: con
     """Rebuild the weights of a run, in the store that it trained with.
 
     Args:
-        path: its folder; nothing is written there.
-        change: what to do differently from its configuration, such as other data to score.
+        path: folder of the run; nothing is written there.
+        change: makes a new configuration of the run's, for example with other data to score.
 
     Raises:
-        UserError: there is no run, or its base model is not what it was.
+        UserError: there is no run, or its base model or log has changed.
     """
     folder = RunFolder(path)
     content = folder.read_config()
@@ -74,13 +75,11 @@ def load_run(path: Path, change: Callable[[Config], Config] = lambda config: con
     config = change(config_of(content["config"]))
     problem, mesh, replica = _load(config, folder.blocks(0))
     if replica.store.base != header.get("base"):
-        raise UserError(
-            f"run={path}: the base model is not the one that its log began from; restore that model"
-        )
+        raise UserError(f"run={path} was started from a different base model; restore that model")
     if (begun := content.get("log_header")) and (found := difference(header, begun)):
         raise UserError(
-            f"run={path}: steps.log is of another run than config.yaml: {found[0]} is {found[1]} there and "
-            f"{found[2]} in config.yaml; put this run's log back"
+            f"run={path}: steps.log belongs to another run: its {found[0]} is {found[1]}, and "
+            f"{found[2]} in config.yaml; restore this run's log"
         )
     log = Log(header, entries)
     restore_snapshot(folder, replica, log)
@@ -89,7 +88,7 @@ def load_run(path: Path, change: Callable[[Config], Config] = lambda config: con
 
 
 def load_plain(config: Config) -> FinishedRun:
-    """Load a model that no run has changed."""
+    """Load a model as it is, without a run."""
     problem, mesh, replica = _load(config, Path())
     replica.open(
         Log(
@@ -110,7 +109,7 @@ def _load(config: Config, blocks: Path) -> tuple[Problem, Mesh, Replica]:
     make_deterministic(device)
     mesh = Mesh(device.type, config.mesh.timeout_s)
     say = Progress(0, 0, mesh.rank == 0).say
-    say(f"reading {config.model.name} and {config.data.name}")
+    say(f"reading model {config.model.name} and data {config.data.name}")
     problem = build_problem(config)
     with torch.no_grad(), explain_nondeterminism():
         return problem, mesh, assemble(problem, config, mesh, blocks, say, writable=False)
@@ -119,13 +118,13 @@ def _load(config: Config, blocks: Path) -> tuple[Problem, Mesh, Replica]:
 def adapted(
     config: Config, data: str | None, device: str | None, trust_remote_code: bool
 ) -> Config:
-    """Return a run's configuration as a command that reads the run uses it.
+    """Return a run's configuration for a command that only reads the run.
 
     Args:
         config: of the run.
         data: other data to score: all of it, none is held out; ``None`` for the run's own.
         device: to compute on; ``None`` for the run's own.
-        trust_remote_code: whether code that the model's folder or repository brings may run.
+        trust_remote_code: allow code from the model's folder or repository to run.
     """
     if data is not None:
         config = replace(config, data=replace(config.data, name=data, dev=data, dev_examples=10**9))
@@ -141,10 +140,10 @@ def card_of(
     scores: dict[str, float],
     fingerprint: str,
 ) -> Card:
-    """The model card of a run.
+    """Return the model card of a run.
 
     Args:
-        content: what its ``config.yaml`` holds.
+        content: of its ``config.yaml``.
         header: of its log.
         steps: entries of its log that were replayed.
         scores: on held-out data; may be empty.
@@ -153,8 +152,9 @@ def card_of(
     config = content["config"]
     estimator, update = config["estimator"], config["update"]
     method = (
-        f"{estimator['name']}, {estimator['directions']} {estimator['distribution']} direction(s) a step, eps "
-        f"{estimator['eps']}; {update['name']}, lr {update['lr']}, {update['schedule']}"
+        f"{estimator['name']}, {estimator['directions']} {estimator['distribution']} "
+        f"direction(s) a step, eps {estimator['eps']}; "
+        f"{update['name']}, lr {update['lr']}, {update['schedule']}"
     )
     return Card(
         base=config["model"]["name"] or "own model",

@@ -1,9 +1,9 @@
-"""The loop of a run.
+"""The training loop.
 
-table   = LossTable(probes, columns)                   # rows and columns; which rank computes which cell
-values  = mesh.gather(replica.table(this rank's cells))
+table   = LossTable(probes, columns)             # rows: probes; columns: micro-batches
+values  = mesh.gather(forwards of this rank's cells)
 scalars = estimator.estimate(table.fill(values))
-log.append(Entry(step, lr, scalars))                   # durable; blocks catch up when next visited
+log.append(Entry(step, lr, scalars))             # durable; blocks catch up when next visited
 """
 
 import os
@@ -31,7 +31,8 @@ from zo.method import estimator
 from zo.method.entry import Entry
 from zo.method.table import LossTable
 from zo.method.update import learning_rate
-from zo.observe.metrics import Progress, finite_or_none
+from zo.observe.metrics import finite_or_none
+from zo.observe.progress import Progress
 from zo.observe.timeline import check_drawable
 from zo.run.assemble import assemble, to_device
 from zo.run.audit import Audit
@@ -49,13 +50,19 @@ from zo.state.versions import versions
 class Trainer:
     """One run, from a configuration or around a user's own model.
 
-    ``Trainer(config).train()`` is what ``launch/train.py`` does. A model of one's own, any ``nn.Module``, comes with an
-    objective and batches::
+    ``Trainer(config).train()`` is what ``launch/train.py`` does. A user's own model, any
+    ``nn.Module``, comes with an objective and batches::
 
-        Trainer(config, model=net, objective=lambda net, batch: ..., batches=lambda step, column: ...)
+        Trainer(
+            config,
+            model=net,
+            objective=lambda net, batch: ...,
+            batches=lambda step, column: ...,
+        )
 
-    ``objective(model, batch)`` returns a tensor of two numbers, the sum of losses and the number of terms, and needs no
-    gradient; ``batches(step, column)`` returns the micro-batch of a step (from 0) and a column, a mapping of tensors.
+    ``objective(model, batch)`` returns a tensor of two numbers, the sum of losses and the number of
+    terms, and needs no gradient; ``batches(step, column)`` returns the micro-batch of a step
+    (from 0) and a column, a mapping of tensors.
     """
 
     def __init__(
@@ -69,10 +76,10 @@ class Trainer:
     ) -> None:
         """Take a configuration; nothing is read or written before :meth:`train`.
 
-        ``command`` is what reproduces the run, for its model card.
+        ``command`` reproduces the run; it is printed on its model card.
 
         Raises:
-            UserError: a model of one's own without objective or batches, or the other way round.
+            UserError: a user's own model without objective or batches, or the other way round.
         """
         own = [part is not None for part in (model, objective, batches)]
         if any(own) and not all(own):
@@ -83,17 +90,17 @@ class Trainer:
         )
 
     def train(self) -> dict[str, Any]:
-        """Run to ``run.steps``, from the start or from where the run's folder stands.
+        """Run to ``run.steps``, from the start or from the last step in the run's folder.
 
-        SIGTERM ends it after the step that is going on.
+        SIGTERM stops the run after the current step.
 
         Returns:
-            ``run_dir``, ``steps``, ``loss``, ``eval``, ``train_s``, ``fingerprint``; the last is ``None`` where SIGTERM
-            ended the run before ``run.steps``.
+            ``run_dir``, ``steps``, ``loss``, ``eval``, ``train_s``, ``fingerprint``; the last is
+            ``None`` if SIGTERM stopped the run before ``run.steps``.
 
         Raises:
-            UserError: what the user can mend; the run's log stays whole.
-            RankError: another rank is gone, or its weights are not what they should be; the log stays whole too.
+            UserError: a mistake of the user; the run's log stays intact.
+            RankError: another rank has failed, or its weights are wrong; the log stays intact.
         """
         device = choose_device(self.config.run.device)
         make_deterministic(device)
@@ -105,58 +112,29 @@ class Trainer:
 
 
 class Run:
-    """A run in progress: the loop over steps, and what belongs after some of them."""
+    """A run in progress: the loop over steps, and what follows some of them."""
 
     def __init__(
         self, config: Config, mesh: Mesh, own: Problem | None, command: str, resources: ExitStack
     ) -> None:
-        """Check everything that can be checked, load the model, and create or open the run's folder.
+        """Check everything that can be checked, load the model, and create or open the folder.
 
         Args:
             config: of the run.
-            mesh: of all ranks.
+            mesh: of all ranks; its axes are not sized yet.
             own: a user's own problem.
             command: for the model card.
             resources: takes the lock of the folder, which the caller releases.
         """
         self.config, self.mesh = config, mesh
-        settings = config.estimator
-        estimator.check_directions(config.run.steps, settings.directions)
-        # The table of step 1 has the shape of every step's.
-        self._first_table = LossTable(
-            estimator.probes(settings.name, 1, settings.directions, settings.eps),
-            config.batch.columns,
-        )
-        mesh.arrange(
-            fit(
-                config.mesh,
-                mesh.ranks,
-                self._first_table.rows,
-                self._first_table.columns,
-                mesh.local_ranks,
-            )
-        )
-        self.folder = RunFolder(Path(mesh.broadcast(config.run.dir or _default_dir(config.recipe))))
-        if config.run.dir is None and (
-            mesh.nodes > 1 or int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
-        ):
-            raise UserError(
-                "run.dir is empty, and a restart would begin another run; give the folder to go on in"
-            )
-        with mesh.agreed():
-            self.folder.check(config)
-        self.is_writer = acquire_run_folder(mesh, self.folder, resources)
-        go_on_with(
-            f"no completed step is lost: the same command with run.dir={self.folder.path} goes on"
-        )
-        if config.run.threads is not None:
-            check_threads(config.run.threads, os.cpu_count() or 1)
-            torch.set_num_threads(config.run.threads)
-        if config.profile.range:
-            check_drawable()
+        estimator.check_directions(config.run.steps, config.estimator.directions)
+        self._arrange_mesh()
+        self.folder = self._choose_folder()
+        self.is_writer = self._lock(resources)
+        self._prepare_process()
         say = Progress(0, 0, mesh.rank == 0).say
         if own is None:
-            say(f"reading {config.model.name} and {config.data.name}")
+            say(f"reading model {config.model.name} and data {config.data.name}")
         self.problem = own or build_problem(config)
         self.replica = assemble(self.problem, config, mesh, self.folder.blocks(mesh.rank), say)
         self.log = self._open_log(command)
@@ -165,7 +143,45 @@ class Run:
         self.audit = Audit(self.replica) if config.mesh.check_every else None
         self.reporter = Reporter(config, mesh, self.folder, self.log, self.replica)
 
+    def _arrange_mesh(self) -> None:
+        """Size the axes of the mesh to the table, which has the same shape in every step."""
+        mesh, table = self.mesh, self._table(1)
+        mesh.arrange(fit(self.config.mesh, mesh.ranks, table.rows, table.columns, mesh.local_ranks))
+
+    def _choose_folder(self) -> RunFolder:
+        """Return the run's folder, the same on every rank.
+
+        Raises:
+            UserError: ``run.dir`` is empty and the ranks may be restarted.
+        """
+        chosen, mesh = self.config.run.dir, self.mesh
+        folder = RunFolder(Path(mesh.broadcast(chosen or _default_dir(self.config.recipe))))
+        restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+        if chosen is None and (mesh.nodes > 1 or restarts):
+            raise UserError(
+                "run.dir is empty, and a restart would begin another run; set run.dir to a folder"
+            )
+        return folder
+
+    def _lock(self, resources: ExitStack) -> bool:
+        """Check the folder and lock it; return whether this rank writes there."""
+        with self.mesh.agreed():
+            self.folder.check(self.config)
+        is_writer = acquire_run_folder(self.mesh, self.folder, resources)
+        resumes = f"the same command with run.dir={self.folder.path} resumes the run"
+        go_on_with(f"no completed step is lost: {resumes}")
+        return is_writer
+
+    def _prepare_process(self) -> None:
+        """Set the number of threads, and check that a timeline that is asked for can be drawn."""
+        if (threads := self.config.run.threads) is not None:
+            check_threads(threads, os.cpu_count() or 1)
+            torch.set_num_threads(threads)
+        if self.config.profile.range:
+            check_drawable()
+
     def _open_log(self, command: str) -> Log:
+        """Check that all ranks have the same weights and data, and create or open the log."""
         config, base = self.config, self.replica.store.base
         header = {
             "base": base,
@@ -185,10 +201,10 @@ class Run:
         return open_log(self.mesh, self.folder, self.is_writer, config, facts, header)
 
     def to_end(self, asked: threading.Event) -> dict[str, Any]:
-        """Train, evaluate, export; end after a step once ``asked`` is set, on any rank."""
+        """Train, evaluate, export; stop after a step once ``asked`` is set, on any rank."""
         config, begun, loss, stops = self.config, time.monotonic(), None, False
         try:
-            self.reporter.say_first(self._first_table)
+            self.reporter.say_first(self._table(1))
             self._evaluate()
             while self.log.version < config.run.steps and not stops:
                 self.reporter.begin_step()
@@ -197,14 +213,14 @@ class Run:
                 loss = sum(losses) / len(losses)
                 self.reporter.end_step(loss, skipped, table.tokens)
                 self._after_step()
-                # Ranks agree on it in a step's collective; alone there is nobody to ask.
+                # Several ranks agree on it in a step's collective.
                 stops = stops or (self.mesh.ranks == 1 and asked.is_set())
             self.replica.drain()
             self.log.check_in_place()
             if self.log.version < config.run.steps:
                 self.reporter.progress.say(
-                    f"SIGTERM ended {self.folder.path} after step {self.log.version} of {config.run.steps}; the same "
-                    "command goes on from there"
+                    f"SIGTERM ended {self.folder.path} after step {self.log.version} of "
+                    f"{config.run.steps}; the same command resumes from there"
                 )
         finally:
             self.reporter.close()
@@ -212,70 +228,72 @@ class Run:
         return self._finish(loss, time.monotonic() - begun)
 
     def step(self, asked: bool = False) -> tuple[LossTable, int, bool]:
-        """Fill one table, read scalars off it, and make their entry durable; replay moves the weights at next visits.
+        """Fill one table, and log its scalars; replay moves the weights at their next visits.
 
         Returns:
-            The filled table, how many directions had no finite estimate, and whether a rank was ``asked`` to end.
+            The filled table, how many directions had no finite estimate, and whether any rank was
+            ``asked`` to stop.
         """
-        settings, number, shape = self.config.estimator, self.log.version + 1, self.mesh.shape
-        probes = estimator.probes(settings.name, number, settings.directions, settings.eps)
-        table = LossTable(probes, self.config.batch.columns)
-        cells = table.cells(self.mesh.rank, shape.perturb, shape.data)
-        results = self.replica.table(
-            table.probes, [row for row, _ in cells], self._forwards(number, cells)
-        )
-        owners = table.owners(shape.perturb, shape.data)
+        config, step, axes = self.config, self.log.version + 1, self.mesh.shape
+        table = self._table(step)
+        results = self._forwards(step, table, table.cells(self.mesh.rank, axes.perturb, axes.data))
+        owners = table.owners(axes.perturb, axes.data)
         values, stops = self.mesh.gather(results, owners, width=3, flag=asked)
         table = table.fill(values)
-        scalars, skipped = estimator.estimate(settings.name, table, settings.eps)
-        u = self.config.update
-        lr = learning_rate(number, self.config.run.steps, u.lr, u.schedule, u.warmup_steps)
-        self.log.append(Entry(number, number * self.config.batch.sequences, lr, scalars))
+        scalars, skipped = estimator.estimate(config.estimator.name, table, config.estimator.eps)
+        self.log.append(Entry(step, step * config.batch.sequences, self._lr(step), scalars))
         return table, skipped, stops
 
-    def _forwards(self, step: int, cells: Sequence[tuple[int, int]]) -> list[Callable[[], Tensor]]:
-        """The forward of each cell."""
-        columns = sorted({column for _, column in cells})
+    def _table(self, step: int) -> LossTable:
+        """Return the empty table of a step, from 1."""
+        settings = self.config.estimator
+        probes = estimator.probes(settings.name, step, settings.directions, settings.eps)
+        return LossTable(probes, self.config.batch.columns)
+
+    def _lr(self, step: int) -> float:
+        """Return the learning rate of a step, from 1."""
+        u = self.config.update
+        return learning_rate(step, self.config.run.steps, u.lr, u.schedule, u.warmup_steps)
+
+    def _forwards(
+        self, step: int, table: LossTable, cells: Sequence[tuple[int, int]]
+    ) -> Sequence[Tensor]:
+        """Return the result of each cell, a row and a column, as :meth:`_forward` has it."""
         batches = {
             column: to_device(self.problem.batches(step - 1, column), self.mesh)
-            for column in columns
+            for column in sorted({column for _, column in cells})
         }
-        return [partial(self._forward, batches[column]) for _, column in cells]
+        forwards = [partial(self._forward, batches[column]) for _, column in cells]
+        return self.replica.table(table.probes, [row for row, _ in cells], forwards)
 
     def _forward(self, batch: Batch) -> Tensor:
-        """Sum of losses, number of terms, number of tokens; float64 of shape ``[3]``."""
+        """Return the sum of losses, the number of terms, the number of tokens; float64 ``[3]``."""
         result = self.problem.objective(self.replica.model, batch).to(torch.float64)
-        mask = batch.get("attention_mask", batch.get("input_ids"))
-        tokens = (
-            0
-            if mask is None
-            else (mask.sum() if mask is batch.get("attention_mask") else mask.numel())
-        )
-        # Filled by a kernel: a number that is copied to a GPU would be waited for.
-        count = tokens if isinstance(tokens, Tensor) else result.new_full((1,), tokens)
-        return torch.cat((result.view(2), count.to(result.device, torch.float64).view(1)))
+        # Filled by a kernel: copying a number to a GPU would wait for the device.
+        tokens = result.new_zeros(1)
+        if (mask := batch.get("attention_mask")) is not None:
+            tokens = mask.sum().to(tokens).view(1)
+        elif (ids := batch.get("input_ids")) is not None:
+            tokens = tokens.fill_(ids.numel())
+        return torch.cat((result.view(2), tokens))
 
     def _after_step(self) -> None:
-        step, every, often = (
-            self.log.version,
-            self.config.run.snapshot_every,
-            self.config.mesh.check_every,
-        )
-        # The blocks of a durable store are snapshots already.
-        sliced = self.mesh.slices is not None
-        if (
-            every
-            and step % every == 0
-            and not self.replica.store.is_durable
-            and (self.is_writer or sliced)
-        ):
-            if self.is_writer:
-                self.folder.save_snapshot(step, self.replica, self.replica.store.base)
-            else:
-                self.replica.fingerprint()
-        if self.audit is not None and step % often == 0:
+        """Save a snapshot, audit and evaluate where that is due."""
+        step, config = self.log.version, self.config
+        if config.run.snapshot_every and step % config.run.snapshot_every == 0:
+            self._save_snapshot()
+        if self.audit is not None and step % config.mesh.check_every == 0:
             self.audit.check(self.mesh)
         self._evaluate()
+
+    def _save_snapshot(self) -> None:
+        """Write the weights, unless the store is durable: its blocks are snapshots already."""
+        if self.replica.store.is_durable:
+            return
+        if self.is_writer:
+            self.folder.save_snapshot(self.log.version, self.replica, self.replica.store.base)
+        elif self.mesh.slices is not None:
+            self.replica.fingerprint()  # The writer's pass gathers this rank's slices.
 
     def _evaluate(self) -> None:
         """Score the current version, on every rank, where that is due and not recorded."""
@@ -286,11 +304,13 @@ class Run:
             return
         scores = known = self.reporter.known_scores(step)
         if scores is None:
-            at_once = self._first_table.rows * self._first_table.columns
+            table = self._table(1)
+            at_once = table.rows * table.columns
             scores = evaluate(self.replica, problem.task, problem.dev_batches, self.mesh, at_once)
         self.reporter.evaluated(step, scores, is_new=known is None)
 
     def _finish(self, loss: float | None, train_s: float) -> dict[str, Any]:
+        """Fingerprint and export the weights of a finished run; return the run's summary."""
         finished = self.log.version >= self.config.run.steps
         fingerprint = self.replica.fingerprint() if finished else None
         summary = {
@@ -308,14 +328,13 @@ class Run:
         return summary
 
     def _export(self, fingerprint: str) -> None:
+        """Write ``model/`` on rank 0; the ranks that share its slices pass over them with it."""
         if self.mesh.rank:
             if self.mesh.slices is not None:
                 self.replica.pass_over()
             return
-        content = self.folder.read_config()
-        card = card_of(
-            content, self.log.header, self.log.version, self.reporter.scores, fingerprint
-        )
+        content, scores = self.folder.read_config(), self.reporter.scores
+        card = card_of(content, self.log.header, self.log.version, scores, fingerprint)
         model, tokenizer = self.replica.model, self.problem.tokenizer
         write_folder(model, tokenizer, self.folder.model, card, source=self.replica, replace=True)
 
