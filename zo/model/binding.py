@@ -22,14 +22,19 @@ class Binding:
         self._targets: dict[str, list[nn.Parameter]] = {}
         self.chunks: dict[int, Tensor] = {}
         """Bound rows of a parameter, by the index of the block that holds only these rows."""
+        self._placeholders: dict[str, Tensor] = {}
+        self._views: dict[tuple[int, int, int], list[tuple[nn.Parameter | None, Tensor]]] = {}
+        """For a block and the memory that it was bound to, each parameter and its view of it."""
         for group in layout.groups:
             for part in group.parts:
-                self._targets[part.parameter.name] = self._take_out(part.parameter)
+                placed = part.parameter
+                self._placeholders[placed.name] = self._placeholder(placed)
+                self._targets[placed.name] = self._take_out(placed)
 
     def _take_out(self, placed: Placed) -> list[nn.Parameter]:
         """Return the objects that stand for a parameter: one new object if it is on meta."""
         named = {name: self.model.get_parameter(name) for name in placed.spec.names}
-        empty = self._placeholder(placed)
+        empty = self._placeholders[placed.name]
         if any(p.device.type == "meta" for p in named.values()):
             shared = nn.Parameter(empty, requires_grad=not placed.spec.frozen)
             for name in named:
@@ -49,13 +54,22 @@ class Binding:
     def bind(self, block: Block, segments: Sequence[Tensor]) -> None:
         """Point a block's parameters at flat tensors, one per segment.
 
-        The list may end early: then only the first segments are bound.
+        The list may end early: then only the first segments are bound. A block is bound to the same
+        memory in every step (its place, a slot, scratch), so the views of it are kept.
         """
-        for part, view in views(block, segments):
-            if part.rows is not None:
+        if not segments:
+            return
+        key = block.index, segments[0].data_ptr(), len(segments)
+        if key not in self._views:
+            self._views[key] = [
+                (target, view)
+                for part, view in views(block, segments)
+                for target in ([None] if part.rows else self._targets[part.parameter.name])
+            ]
+        for target, view in self._views[key]:
+            if target is None:
                 self.chunks[block.index] = view
-                continue
-            for target in self._targets[part.parameter.name]:
+            else:
                 target.data = view
 
     def release(self, block: Block) -> None:
@@ -63,9 +77,8 @@ class Binding:
         self.chunks.pop(block.index, None)
         for part in block.parts:
             if part.rows is None:
-                empty = self._placeholder(part.parameter)
                 for target in self._targets[part.parameter.name]:
-                    target.data = empty
+                    target.data = self._placeholders[part.parameter.name]
 
     def fill(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Point parameters, by first name, at these tensors."""

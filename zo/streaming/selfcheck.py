@@ -282,7 +282,7 @@ def _compare(
     return replica.streamer.visited, same
 
 
-def _write_probe(replica: Replica, probe: Offset) -> None:
+def _write_probe(replica: Replica, probe: Probe) -> None:
     """Bind every parameter to a perturbed copy of its stored weights, group by group."""
     store = replica.store
     assert isinstance(store, DeviceStore)
