@@ -45,7 +45,10 @@ class LossTable:
     columns: int
     """Number of micro-batches."""
     values: Tensor | None = None
-    """float64 of shape ``[rows, columns, 3]`` once filled: sum of losses, terms and tokens."""
+    """float64 of shape ``[rows, columns, 3]`` once filled.
+
+    A cell holds the sum of losses, the number of terms and the number of tokens.
+    """
 
     @property
     def rows(self) -> int:
