@@ -51,7 +51,8 @@ def test_mean_of_estimates_tends_to_the_gradient(name):
         scalars, skipped = estimate(name, table_of(loss, probes(name, step, 1, 1e-2), theta), 1e-2)
         assert skipped == 0
         total += scalars[0] * rademacher(3, directions_of(step, 1)[0], 0, 64).double()
-    # Each coordinate's standard error is |gradient| / sqrt(count); the bias of one-sided SPSA averages out over z.
+    # Each coordinate's standard error is |gradient| / sqrt(count); the bias of one-sided SPSA
+    # averages out over z.
     error = (total / count - gradient).norm() / gradient.norm()
     assert error < 1.5 * math.sqrt(64 / count)
 
@@ -77,7 +78,7 @@ def test_directions_are_never_used_twice():
 
 
 def test_the_pair_of_a_direction_stands_side_by_side():
-    """The two signs share one z in a visit only if their rows are neighbours."""
+    """The two signs share one z in a pass only if their rows are neighbours."""
     assert probes("spsa", 2, 2, EPS) == [
         Probe(d, s * float32(EPS)) for d in (2, 3) for s in (1, -1)
     ]

@@ -1,4 +1,4 @@
-"""The Triton kernel against the equation, bit for bit, in Triton's interpreter: GPU runs must be CPU runs.
+"""The Triton kernel against the equation, bit for bit, in Triton's interpreter.
 
 The interpreter is chosen when Triton is imported, so the comparison runs in a process of its own.
 """
@@ -72,7 +72,7 @@ def test_the_triton_kernel_has_the_bits_of_the_equation():
 
 
 def specialized(work, dtype, address, count=4096):
-    """Launch arguments as Triton's own binder for an sm_90 sees them: (signature and values it specialises on)."""
+    """What Triton's own binder for an sm_90 specialises on: signature and values."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, make_backend
     from triton.runtime.jit import create_function_from_signature
@@ -104,8 +104,8 @@ def changes(lag, directions):
 
 
 def test_nothing_that_changes_within_a_run_compiles_another_variant():
-    """A variant takes seconds to compile: a run would stand still the first time that 16 entries lag, and again at the
-    first parameter beyond 2**31, and ranks would wait for the one that compiles.
+    """A variant takes seconds to compile: a run would stand still the first time that 16 entries
+    lag, and again at the first parameter beyond 2**31, and ranks would wait for one that compiles.
     """
     variants = set()
     for lag in (0, 1, 4, 16):
@@ -131,7 +131,7 @@ def test_a_segment_of_any_size_needs_one_more_variant():
 
 
 def test_one_table_serves_all_segments_of_a_pass():
-    """Else a launch costs a list, a tensor, a page-locked buffer and a copy for each of hundreds of segments."""
+    """Else each of hundreds of segments costs a list, a tensor, a locked buffer and a copy."""
     from zo.method.kernels.triton import _table
 
     device = torch.device("cpu")
@@ -159,9 +159,10 @@ CASES_PTX = [
 
 @pytest.mark.parametrize(("capability", "distribution", "dtype"), CASES_PTX)
 def test_compiled_code_neither_contracts_nor_flushes(capability, distribution, dtype):
-    """A CPU rounds after each multiplication and keeps subnormals. A GPU that contracts ``a * b + c`` (``fma``) rounds
-    once, and one that flushes (``.ftz``) turns float16's subnormals, which pass through float32's, into zero: weights
-    of a GPU run would differ from a CPU run's, and a run that changes machines would fork. Compiling needs no GPU.
+    """A CPU rounds after each multiplication and keeps subnormals. A GPU that contracts
+    ``a * b + c`` (``fma``) rounds once, and one that flushes (``.ftz``) turns float16's subnormals,
+    which pass through float32's, into zero: weights of a GPU run would differ from a CPU run's, and
+    a run that changes machines would fork. Compiling needs no GPU.
     """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import compile

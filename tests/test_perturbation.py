@@ -130,16 +130,16 @@ def test_rows_that_will_be_read_are_written_and_changes_apply_to_all(width):
     assert torch.equal(expected, found)
 
 
-def test_probes_leave_the_master_alone():
-    master, out = weights(10_000, torch.bfloat16), torch.empty(4, 10_000, dtype=torch.bfloat16)
-    replay_and_perturb(master, 0, Pass(SEED, "rademacher", probes=PROBES), out)
-    assert torch.equal(bits(master), bits(weights(10_000, torch.bfloat16)))
+def test_probes_leave_the_stored_weights_alone():
+    stored, out = weights(10_000, torch.bfloat16), torch.empty(4, 10_000, dtype=torch.bfloat16)
+    replay_and_perturb(stored, 0, Pass(SEED, "rademacher", probes=PROBES), out)
+    assert torch.equal(bits(stored), bits(weights(10_000, torch.bfloat16)))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("value", [1.0001, -0.0213, 3.1e-6])
 def test_stochastic_rounding_is_right_on_average(dtype, value):
-    """Nearest rounding would lose every step smaller than half the spacing: training in bf16 would stand still."""
+    """Nearest rounding loses every step below half the spacing: bf16 training would stand still."""
     count = 1 << 18
     values = torch.full((count,), value)
     rounded = round_stochastic(values, rounding_bits(1, 1, 0, count), dtype).double()
@@ -150,14 +150,14 @@ def test_stochastic_rounding_is_right_on_average(dtype, value):
 
 def test_small_steps_on_bf16_weights_are_realised():
     count, steps, step = 1 << 16, 50, float32(1e-6)
-    master = torch.full((count,), 0.02).to(torch.bfloat16)
-    before = master.double().mean()
+    stored = torch.full((count,), 0.02).to(torch.bfloat16)
+    before = stored.double().mean()
     for number in range(steps):
         z = rademacher(5, number, 0, count)
         replay_and_perturb(
-            master, 0, Pass(5, "rademacher", (Change(number + 1, (number,), (step,)),))
+            stored, 0, Pass(5, "rademacher", (Change(number + 1, (number,), (step,)),))
         )
     wanted = sum(rademacher(5, n, 0, count).double() for n in range(steps)) * step
-    moved = master.double() - before
+    moved = stored.double() - before
     realised = (moved * wanted).sum() / (wanted * wanted).sum()
     assert 0.9 < realised < 1.1, z

@@ -1,4 +1,4 @@
-"""What only a real GPU can show: ``python -m pytest tests/gpu [--table FILE]``.
+"""Tests that only a real GPU can run: ``python -m pytest tests/gpu [--table FILE]``.
 
 The outcomes are written as a Markdown table, with the GPU and the versions that they hold for.
 """

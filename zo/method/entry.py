@@ -1,11 +1,11 @@
-"""What the log keeps of one step."""
+"""Record of one step in the log."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What is kept of one step."""
+    """Record of one step."""
 
     step: int
     """1 for the first step; theta of version t has entries 1..t applied."""
@@ -13,4 +13,4 @@ class Entry:
     """Sequences drawn from the data after this step."""
     lr: float
     scalars: tuple[float, ...]
-    """Projected gradients, one a direction; float32 values."""
+    """Projected gradients, one per direction; float32 values."""

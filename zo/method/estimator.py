@@ -1,9 +1,9 @@
-"""A step is a table of losses; an estimator says which rows it has and what they tell.
+"""Estimators: the rows of a step's loss table, and the projected gradients computed from it.
 
-``spsa``, two-sided:      rows (z_k, +1), (z_k, -1) for each direction k;   g_k = (l(+) - l(-)) / (2 eps)
-``one-sided``:            row (theta), then (z_k, +1);                      g_k = (l(+) - l(theta)) / eps
+``spsa``, two-sided: rows (z_k, +1), (z_k, -1) for each k;   g_k = (l(+) - l(-)) / (2 eps)
+``one-sided``:       row (theta), then (z_k, +1);            g_k = (l(+) - l(theta)) / eps
 
-Both are estimates of z_k . grad; a rule of ``update`` makes steps of them. Pure functions.
+Both estimate z_k . grad; a rule of ``update`` turns them into a step. Pure functions.
 Sources: Spall 1992 (SPSA); Malladi et al. 2023 (MeZO).
 """
 
@@ -18,7 +18,10 @@ from zo.method.table import LossTable
 
 
 def float32(value: float) -> float:
-    """The nearest float32 number: scalars and coefficients are kept and applied in float32."""
+    """Return the nearest float32 number, infinite beyond the largest.
+
+    Scalars and coefficients are kept and applied in float32.
+    """
     try:
         return float(struct.unpack("<f", struct.pack("<f", value))[0])
     except OverflowError:
@@ -30,9 +33,9 @@ class Estimator:
     """One row of :data:`ESTIMATORS`."""
 
     scales: Callable[[int], list[tuple[int, float]]]
-    """Number of directions q -> the table's rows as (which of the q directions, c) of the probe theta + c eps z."""
+    """Number of directions q -> the rows, as (k < q, c) of the probe theta + c eps z_k."""
     scalars: Callable[[LossTable, float], list[float]]
-    """A filled table and eps -> projected gradients, one a direction."""
+    """A filled table and eps -> projected gradients, one per direction."""
 
 
 def _two_sided(table: LossTable, eps: float) -> list[float]:
@@ -58,17 +61,19 @@ def check_directions(steps: int, directions: int) -> None:
     """Refuse a run whose last direction has a number beyond the generator's 32-bit counter.
 
     Raises:
-        UserError: ``steps * directions`` is 2**32 or more; a wrapped number would repeat an earlier direction.
+        UserError: ``steps * directions`` is 2**32 or more; a number that wraps would repeat an
+            earlier direction.
     """
     if steps * directions >= 1 << 32:
         raise UserError(
-            f"run.steps={steps} x estimator.directions={directions} is {steps * directions} directions, and a run has "
-            f"fewer than 2**32; use at most run.steps={((1 << 32) - 1) // directions} or fewer directions"
+            f"run.steps={steps} x estimator.directions={directions} is {steps * directions} "
+            "directions, and a run has fewer than 2**32; use at most "
+            f"run.steps={((1 << 32) - 1) // directions} or fewer directions"
         )
 
 
 def directions_of(step: int, directions: int) -> tuple[int, ...]:
-    """Return the numbers of the directions of step 1, 2, ...: never used twice in a run.
+    """Return the numbers of the directions of step 1, 2, ...; none is used twice in a run.
 
     Raises:
         UserError: a number would not fit 32 bits.
@@ -78,18 +83,21 @@ def directions_of(step: int, directions: int) -> tuple[int, ...]:
 
 
 def rows_of(name: str) -> Callable[[int], int]:
-    """Return the number of rows of an estimator's table as a function of the number of directions."""
+    """Return a function from the number of directions to the number of rows of a table."""
     return lambda directions: len(ESTIMATORS[name].scales(directions))
 
 
 def probes(name: str, step: int, directions: int, eps: float) -> list[Probe]:
-    """The rows of one step's table, as points around the parameters."""
+    """Return the probes of one step, one per row of its table."""
     numbers = directions_of(step, directions)
     return [Probe(numbers[k], float32(c * eps)) for k, c in ESTIMATORS[name].scales(directions)]
 
 
 def estimate(name: str, table: LossTable, eps: float) -> tuple[tuple[float, ...], int]:
-    """Return the projected gradients of one filled table, float32, and how many were not finite and count as zero."""
+    """Return the projected gradients of a filled table, and the number that were not finite.
+
+    They are float32 values; those that were not finite are zero.
+    """
     raw = [float32(g) for g in ESTIMATORS[name].scalars(table, eps)]
     kept = tuple(g if isfinite(g) else 0.0 for g in raw)
     return kept, sum(not isfinite(g) for g in raw)

@@ -1,15 +1,17 @@
-"""A perturbation is a function, not a state: z(seed, direction, address), and its fused use on a block.
+"""A perturbation is a function, not a state: z(seed, direction, address).
 
-The visit is the one operation on weights that training has. On a run of parameters that starts at a flat address it
-replays pending log entries in place and writes the probes beside, all in one pass over memory:
+Training has one operation on weights. On consecutive parameters from a flat address it replays
+pending log entries in place and writes the probes beside them, in one pass over memory:
 
-    for each change:  w <- round(decay * w + sum_k coefficient_k * z(direction_k))        (stored dtype)
+    for each change:  w <- round(decay * w + sum_k coefficient_k * z(direction_k))   (stored dtype)
     for each probe:   out_p = nearest(w + scale_p * z(direction_p))
 
-This file holds the equation in plain torch (any device, slow); ``kernels`` chooses what repeats it bit for bit.
-Every floating-point operation is a separate IEEE float32 operation: nothing is contracted, so devices agree.
+This file has the equation in plain torch (any device, slow); ``kernels`` has the fast versions with
+the same bits. Every floating-point operation is a separate IEEE float32 operation: nothing is
+contracted, so devices agree.
 
-Sources: Spall 1992 and Sadegh & Spall 1998 (SPSA, Rademacher); Box & Muller 1958; Malladi et al. 2023 (MeZO).
+Sources: Spall 1992 and Sadegh & Spall 1998 (SPSA, Rademacher); Box & Muller 1958; Malladi et al.
+2023 (MeZO).
 """
 
 from collections.abc import Callable, Sequence
@@ -23,11 +25,15 @@ from zo.method.philox import Purpose, words
 from zo.method.rounding import round_stochastic, rounding_bits
 
 ALIGNMENT = 128
-"""Addresses of parameters, slices and kernels' tiles are multiples of this: the signs that one Philox call makes."""
+"""Addresses of parameters, slices and kernels' tiles are multiples of this.
+
+One Philox call makes so many signs.
+"""
 
 STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# log(1 + t) = t - t^2/2 + t^3 P(t) on [2^-1/2 - 1, 2^1/2 - 1]; sin and cos of a quarter turn times t, |t| <= 1/2.
+# log(1 + t) = t - t^2/2 + t^3 P(t) on [2^-1/2 - 1, 2^1/2 - 1]; sin and cos of a quarter turn
+# times t, |t| <= 1/2.
 # Minimax fits of our own; tests/test_perturbation.py bounds their error against float64.
 LOG_P = (
     0.3333333134651184,
@@ -47,20 +53,20 @@ SQRT_HALF_BITS = 0x3F3504F3
 
 @dataclass(frozen=True)
 class Change:
-    """One log entry as a block sees it: ``w <- decay * w + sum_k coefficients[k] * z(directions[k])``."""
+    """One log entry, applied: ``w <- decay * w + sum_k coefficients[k] * z(directions[k])``."""
 
     step: int
     """The entry's step, >= 0; names the stream of its stochastic rounding."""
     directions: tuple[int, ...]
     coefficients: tuple[float, ...]
-    """One float32 value a direction."""
+    """One float32 value per direction."""
     decay: float = 1.0
     """float32 factor of the weights before the directions are added; 1.0 leaves them alone."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Where one probe lies: ``w + scale * z(direction)``; scale 0 is the unperturbed point."""
+    """One evaluation point of the loss, ``w + scale * z(direction)``; scale 0 is ``w`` itself."""
 
     direction: int
     scale: float
@@ -68,9 +74,10 @@ class Probe:
 
 @dataclass(frozen=True)
 class Pass:
-    """The arithmetic of one pass over memory, wherever the weights lie: the changes, then the probes of the result.
+    """Arithmetic of one pass over memory: the changes, then the probes of the result.
 
-    A value: what a kernel derives from it (its launch table) is kept under it and serves every segment of a step.
+    Hashable and independent of an address, so that a kernel caches its launch table by it for all
+    segments of a step.
     """
 
     seed: int
@@ -78,12 +85,15 @@ class Pass:
     distribution: str
     """``rademacher`` or ``gaussian``."""
     changes: tuple[Change, ...] = ()
-    """Log entries to apply, oldest first; each is rounded to the stored dtype, stochastically below float32."""
+    """Log entries to apply, oldest first; each is rounded to the stored dtype.
+
+    float32 is exact, the 16-bit dtypes are rounded stochastically.
+    """
     probes: tuple[Probe, ...] = ()
     """The probes."""
 
     def __post_init__(self) -> None:
-        """Check ranges: numbers that do not fit the counter would wrap, on each device in another way."""
+        """Check ranges: numbers beyond the counter would wrap differently on each device."""
         assert 0 <= self.seed < 1 << 64, self.seed
         numbers = [c.step for c in self.changes] + [d for c in self.changes for d in c.directions]
         numbers += [probe.direction for probe in self.probes]
@@ -94,24 +104,24 @@ class Pass:
         return hash((self.seed, self.distribution, self.changes, self.probes))
 
     def __hash__(self) -> int:
-        """Return the hash, counted once: a long replay has thousands of changes."""
+        """Return the hash, computed once: a long replay has thousands of changes."""
         return self._hash
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of a matrix that begins at a visit's first address: the only ones that will be read of its probes."""
+    """Rows of a matrix that starts at the first address: only these will be read of the probes."""
 
     numbers: Tensor
     """int64 of shape ``[k]``."""
     width: int
-    """Elements a row."""
+    """Elements per row."""
 
 
 def rademacher(
     seed: int, direction: int, address: int, count: int, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """Z = +1 or -1 for ``count`` addresses from ``address``; float32 of shape ``[count]``.
+    """Return z = +1 or -1 for ``count`` addresses from ``address``; float32 of shape ``[count]``.
 
     Address a takes bit ``a % 32`` of word ``a % 128 // 32`` of call ``a // 128``; a set bit is +1.
     """
@@ -125,15 +135,16 @@ def rademacher(
 def gaussian(
     seed: int, direction: int, address: int, count: int, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """Standard normal z for ``count`` addresses from ``address``; float32 of shape ``[count]``.
+    """Return standard normal z for ``count`` addresses from ``address``; float32 ``[count]``.
 
-    Address a takes number ``a % 4`` of call ``a // 4``; words (0, 1) and (2, 3) each give a Box-Muller pair,
-    cosine first. |z| is at most 6.8.
+    Address a takes number ``a % 4`` of call ``a // 4``; words (0, 1) and (2, 3) each give a
+    Box-Muller pair, cosine first. |z| is at most 6.8.
     """
     first = address // 4
     calls = torch.arange(first, (address + count + 3) // 4, dtype=torch.int64, device=device)
     w = words(seed, calls, direction, Purpose.GAUSSIAN).reshape(-1, 2)
-    # torch.sqrt of float32 is not correctly rounded on every CPU; through float64 it is (53 >= 2 * 24 + 2 bits).
+    # torch.sqrt of float32 is not correctly rounded on every CPU; through float64 it is
+    # (53 >= 2 * 24 + 2 bits).
     radius = (-2.0 * _log_uniform(w[:, 0])).double().sqrt().float()
     cos, sin = _cos_sin_turns(w[:, 1])
     return torch.stack((radius * cos, radius * sin), dim=-1).reshape(-1)[address - 4 * first :][
@@ -142,7 +153,7 @@ def gaussian(
 
 
 def _log_uniform(word: Tensor) -> Tensor:
-    """Natural logarithm of ``(word + 1/2) / 2**32`` (to float32), word int64 in [0, 2**32)."""
+    """Return log((word + 1/2) / 2**32), the quotient in float32; word is int64 in [0, 2**32)."""
     u = word.to(torch.float32) * 2.0**-32 + 2.0**-33
     bits = u.view(torch.int32)
     exponent = (bits - SQRT_HALF_BITS) >> 23
@@ -153,7 +164,10 @@ def _log_uniform(word: Tensor) -> Tensor:
 
 
 def _cos_sin_turns(word: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of ``word / 2**32`` turns, less an eighth of a turn; the top two bits are the quadrant."""
+    """Return cosine and sine of ``word / 2**32`` turns, less an eighth of a turn.
+
+    The top two bits are the quadrant.
+    """
     quadrant = word >> 30
     t = (word & 0x3FFFFFFF).to(torch.float32) * 2.0**-30 - 0.5
     square = t * t
@@ -177,7 +191,10 @@ Z: dict[str, Callable[..., Tensor]] = {"rademacher": rademacher, "gaussian": gau
 def replay_and_perturb_reference(
     weights: Tensor, address: int, work: Pass, out: Tensor | None = None, rows: Rows | None = None
 ) -> None:
-    """Compute :func:`zo.method.kernels.replay_and_perturb` in plain torch, on any device; the kernels must give the same bits."""
+    """Compute :func:`zo.method.kernels.replay_and_perturb` in plain torch, on any device.
+
+    The kernels must give the same bits.
+    """
     z, seed, count, device = Z[work.distribution], work.seed, weights.numel(), weights.device
     for change in work.changes:
         values = weights.to(torch.float32)

@@ -1,9 +1,10 @@
 """Random bits as a function of an address: Philox4x32-10, the plain-torch reference.
 
-A call maps (key, counter) to four 32-bit words by ten rounds of multiply, exchange and xor. There is no state, so
-any process makes any part of the stream in any order:
+A call maps (key, counter) to four 32-bit words by ten rounds of multiply, exchange and xor. There
+is no state, so any process makes any part of the stream in any order:
 
-    words(seed, call, direction, purpose) = Philox4x32-10(key=seed, counter=(call_lo, call_hi, direction, purpose))
+    words(seed, call, direction, purpose)
+        = Philox4x32-10(key=seed, counter=(call_lo, call_hi, direction, purpose))
 
 Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 """
@@ -20,7 +21,7 @@ MASK = 0xFFFFFFFF
 
 
 class Purpose(enum.IntEnum):
-    """What a stream is for; the last word of the counter, so that two uses never share bits."""
+    """Use of a stream; the last word of the counter, so that two uses never share bits."""
 
     RADEMACHER = 0
     GAUSSIAN = 1
@@ -30,7 +31,7 @@ class Purpose(enum.IntEnum):
 
 
 def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> Tensor:
-    """Ten rounds of Philox4x32.
+    """Compute ten rounds of Philox4x32.
 
     Args:
         counter: four int64 tensors of one shape, each value in [0, 2**32).
@@ -42,7 +43,8 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, i
     x0, x1, x2, x3 = counter
     k0, k1 = key
     for _ in range(ROUNDS):
-        # int64 products wrap modulo 2**64, which keeps every bit; the mask undoes the arithmetic shift's sign.
+        # int64 products wrap modulo 2**64, which keeps every bit; the mask undoes the sign of the
+        # arithmetic shift.
         p0, p1 = x0 * MULTIPLIER_0, x2 * MULTIPLIER_1
         x0, x1, x2, x3 = (
             ((p1 >> 32) & MASK) ^ x1 ^ k0,
@@ -55,13 +57,13 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, i
 
 
 def words(seed: int, calls: Tensor, direction: int, purpose: Purpose) -> Tensor:
-    """The four words of each numbered call of one stream.
+    """Return the four words of each numbered call of one stream.
 
     Args:
         seed: the run's seed, in [0, 2**64).
         calls: int64 tensor of call numbers, each >= 0.
-        direction: which stream of this purpose, in [0, 2**32).
-        purpose: what the stream is for.
+        direction: number of the stream of this purpose, in [0, 2**32).
+        purpose: use of the stream.
 
     Returns:
         int64 tensor of shape ``[*calls.shape, 4]``, each value in [0, 2**32).
@@ -72,7 +74,7 @@ def words(seed: int, calls: Tensor, direction: int, purpose: Purpose) -> Tensor:
 
 
 def word_stream(seed: int, start: int, count: int, direction: int, purpose: Purpose) -> Tensor:
-    """Words ``start .. start + count`` of one stream laid end to end, four a call; int64 of shape ``[count]``."""
+    """Return words ``start .. start + count`` of one stream, four per call; int64 ``[count]``."""
     first = start // 4
     calls = torch.arange(first, (start + count + 3) // 4, dtype=torch.int64)
     return words(seed, calls, direction, purpose).reshape(-1)[start - 4 * first :][:count]

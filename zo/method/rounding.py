@@ -1,9 +1,10 @@
-"""Stochastic rounding of float32 values to 16-bit storage; its random bits are a function of step and address.
+"""Stochastic rounding of float32 values to 16-bit storage.
 
     round(x) = the stored number below |x| with probability 1 - d, the one above with probability d,
     d = (|x| - below) / (above - below), to 16 random bits
 
-A step of 1e-6 on bfloat16 weights is lost by rounding to nearest; rounded so, it is realised on average.
+The random bits are a function of step and address. A step of 1e-6 on bfloat16 weights is lost by
+rounding to nearest; rounded stochastically, it is realised on average.
 
 Source: Gupta et al. 2015, "Deep learning with limited numerical precision".
 """
@@ -17,7 +18,7 @@ from zo.method.philox import Purpose, words
 def rounding_bits(
     seed: int, step: int, address: int, count: int, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """Sixteen random bits for each of ``count`` addresses from ``address``; int64 of shape ``[count]``.
+    """Return 16 random bits for each of ``count`` addresses from ``address``; int64 ``[count]``.
 
     Address a takes half ``a % 2`` (low half first) of word ``a % 8 // 2`` of call ``a // 8``.
     """
@@ -36,7 +37,7 @@ def round_stochastic(values: Tensor, random16: Tensor, dtype: torch.dtype) -> Te
         dtype: ``torch.bfloat16`` or ``torch.float16``; ``torch.float32`` returns ``values``.
 
     Returns:
-        Tensor of ``dtype``, the same shape. float16 magnitudes that would pass its largest number become infinite.
+        Tensor of ``dtype``, the same shape. Magnitudes beyond float16's largest become infinite.
     """
     if dtype == torch.float32:
         return values

@@ -1,7 +1,7 @@
 """The loss table of a step: rows are probes, columns are micro-batches, and a cell is one forward.
 
-Which rank computes a cell follows from the sizes of the mesh's axes alone, and a row's loss is summed in the order of
-the columns, so nothing about a step's result depends on who computed what.
+Which rank computes a cell follows from the sizes of the mesh's axes alone, and a row's loss is
+summed in the order of the columns, so a step's result does not depend on the mesh.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,10 @@ from zo.method.perturbation import Probe
 
 
 def share(lines: int, axis: int, index: int) -> range:
-    """Return the contiguous lines of a table that one index of an axis owns; sizes differ by at most one."""
+    """Return the contiguous lines of a table that one index of an axis owns.
+
+    Sizes differ by at most one.
+    """
     return range(lines * index // axis, lines * (index + 1) // axis)
 
 
@@ -23,8 +26,8 @@ def share(lines: int, axis: int, index: int) -> range:
 def owners(rows: int, columns: int, perturb: int, data: int) -> tuple[int, ...]:
     """Return the rank that computes each cell, row by row.
 
-    Where the axes divide the table, rank = perturb index * data size + data index. Otherwise its cells are dealt out
-    in order, and no rank has more than one above another.
+    Where the axes divide the table, rank = perturb index * data size + data index. Otherwise its
+    cells are dealt out in order, and no rank has more than one above another.
     """
     if rows % perturb == 0 and columns % data == 0:
         tall, wide = rows // perturb, columns // data
@@ -35,14 +38,17 @@ def owners(rows: int, columns: int, perturb: int, data: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class LossTable:
-    """One step's table; every cell is filled."""
+    """Loss table of one step; every cell is filled."""
 
     probes: Sequence[Probe]
-    """The rows."""
+    """One per row."""
     columns: int
-    """Micro-batches."""
+    """Number of micro-batches."""
     values: Tensor | None = None
-    """float64 of shape ``[rows, columns, 3]`` once filled: sum of losses, number of terms, number of tokens."""
+    """float64 of shape ``[rows, columns, 3]`` once filled.
+
+    A cell holds the sum of losses, the number of terms and the number of tokens.
+    """
 
     @property
     def rows(self) -> int:
@@ -59,7 +65,7 @@ class LossTable:
         return [divmod(cell, self.columns) for cell, owner in enumerate(of_cells) if owner == rank]
 
     def fill(self, values: Tensor) -> "LossTable":
-        """Return the table with the values of all cells, float64 of shape ``[rows * columns, 3]``, row by row."""
+        """Return the table with values, float64 of shape ``[rows * columns, 3]``, row by row."""
         return replace(self, values=values.view(self.rows, self.columns, -1))
 
     def row_losses(self) -> list[float]:

@@ -1,4 +1,4 @@
-"""How the log's scalars become a change of the weights: schedules and rules, pure functions.
+"""Schedules and update rules: from the log's scalars to a change of the weights.
 
 ``sgd``:  w <- (1 - lr * weight_decay) * w - lr * mean_k(g_k z_k)
 
@@ -17,18 +17,18 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "linear": lambda done: 1.0 - done,
     "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),
 }
-"""Factor of the learning rate by the share of the steps after the warm-up that is done, 0 at the first of them."""
+"""Factor of the learning rate by the share of the steps after the warm-up that is done, from 0."""
 
 
 def learning_rate(step: int, steps: int, lr: float, schedule: str, warmup_steps: int) -> float:
-    """Learning rate of step 1 .. steps: a linear rise over the warm-up, then the schedule."""
+    """Return the learning rate of step 1 .. steps: a linear warm-up, then the schedule."""
     if step <= warmup_steps:
         return lr * step / (warmup_steps + 1)
     return lr * SCHEDULES[schedule]((step - 1 - warmup_steps) / max(1, steps - warmup_steps))
 
 
 def sgd(entry: Entry, weight_decay: float) -> Change:
-    """One entry as the change of a block, the decay of its matrices included."""
+    """Return one entry as the change of a block, the decay of its matrices included."""
     directions = len(entry.scalars)
     return Change(
         step=entry.step,

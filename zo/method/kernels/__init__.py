@@ -1,6 +1,6 @@
-"""The visit of a run of parameters: replay what is pending and write probes beside, by the kernel of their device.
+"""Replay pending changes on weights and write their probes, by the kernel of their device.
 
-``perturbation`` has the equation; every kernel repeats it bit for bit and has the same signature.
+``perturbation`` has the equation; every kernel has the same bits and the same signature.
 """
 
 from collections.abc import Callable
@@ -29,14 +29,17 @@ KERNELS = {
 def replay_and_perturb(
     weights: Tensor, address: int, work: Pass, out: Tensor | None = None, rows: Rows | None = None
 ) -> None:
-    """Replay changes on ``weights`` in place and write one probe a row of ``out``, in one pass over memory.
+    """Replay changes on ``weights`` and write a probe to each row of ``out``, in one pass.
 
     Args:
-        weights: contiguous, shape ``[n]``, float32, bfloat16 or float16; *modified in place* when there are changes.
+        weights: contiguous, shape ``[n]``, float32, bfloat16 or float16; *modified in place* if
+            there are changes.
         address: flat address of ``weights[0]``, a multiple of ``ALIGNMENT``.
         work: the changes and the probes.
-        out: shape ``[len(work.probes), n]``, rows contiguous, dtype and device of ``weights``; *modified in place*.
-        rows: what will be read of ``out``; the rest of it may be left as it is. Changes apply to all of ``weights``.
+        out: shape ``[len(work.probes), n]``, rows contiguous, dtype and device of ``weights``;
+            *modified in place*.
+        rows: all that will be read of ``out``; the rest may be left as it is. Changes apply to all
+            of ``weights``.
     """
     assert address % ALIGNMENT == 0 and weights.is_contiguous() and weights.dtype in STORED_DTYPES
     _kernel(weights.device.type)(weights, address, work, out, rows)
@@ -44,7 +47,7 @@ def replay_and_perturb(
 
 @cache
 def _kernel(device_type: str) -> Kernel:
-    # Imported on first use: numba takes a second to import, and Triton is absent where there is no GPU.
+    # Imported on first use: numba takes a second, and Triton is absent where there is no GPU.
     if device_type not in KERNELS:
         return replay_and_perturb_reference
     module, function = KERNELS[device_type]

@@ -1,8 +1,9 @@
-"""The fused visit on CPU: compiled by numba, the same bits as the reference in ``perturbation``.
+"""Replay and perturb on CPU: compiled by numba, the same bits as the reference in ``perturbation``.
 
-Weights go through the cache once, tile by tile; inner loops are branch-free, over slices, so that LLVM vectorises
-them. Bits depend on addresses alone, so any number of threads may split a call. They are OpenMP's, as torch's are: a
-pool of Python threads was half as fast, and numba's own ``workqueue`` aborts when two Python threads enter it.
+Weights go through the cache once, tile by tile; inner loops are branch-free, over slices, so that
+LLVM vectorises them. Bits depend on addresses alone, so any number of threads may split a call.
+They are OpenMP's, as torch's are: a pool of Python threads was half as fast, and numba's own
+``workqueue`` aborts when two Python threads enter it.
 """
 
 from dataclasses import replace
@@ -19,7 +20,7 @@ from zo.method.philox import MULTIPLIER_0, MULTIPLIER_1, ROUNDS, WEYL_0, WEYL_1,
 numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]  # type: ignore[attr-defined]
 
 TILE = 4096
-"""Elements a tile; with its words and values it stays in the first two cache levels."""
+"""Elements per tile; with its words and values it stays in the first two cache levels."""
 PARALLEL_FROM = 1 << 17
 """Below this many elements a second thread costs more than it gives."""
 
@@ -62,7 +63,10 @@ def _horner(poly, t):  # type: ignore[no-untyped-def]
 
 @_jit
 def _box_muller(words, count, u, v, z):  # type: ignore[no-untyped-def]
-    """``z[:4 * count]`` from ``words[4, :count]``; ``u[count]``, ``v[4, count]`` are scratch; see perturbation."""
+    """Fill ``z[:4 * count]`` from ``words[4, :count]``, by the equations of ``perturbation``.
+
+    ``u[count]`` and ``v[4, count]`` are scratch.
+    """
     u_bits, columns = u.view(np.int32), z.reshape(-1, 4)
     for pair in range(2):
         uniform, angle, cosine, sine = (
@@ -99,10 +103,10 @@ def _box_muller(words, count, u, v, z):  # type: ignore[no-untyped-def]
 
 @_jit
 def _signs(words, count, bits_a_word, z):  # type: ignore[no-untyped-def]
-    """``z[:128 * count]`` from ``words[4, :count]``: a set bit is +1.
+    """Fill ``z[:128 * count]`` from ``words[4, :count]``: a set bit is +1.
 
-    ``bits_a_word`` is 32, but not a constant: LLVM would unroll the inner loop before it could vectorise it, which
-    takes four times as long.
+    ``bits_a_word`` is 32, but not a constant: LLVM would unroll the inner loop before it could
+    vectorise it, which takes four times as long.
     """
     bits = z.view(np.uint32)
     for i in range(count):
@@ -137,7 +141,7 @@ def _load(stored, kind, x):  # type: ignore[no-untyped-def]
     else:
         bits = x.view(np.uint32)
         for i in range(count):
-            # Move the exponent as if it were float32's, then scale by 2**112: exact for subnormals too.
+            # Move the exponent as if float32's, then scale by 2**112: exact for subnormals too.
             bits[i] = (u32(stored[i]) & u32(0x7FFF)) << u32(13)
         for i in range(count):
             x[i] = x[i] * f32(2.0**112)
@@ -172,10 +176,10 @@ def _round_nearest(x, kind, stored):  # type: ignore[no-untyped-def]
 
 @_jit
 def _round_stochastic(x, kind, seed, address, step, words, halves, small):  # type: ignore[no-untyped-def]
-    """Round float32 ``x`` in place to numbers of the stored dtype; ``halves``, ``small`` are scratch.
+    """Round float32 ``x`` in place to numbers of the stored dtype.
 
-    Words in the order of calls, seen as 16-bit numbers (low half first, as this machine keeps them), are in the order
-    of addresses.
+    ``halves`` and ``small`` are scratch. Words in the order of calls, seen as 16-bit numbers (low
+    half first, as in memory), are in the order of addresses.
     """
     _words(seed, address // u64(8), step, ROUNDING, TILE // 8, words)
     by_call = halves.reshape(-1, 4)
@@ -222,7 +226,7 @@ def _replay_and_perturb(  # type: ignore[no-untyped-def]
     scales,
     out,
 ):
-    """The visit of these tiles of ``stored``."""
+    """Replay and perturb these tiles of ``stored``."""
     x, y = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
     z, u, v = (
         np.empty(TILE, np.float32),
@@ -233,7 +237,7 @@ def _replay_and_perturb(  # type: ignore[no-untyped-def]
     for tile in tiles:
         lo = tile * TILE
         count, here, in_z = min(TILE, len(stored) - lo), address + u64(lo), -1
-        # Slices start at zero: an index that could be negative would keep a loop from being vectorised.
+        # Slices start at zero: a loop with an index that may be negative is not vectorised.
         here_stored = stored[lo : lo + count]
         _load(here_stored, kind, x)
         for e in range(len(steps)):
@@ -267,7 +271,7 @@ def _replay_and_perturb(  # type: ignore[no-untyped-def]
 
 @numba.njit(nogil=True, cache=True, parallel=True, error_model="numpy")
 def _replay_and_perturb_in_parts(parts, stored, tiles, *arguments):  # type: ignore[no-untyped-def]
-    """The visit of these tiles, an equal part of them a thread."""
+    """Replay and perturb these tiles, an equal part of them per thread."""
     for part in numba.prange(parts):
         _replay_and_perturb(
             stored, tiles[part * len(tiles) // parts : (part + 1) * len(tiles) // parts], *arguments
@@ -275,7 +279,7 @@ def _replay_and_perturb_in_parts(parts, stored, tiles, *arguments):  # type: ign
 
 
 def _tiles_of(rows: p.Rows, count: int) -> np.ndarray:
-    """Numbers of the tiles that these rows lie in, sorted."""
+    """Return the numbers of the tiles that overlap these rows, sorted."""
     first = rows.numbers.numpy() * rows.width
     spanned = np.arange(0, rows.width + TILE - 1, TILE)[None, :]
     inside = np.minimum(
@@ -285,16 +289,17 @@ def _tiles_of(rows: p.Rows, count: int) -> np.ndarray:
 
 
 def _numpy(tensor: Tensor) -> np.ndarray:
-    """The tensor's memory: float32 as it is, the 16-bit types as their bits."""
+    """Return the tensor's memory: float32 as it is, the 16-bit types as their bits."""
     return (tensor if tensor.dtype == torch.float32 else tensor.view(torch.uint16)).detach().numpy()
 
 
 @lru_cache(maxsize=256)
 def _numbers(work: p.Pass) -> tuple[np.ndarray, ...]:
-    """A pass's numbers as the kernel takes them; read only.
+    """Return a pass's numbers as the kernel takes them; read only.
 
     Returns:
-        Steps, decays, directions and coefficients of the changes; directions and scales of the probes.
+        Steps, decays, directions and coefficients of the changes; directions and scales of the
+        probes.
     """
     width = max((len(c.directions) for c in work.changes), default=0)
     directions, coefficients = (
@@ -321,7 +326,7 @@ def replay_and_perturb_cpu(
     out: Tensor | None = None,
     rows: p.Rows | None = None,
 ) -> None:
-    """Compute :func:`zo.method.kernels.replay_and_perturb` for tensors on CPU, on as many threads as torch uses."""
+    """Compute :func:`zo.method.kernels.replay_and_perturb` on CPU, on as many threads as torch."""
     if rows is not None and work.changes:
         replay_and_perturb_cpu(weights, address, replace(work, probes=()))
         work = replace(work, changes=())

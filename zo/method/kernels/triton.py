@@ -1,9 +1,10 @@
-"""The fused visit on a GPU: one Triton launch a segment, the same bits as the reference in ``perturbation``.
+"""Replay and perturb on a GPU: one Triton launch per segment, the bits of ``perturbation``.
 
-A program loads a tile of weights, applies every pending entry in registers, stores it, and writes the probes beside.
-Philox runs once a call, not once an element: the words of a vector of calls are laid side by side and widened to
-signs, normals or halves. Nothing is contracted or flushed to zero (``OPTIONS``), and the 16-bit types are rounded on
-their bits, so a GPU, a CPU and Triton's interpreter agree.
+A program loads a tile of weights, applies every pending entry in registers, stores it, and writes
+the probes beside. Philox runs once per call, not once per element: the words of a vector of calls
+are laid side by side and widened to signs, normals or halves. Nothing is contracted or flushed to
+zero (``OPTIONS``), and the 16-bit types are rounded on their bits, so a GPU, a CPU and Triton's
+interpreter agree.
 """
 
 from functools import lru_cache
@@ -20,9 +21,9 @@ from zo.method.philox import MULTIPLIER_0, MULTIPLIER_1, ROUNDS, WEYL_0, WEYL_1,
 
 TILE = 2048
 VECTOR = 16
-"""Elements that a segment's size is counted in where it can be, so that loads and stores are whole vectors."""
+"""A segment's size is counted in so many elements where it can be, for loads of whole vectors."""
 OPTIONS = {"enable_fp_fusion": False, "enable_reflect_ftz": False}
-"""Of the compiler: no product is contracted with a sum, and no subnormal float32 becomes zero."""
+"""Compiler options: no product is contracted with a sum, no subnormal float32 becomes zero."""
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _MUL_0, _MUL_1 = tl.constexpr(MULTIPLIER_0), tl.constexpr(MULTIPLIER_1)
@@ -37,7 +38,7 @@ _BFLOAT16, _FLOAT16 = tl.constexpr(1), tl.constexpr(2)
 
 @triton.jit
 def _side_by_side(a, b, c, d, count: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Four vectors of ``count`` -> one of ``4 * count``: a0 b0 c0 d0 a1 ..."""
+    """Interleave four vectors of ``count`` to one of ``4 * count``: a0 b0 c0 d0 a1 ..."""
     pairs = tl.join(tl.join(a, b), tl.join(c, d))  # [count, within the pair, which pair]
     return tl.reshape(tl.permute(pairs, (0, 2, 1)), (4 * count,))
 
@@ -52,7 +53,7 @@ def _words(  # type: ignore[no-untyped-def]
     purpose: tl.constexpr,
     count: tl.constexpr,
 ):
-    """Words 0 .. 3 of ``count`` calls from the one that serves ``address``; uint32."""
+    """Return words 0 .. 3 of ``count`` calls from the one of ``address``; uint32."""
     call = address // per_call + tl.arange(0, count).to(tl.int64)
     x0, x1 = call.to(tl.uint32), (call >> 32).to(tl.uint32)
     x2, x3 = tl.zeros_like(x0) + direction.to(tl.uint32), tl.zeros_like(x0) + purpose
@@ -70,7 +71,7 @@ def _words(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _box_muller(uniform, angle):  # type: ignore[no-untyped-def]
-    """Two normals from two words; the equations are perturbation's."""
+    """Return two normals from two words, by the equations of ``perturbation``."""
     u = uniform.to(tl.float32) * 2.0**-32 + 2.0**-33
     bits = u.to(tl.int32, bitcast=True)
     exponent = (bits - _SQRT_HALF) >> 23
@@ -94,7 +95,7 @@ def _box_muller(uniform, angle):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _z(seed_lo, seed_hi, address, direction, gaussian: tl.constexpr, tile: tl.constexpr):  # type: ignore[no-untyped-def]
-    """z(seed, direction, address ..); float32 ``[tile]``."""
+    """Return z(seed, direction, address ..); float32 ``[tile]``."""
     if gaussian:
         a, b, c, d = _words(seed_lo, seed_hi, address, 4, direction, _GAUSSIAN, tile // 4)
         z0, z1 = _box_muller(a, b)
@@ -136,7 +137,8 @@ def _store(stored, place, inside, x, kind: tl.constexpr):  # type: ignore[no-unt
             rounded = tl.where(magnitude > 0x7F800000, 0x7FC0, rounded)
         else:
             normal = ((magnitude + 0xFFF + ((magnitude >> 13) & 1)) >> 13) - (112 << 10)
-            # Adding 1/2 leaves a multiple of 2**-24, float16's spacing below 2**-14, in the low bits.
+            # Adding 1/2 leaves a multiple of 2**-24, float16's spacing below 2**-14, in the low
+            # bits.
             raised = (
                 tl.where(magnitude < 0x38800000, magnitude, 0).to(tl.float32, bitcast=True) + 0.5
             )
@@ -148,7 +150,7 @@ def _store(stored, place, inside, x, kind: tl.constexpr):  # type: ignore[no-unt
 
 @triton.jit
 def _round_stochastic(x, kind: tl.constexpr, seed_lo, seed_hi, address, step, tile: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Round float32 to numbers of the stored dtype; the equations are rounding's."""
+    """Round float32 to numbers of the stored dtype, by the equations of ``rounding``."""
     a, b, c, d = _words(seed_lo, seed_hi, address, 8, step, _ROUNDING, tile // 8)
     words = tl.reshape(_side_by_side(a, b, c, d, tile // 8), (tile // 2, 1))
     halves = (words >> (tl.arange(0, 2)[None, :] * 16).to(tl.uint32)) & 0xFFFF
@@ -170,14 +172,20 @@ def _round_stochastic(x, kind: tl.constexpr, seed_lo, seed_hi, address, step, ti
     return rounded.to(tl.float32, bitcast=True)
 
 
-# Nothing that changes within a run may choose a variant of the kernel: each takes seconds to compile. Pointers keep
-# Triton's rule (aligned to 16 bytes or not): where segments lie in their memory, a layout fixes once.
+# Nothing that changes within a run may choose a variant of the kernel: each takes seconds to
+# compile. Pointers keep Triton's rule (aligned to 16 bytes or not): a layout fixes where segments
+# lie in their memory.
 @triton.jit(do_not_specialize=["units", "address", "num_changes", "num_directions", "num_probes"])
 def _replay_and_perturb(  # type: ignore[no-untyped-def]
-    stored, units: tl.int64, address: tl.int64, table, num_changes: tl.int32, num_directions: tl.int32,
-    num_probes: tl.int32, out, unit: tl.constexpr, kind: tl.constexpr, gaussian: tl.constexpr, tile: tl.constexpr,
+    stored, units: tl.int64, address: tl.int64, table, num_changes: tl.int32,
+    num_directions: tl.int32, num_probes: tl.int32, out, unit: tl.constexpr, kind: tl.constexpr,
+    gaussian: tl.constexpr, tile: tl.constexpr,
 ):  # fmt: skip
-    """One tile. ``table``: seed lo, hi; a change's step, decay, then (direction, coefficient)s; (direction, scale)s."""
+    """Replay and perturb one tile.
+
+    ``table`` holds seed lo, hi; for each change step, decay, (direction, coefficient)s; then the
+    probes' (direction, scale)s.
+    """
     count = units * unit  # The product tells the compiler that whole vectors are inside or outside.
     first = tl.program_id(0).to(tl.int64) * tile
     place = first + tl.arange(0, tile).to(tl.int64)
@@ -212,7 +220,10 @@ def _replay_and_perturb(  # type: ignore[no-untyped-def]
 
 @lru_cache(maxsize=256)
 def _numbers(work: p.Pass) -> tuple[Tensor, int]:
-    """All numbers of a pass as one int32 tensor, float32 ones by their bits; and the most directions of a change."""
+    """Return a pass's numbers as one int32 tensor, and the most directions of a change.
+
+    float32 numbers are given by their bits.
+    """
     changes, probes = work.changes, work.probes
     width = max((len(c.directions) for c in changes), default=0)
     floats = [c for change in changes for c in (change.decay, *change.coefficients)] + [
@@ -232,9 +243,9 @@ def _numbers(work: p.Pass) -> tuple[Tensor, int]:
 
 @lru_cache(maxsize=256)
 def _table(work: p.Pass, device: torch.device, stream: int) -> Tensor:
-    """A pass's numbers on a device, uploaded once for all segments that it visits on one stream.
+    """Return a pass's numbers on a device, uploaded once for all segments on one stream.
 
-    ``stream`` is part of the key because the upload is ordered before the launches of its own stream alone.
+    ``stream`` is part of the key: the upload is ordered before launches on its own stream only.
     """
     numbers, _ = _numbers(work)
     return numbers if device.type == "cpu" else numbers.pin_memory().to(device, non_blocking=True)
@@ -243,10 +254,10 @@ def _table(work: p.Pass, device: torch.device, stream: int) -> Tensor:
 def arguments(
     weights: Tensor, address: int, work: p.Pass, table: Tensor, out: Tensor | None
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return what the kernel is launched with: its arguments, then its constants and the compiler's options.
+    """Return the kernel's positional arguments, and its constants with the compiler's options.
 
-    The constants depend on the segment's size, its dtype and the distribution, so that a run's first step compiles
-    all the variants that it will ever need.
+    The constants depend on the segment's size, its dtype and the distribution, so that a run's
+    first step compiles all the variants that it will ever need.
     """
     count, kind = weights.numel(), KINDS[weights.dtype]
     unit = VECTOR if count % VECTOR == 0 else 1
@@ -270,7 +281,10 @@ def replay_and_perturb_triton(
     out: Tensor | None = None,
     rows: p.Rows | None = None,
 ) -> None:
-    """Compute :func:`zo.method.kernels.replay_and_perturb` on a GPU; nothing waits for the device, and all of ``out`` is written."""
+    """Compute :func:`zo.method.kernels.replay_and_perturb` on a GPU.
+
+    The host does not wait for the device. All of ``out`` is written, whatever ``rows``.
+    """
     count = weights.numel()
     assert out is None or out.stride(0) == count
     stream = driver.active.get_current_stream(weights.device.index) if weights.is_cuda else 0
