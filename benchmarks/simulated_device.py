@@ -34,6 +34,7 @@ def run(folder, model, data, *memory):
         f"data.name={data}",
         "batch.sequences=4",
         "batch.micro=2",
+        "batch.max_tokens=64",
         "update.lr=1e-3",
         "update.weight_decay=0.1",
         "run.steps=4",
