@@ -1,8 +1,8 @@
-"""Runs of a tiny model under torchrun, each with one kill -9 of some rank at some moment; who and when is drawn.
+"""Runs of a tiny model under torchrun, each with a kill -9 of a random rank at a random moment.
 
     python benchmarks/chaos.py --runs 30
 
-Each must end with the fingerprint of a run that nothing happened to. A line of a Markdown table for each.
+Each must end with the fingerprint of an uninterrupted run. Prints a Markdown table, a line a run.
 """
 
 import argparse
@@ -53,7 +53,8 @@ def main():
         ]
         same = 0
         print(
-            "| run | killed | of ranks | store, slices | when | same bits | s |\n|---|---|---|---|---|---|---|"
+            "| run | killed | of ranks | store, slices | when | same bits | s |\n"
+            "|---|---|---|---|---|---|---|"
         )
         for seed in range(arguments.first, arguments.first + arguments.runs):
             begun = time.monotonic()
@@ -66,7 +67,8 @@ def main():
                 else f"{drawn['moment']} no. {drawn['step']}"
             )
             print(
-                f"| {seed} | {drawn['rank']} | {drawn['ranks']} | {drawn['store']}, {drawn['slices']} | {when} | "
+                f"| {seed} | {drawn['rank']} | {drawn['ranks']} | "
+                f"{drawn['store']}, {drawn['slices']} | {when} | "
                 f"{'yes' if good else 'NO'} | {time.monotonic() - begun:.0f} |",
                 flush=True,
             )

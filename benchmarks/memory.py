@@ -1,8 +1,11 @@
-"""Resident memory of a training step over the weights, against its bound: two blocks of scratch and the activations.
+"""Resident memory of a training step beyond the weights, against its bound.
+
+The bound is two blocks of scratch and the activations.
 
     python benchmarks/memory.py [--shape 1x32] [--dtype float32]
 
-The model is OPT-125M's shape with random weights. Peaks are the kernel's own (VmHWM, reset before each part).
+The model has the shape of OPT-125M and random weights. Peaks are the kernel's own (VmHWM, reset
+before each part).
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""What several ranks cost and gain, on one machine, one thread a rank.
+"""Cost and gain of several ranks on one machine, one thread a rank.
 
-    python benchmarks/ranks.py scaling          cells a second of 2 ranks over 1 rank, the axes perturb and data
-    python benchmarks/ranks.py bytes            scalars that a rank sends a step, by size of the model
-    python benchmarks/ranks.py slices           bytes that a rank reads and gathers a step, by slices
-    python benchmarks/ranks.py recovery         from a kill -9 of a rank to the next step, under torchrun
+    python benchmarks/ranks.py scaling     cells a second of 2 ranks over 1, axes perturb and data
+    python benchmarks/ranks.py bytes       scalars that a rank sends a step, by size of the model
+    python benchmarks/ranks.py slices      bytes that a rank reads and gathers a step, by slices
+    python benchmarks/ranks.py recovery    seconds from a kill -9 of a rank to the next step
 
 Shapes of OPT with random weights in bfloat16 and random tokens. Prints Markdown tables.
 """
@@ -67,7 +67,7 @@ def command(folder, shape, ranks, settings, restarts=0):
 
 
 def run(folder, shape, ranks, settings):
-    """The lines of its metrics."""
+    """Train, and return the lines of metrics.jsonl."""
     shutil.rmtree(folder / "run", ignore_errors=True)
     done = subprocess.run(
         command(folder, shape, ranks, settings),
@@ -122,7 +122,8 @@ def scalars(folder):
 
 def slices(folder):
     print(
-        "| mesh.slice | MB read a step and rank | share | MB gathered | step, s |\n|---|---|---|---|---|"
+        "| mesh.slice | MB read a step and rank | share | MB gathered | step, s |\n"
+        "|---|---|---|---|---|"
     )
     one = [
         "batch.sequences=4",
@@ -146,7 +147,7 @@ def slices(folder):
 
 
 def recovery(folder, rounds):
-    """Kill rank 1 after step 5; the moments of what follows."""
+    """Kill rank 1 after step 5; print the seconds until each event that follows."""
     found = []
     for _ in range(rounds):
         shutil.rmtree(folder / "run", ignore_errors=True)

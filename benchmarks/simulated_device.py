@@ -23,11 +23,11 @@ from simulated_device import simulated
 
 from zo import Trainer, load_config
 
-PLACES = list(itertools.product(("host", "disk"), ("layer", "module"), (2, 3, 6), (1, 2, 4)))
+SETTINGS = list(itertools.product(("host", "disk"), ("layer", "module"), (2, 3, 6), (1, 2, 4)))
 """Store, unit, slots, lag."""
 
 
-def run(folder, model, data, *place):
+def run(folder, model, data, *memory):
     settings = [
         f"model.name={model}",
         "model.dtype=bfloat16",
@@ -44,7 +44,7 @@ def run(folder, model, data, *place):
         f"run.dir={folder}",
     ]
     with contextlib.redirect_stderr(io.StringIO()):
-        return Trainer(load_config("quickstart", [*settings, *place])).train()["fingerprint"]
+        return Trainer(load_config("quickstart", [*settings, *memory])).train()["fingerprint"]
 
 
 def main():
@@ -75,16 +75,16 @@ def main():
         data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
         expected = run(Path(scratch) / "device", model, data)
         for seed in range(seeds):
-            store, unit, slots, lag = PLACES[seed % len(PLACES)]
-            place = [
+            store, unit, slots, lag = SETTINGS[seed % len(SETTINGS)]
+            memory = [
                 f"memory.store={store}",
                 f"memory.unit={unit}",
                 f"memory.slots={slots}",
                 f"memory.lag={lag}",
             ]
             with simulated(seed) as made, tempfile.TemporaryDirectory() as folder:
-                found = run(Path(folder) / "run", model, data, *place)
-            assert found == expected, (seed, place)
+                found = run(Path(folder) / "run", model, data, *memory)
+            assert found == expected, (seed, memory)
             copies += sum(device.counts["copies"] for device in made)
             accesses += sum(device.counts["accesses"] for device in made)
     seconds = round(time.monotonic() - begun, 1)

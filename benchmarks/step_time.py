@@ -1,9 +1,9 @@
-"""Time of a training step against a plain MeZO step and against two bare forwards, side by side in one process.
+"""Time of a training step against a plain MeZO step and against two bare forwards, in one process.
 
-    python benchmarks/step_time.py [--shapes 1x32,8x64,1x512] [--dtypes float32,bfloat16] [--rounds 7]
+    python benchmarks/step_time.py [--shapes 1x32,8x64] [--dtypes float32,bfloat16] [--rounds 7]
 
-The model is OPT-125M's shape with random weights. Each round times the three in turn; medians of times and of the
-ratios within a round are printed as JSON lines.
+The model has the shape of OPT-125M and random weights. Each round times the three in turn; medians
+of times and of the ratios within a round are printed as JSON lines.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def loss(model, ids):
 
 
 class Mezo:
-    """The step of the paper's code: one generator seed, four passes of normal, multiply, add over each parameter."""
+    """The step of the paper's code: one seed, four passes of normal, multiply, add."""
 
     def __init__(self, model):
         self.model, self.step_number = model, 0
@@ -64,7 +64,7 @@ class Mezo:
 
 
 class Zo:
-    """This project's step, its parts wired as the trainer wires them."""
+    """This project's step, from the parts that the trainer uses."""
 
     def __init__(self, model, distribution):
         header = {
@@ -75,9 +75,11 @@ class Zo:
             "weight_decay": 0.0,
         }
         self.model, self.log, self.layout = model, Log(header), find_layout(model)
-        base = ModelSource(model)
+        source = ModelSource(model)
         cpu = torch.device("cpu")
-        self.replica = Replica(model, self.layout, lambda engine: base, MemoryConfig(), cpu, Path())
+        self.replica = Replica(
+            model, self.layout, lambda engine: source, MemoryConfig(), cpu, Path()
+        )
         self.replica.open(self.log)
 
     def step(self, ids):

@@ -1,13 +1,17 @@
-"""Step time and memory of a run by store, unit, lag and disk engine, each in a process of its own, in turn.
+"""Step time and memory of a run by store, unit, lag and disk engine, each in its own process.
 
-    python benchmarks/stores.py --shape opt-1.3b --tokens 512 --settings "store=device" "store=disk unit=module lag=4"
+    python benchmarks/stores.py --shape opt-1.3b --tokens 512 \\
+        --settings "store=device" "store=disk unit=module lag=4"
 
-The model has the shape of the recipe's and random weights in bfloat16; a setting is a list of keys of ``memory``.
-Printed for each: peak resident memory of the whole process; over the second half of the steps, when blocks have been
-written before, medians of step time, bytes read and the share of time that the compute waited, and the mean of bytes
-written; of the last step, from its timeline, the
-seconds that reading, replaying and perturbing, and the forwards took. ``cold`` among a setting's words drops the page
-cache before every step.
+The model has the shape of the recipe's and random weights in bfloat16; a setting is a list of keys
+of ``memory``. Prints for each:
+
+- peak resident memory of the process;
+- over the second half of the steps, when all blocks have been written before: medians of step time,
+  bytes read and the share of time that the compute waited, and the mean of bytes written;
+- of the last step, from its timeline: seconds of reading, of replay and perturbation, of forwards.
+
+``cold`` among a setting's words drops the page cache before every step.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""An audit finds weights that are not what the log makes of them, at a cost that does not grow with the log."""
+"""An audit finds weights that differ from the log's, at a cost that does not grow with the log."""
 
 from pathlib import Path
 
@@ -79,7 +79,7 @@ def test_an_audit_of_a_long_log_replays_no_more_than_one_of_a_short_log(monkeypa
 @pytest.mark.parametrize("store", ["host", "device"])
 @torch.no_grad()
 def test_a_bit_that_flips_between_audits_is_found(store):
-    """One rank alone, whose base cannot be read again: its own copies tell."""
+    """One rank alone, whose base cannot be read again: its held copies show it."""
     replica, audits = started(store)
     go_on(replica, 3)
     audits.check(Mesh())
@@ -106,6 +106,6 @@ def test_two_ranks_that_differ_are_both_named_and_neither_is_accused():
         _judge([(0, "", "x", "a"), (0, "", "y", "a")], 7)
 
 
-def test_a_majority_names_the_rank_that_errs():
+def test_a_majority_names_the_rank_that_is_wrong():
     with pytest.raises(RankError, match=r"weights of rank 2 \(block a\) are not"):
         _judge([(0, "", "x", "a"), (0, "", "x", "a"), (0, "", "y", "a")], 7)

@@ -1,6 +1,7 @@
-"""What leaves a run must be the run's weights, whole or not at all, and reach the hub unchanged and private.
+"""An exported model is the run's weights, complete or absent, and reaches the hub unchanged.
 
-Models are tiny and random, and lie in memory as a run keeps them: a block's parameters are views of one flat tensor.
+Models are tiny and random, and lie in memory as in a run: a block's parameters are views of one
+flat tensor.
 """
 
 import contextlib
@@ -38,7 +39,8 @@ CARD = Card(
     data="movie-reviews",
     data_checksum="d" * 64,
     recipe="quickstart",
-    command="torchrun --nproc-per-node 2 launch/train.py recipe=quickstart run.steps=7 'data.template=\"{text} so\"'",
+    command="torchrun --nproc-per-node 2 launch/train.py recipe=quickstart run.steps=7 "
+    "'data.template=\"{text} so\"'",
     seed=3,
     steps=7,
     method="spsa, 1 direction, rademacher, eps 0.001; sgd, lr 0.0001",
@@ -78,7 +80,7 @@ AUTO = (tf.AutoModelForCausalLM, tf.AutoModelForSequenceClassification, tf.AutoM
 
 
 def into_flat_buffers(model):
-    """As the store does: a block's parameters in one tensor, each at a multiple of 128; tied ones on one view."""
+    """Move a block's parameters into one tensor, at multiples of 128, tied ones on one view."""
     blocks = {}
     for name, parameter in model.named_parameters():
         blocks.setdefault(".".join(name.split(".")[:4]), []).append(parameter)
@@ -145,7 +147,7 @@ def test_a_folder_loads_as_the_same_model(tmp_path, family, dtype):
     to = tmp_path / "new" / "model"
     write_folder(model, tokenizer(), to, CARD)
     assert_same_when_loaded(model, to)
-    # Only a model's own bytes: neither the padding and the neighbours in its storage, nor a tied tensor twice.
+    # Only a model's own bytes: no padding or neighbours of its storage, no tied tensor twice.
     assert (
         own_bytes(model) <= (to / "model.safetensors").stat().st_size <= own_bytes(model) + 16_384
     )
@@ -201,7 +203,7 @@ def test_parts_make_the_same_model_as_the_whole(tmp_path, family, monkeypatch):
 
 
 def test_a_conversion_that_joins_layers_is_not_cut(monkeypatch):
-    """A converter may read tensors of two layers; converting either alone would save half a weight."""
+    """A converter may read two layers; converting either alone would save half a weight."""
     model = build("llama-tied")
     assert len(export._Content(model).parts(model, 40_000)) > 1
     joined = "model.both_norms"
@@ -225,7 +227,7 @@ def test_a_tie_between_layers_is_not_cut():
     not Path("/proc/self/status").exists(), reason="reads the peak of resident memory from /proc"
 )
 def test_no_second_copy_of_the_model_is_made(tmp_path):
-    """Resident memory over a model's in an export of 110 MiB, dense, of experts at once, and of experts in parts."""
+    """Memory beyond a model of 110 MiB: dense, experts at once, experts in parts."""
     script = f"""
         import sys
         sys.path.insert(0, {str(Path(__file__).parent)!r})
@@ -235,7 +237,8 @@ def test_no_second_copy_of_the_model_is_made(tmp_path):
         from zo.run import export
 
         def status(key):
-            return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith(key)) * 1024
+            lines = open("/proc/self/status")
+            return next(int(l.split()[1]) for l in lines if l.startswith(key)) * 1024
 
         def over(model, name):
             Path("/proc/self/clear_refs").write_text("5")
@@ -245,10 +248,12 @@ def test_no_second_copy_of_the_model_is_made(tmp_path):
 
         shape = dict(vocab_size=96, hidden_size=512, num_attention_heads=4, num_key_value_heads=4)
         export.write_folder(t.build("mixtral"), None, Path({str(tmp_path)!r}) / "warm", t.CARD)
-        llama = tf.LlamaForCausalLM(tf.LlamaConfig(**shape, intermediate_size=4096, num_hidden_layers=4))
+        llama = tf.LlamaConfig(**shape, intermediate_size=4096, num_hidden_layers=4)
+        llama = tf.LlamaForCausalLM(llama)
         dense = over(t.into_flat_buffers(llama), "dense")
         del llama
-        mixtral = tf.MixtralConfig(**shape, intermediate_size=1024, num_hidden_layers=4, num_local_experts=4)
+        experts = dict(intermediate_size=1024, num_local_experts=4)
+        mixtral = tf.MixtralConfig(**shape, **experts, num_hidden_layers=4)
         mixtral = t.into_flat_buffers(tf.MixtralForCausalLM(mixtral))
         whole = over(mixtral, "whole")
         export.SHARD_BYTES = 32 * 2**20
@@ -322,7 +327,7 @@ print(total)
 
 
 def test_a_killed_export_leaves_nothing_that_looks_like_a_model(tmp_path):
-    """SIGKILL before every file, folder and rename of an export, and while the weights are written."""
+    """SIGKILL before each file, folder and rename of an export, and amid the weights."""
     to = tmp_path / "out" / "model"
     to.parent.mkdir()
     script = KILLED.format(root=str(Path(__file__).parent), to=str(to))
@@ -495,7 +500,7 @@ def folder(tmp_path_factory):
 
 @contextlib.contextmanager
 def hub_in_this_process(monkeypatch, xet=False, token=TOKEN):
-    """What HF_ENDPOINT, HF_HUB_DISABLE_XET and HF_TOKEN set, which huggingface_hub reads once, when imported."""
+    """Set what HF_ENDPOINT, HF_HUB_DISABLE_XET and HF_TOKEN set; they are read at import only."""
     with HubStandIn("regular" if xet else "lfs") as hub:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.endpoint)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", not xet)
@@ -511,7 +516,10 @@ def contents(folder):
 
 def test_the_bytes_arrive_in_a_private_repository(folder):
     """As a user does it: from another process, by environment variables alone."""
-    script = "import sys; from pathlib import Path; from zo.run.hub import push; print(push(Path(sys.argv[1]), 'ann/tuned'))"
+    script = (
+        "import sys; from pathlib import Path; from zo.run.hub import push; "
+        "print(push(Path(sys.argv[1]), 'ann/tuned'))"
+    )
     with HubStandIn() as hub:
         own = {
             "HF_ENDPOINT": hub.endpoint,

@@ -1,4 +1,4 @@
-"""The loop: a step is MeZO's step, a user's own model trains, and a run that goes nowhere says so."""
+"""The loop: a step is MeZO's step, a user's own model trains, a dead run is reported."""
 
 import json
 import math
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow  # Whole runs, most of them in processes of their 
 
 @torch.no_grad()
 def test_a_step_is_a_plain_mezo_step_with_the_same_z(tmp_path):
-    """Algorithm 1 of Malladi et al. 2023, written out on a model whose perturbation order is the address order."""
+    """Algorithm 1 of Malladi et al. 2023, on a model whose parameters are in address order."""
     eps, lr, seed = 1e-3, 1e-2, 5
     ids = torch.randint(3, 24, (2, 2, 9), generator=torch.Generator().manual_seed(1))
 
@@ -57,10 +57,10 @@ def test_a_step_is_a_plain_mezo_step_with_the_same_z(tmp_path):
 
     plain = make_llama(tie_word_embeddings=False)
     named = dict(plain.named_parameters())
-    placed = list(find_layout(plain).parameters)
+    parameters_in_order = list(find_layout(plain).parameters)
 
     def perturb(scale):
-        for p in placed:
+        for p in parameters_in_order:
             z = gaussian(seed, 0, p.start, p.numel).view(p.spec.shape)
             named[p.name].copy_(before[p.name] + float32(scale * eps) * z)
 
@@ -73,7 +73,7 @@ def test_a_step_is_a_plain_mezo_step_with_the_same_z(tmp_path):
     plus = loss()
     perturb(-1)
     g = float32((plus - loss()) / (2 * eps))
-    for p in placed:
+    for p in parameters_in_order:
         z = gaussian(seed, 0, p.start, p.numel).view(p.spec.shape)
         decay = float32(1 - lr * 0.1) if len(p.spec.shape) > 1 else 1.0
         named[p.name].copy_(before[p.name] * decay + float32(-lr * g) * z)
@@ -82,7 +82,7 @@ def test_a_step_is_a_plain_mezo_step_with_the_same_z(tmp_path):
 
 
 class Net(nn.Module):
-    """A model of no library, with a parameter of its own beside its modules."""
+    """A plain module with a parameter of its own beside its modules."""
 
     def __init__(self):
         super().__init__()
@@ -118,7 +118,7 @@ def squares(model, batch):
     return torch.stack((error.square().sum(), torch.tensor(float(len(error)))))
 
 
-def test_a_model_of_ones_own_learns(tmp_path):
+def test_a_users_own_model_learns(tmp_path):
     summary = own(tmp_path, squares).train()
     losses = [
         json.loads(line)["loss"]
@@ -151,7 +151,8 @@ def test_a_step_without_a_finite_loss_moves_nothing_and_is_reported(tmp_path, ca
 
     def sometimes(model, batch):
         calls.append(0)
-        # 16 forwards a step, after 4 of the self-check in lockstep and 4 plain: all of the second step are lost.
+        # 16 forwards a step, after 4 of the self-check in lockstep and 4 plain: the second step
+        # loses all of its own.
         return squares(model, batch) * (math.nan if 8 + 16 <= len(calls) - 1 < 8 + 32 else 1.0)
 
     own(tmp_path, sometimes, "run.steps=3").train()
@@ -174,7 +175,7 @@ def test_a_run_that_stays_without_finite_losses_stops_with_advice(tmp_path):
     assert len(read(tmp_path / "run" / "steps.log")[1]) == 3
 
 
-def test_a_loss_that_does_not_feel_the_perturbation_is_reported(tmp_path, capsys):
+def test_a_loss_that_the_perturbation_does_not_change_is_reported(tmp_path, capsys):
     model = Net()
     constant = lambda model, batch: squares(model, batch) * 0 + 1  # noqa: E731
     before = [p.clone() for p in model.parameters()]
