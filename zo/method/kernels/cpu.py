@@ -210,6 +210,59 @@ def _round_stochastic(x, kind, seed, address, step, words, halves, small):  # ty
 
 
 @_jit
+def _replay_and_perturb_float32(  # type: ignore[no-untyped-def]
+    stored,
+    tiles,
+    address,
+    seed,
+    gaussian,
+    bits_a_word,
+    kind,
+    steps,
+    decays,
+    directions,
+    coefficients,
+    probes,
+    scales,
+    out,
+):
+    """Replay and perturb these tiles of float32 ``stored`` in place: nothing is to be rounded."""
+    z, u, v = (
+        np.empty(TILE, np.float32),
+        np.empty(TILE // 4, np.float32),
+        np.empty((4, TILE // 4), np.float32),
+    )
+    words = np.empty((4, TILE // 4), np.uint32)
+    for tile in tiles:
+        lo = tile * TILE
+        count, here, in_z = min(TILE, len(stored) - lo), address + u64(lo), -1
+        # Slices start at zero: a loop with an index that may be negative is not vectorised.
+        x = stored[lo : lo + count]
+        for e in range(len(steps)):
+            decay = decays[e]
+            if decay != f32(1.0):
+                for i in range(count):
+                    x[i] = x[i] * decay
+            for k in range(directions.shape[1]):
+                c = coefficients[e, k]
+                if c != f32(0.0):
+                    _direction(seed, here, directions[e, k], gaussian, bits_a_word, words, u, v, z)
+                    for i in range(count):
+                        x[i] = x[i] + z[i] * c
+        for row in range(len(probes)):
+            c, y = scales[row], out[row, lo : lo + count]
+            if c == f32(0.0):
+                for i in range(count):
+                    y[i] = x[i]
+                continue
+            if in_z < 0 or probes[row] != probes[in_z]:
+                _direction(seed, here, probes[row], gaussian, bits_a_word, words, u, v, z)
+                in_z = row
+            for i in range(count):
+                y[i] = x[i] + z[i] * c
+
+
+@_jit
 def _replay_and_perturb(  # type: ignore[no-untyped-def]
     stored,
     tiles,
@@ -226,7 +279,7 @@ def _replay_and_perturb(  # type: ignore[no-untyped-def]
     scales,
     out,
 ):
-    """Replay and perturb these tiles of ``stored``."""
+    """Replay and perturb these tiles of 16-bit ``stored``, each widened to float32 and rounded."""
     x, y = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
     z, u, v = (
         np.empty(TILE, np.float32),
@@ -278,6 +331,17 @@ def _replay_and_perturb_in_parts(parts, stored, tiles, *arguments):  # type: ign
         )
 
 
+@numba.njit(nogil=True, cache=True, parallel=True, error_model="numpy")
+def _replay_and_perturb_float32_in_parts(  # type: ignore[no-untyped-def]
+    parts, stored, tiles, *arguments
+):
+    """See :func:`_replay_and_perturb_in_parts`."""
+    for part in numba.prange(parts):
+        _replay_and_perturb_float32(
+            stored, tiles[part * len(tiles) // parts : (part + 1) * len(tiles) // parts], *arguments
+        )
+
+
 def _tiles_of(rows: p.Rows, count: int) -> np.ndarray:
     """Return the numbers of the tiles that overlap these rows, sorted."""
     first = rows.numbers.numpy() * rows.width
@@ -319,6 +383,13 @@ def _numbers(work: p.Pass) -> tuple[np.ndarray, ...]:
     )
 
 
+FUNCTIONS = {
+    True: (_replay_and_perturb_float32, _replay_and_perturb_float32_in_parts),
+    False: (_replay_and_perturb, _replay_and_perturb_in_parts),
+}
+"""For float32, and for the 16-bit types: the function for one thread, and for several."""
+
+
 def replay_and_perturb_cpu(
     weights: Tensor,
     address: int,
@@ -342,8 +413,9 @@ def replay_and_perturb_cpu(
     )
     tiles = np.arange(-(-count // TILE)) if rows is None else _tiles_of(rows, count)
     threads = torch.get_num_threads() if len(tiles) * TILE >= PARALLEL_FROM else 1
+    alone, in_parts = FUNCTIONS[weights.dtype == torch.float32]
     if threads == 1:
-        _replay_and_perturb(stored, tiles, *arguments)
+        alone(stored, tiles, *arguments)
     else:
         numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
-        _replay_and_perturb_in_parts(threads, stored, tiles, *arguments)
+        in_parts(threads, stored, tiles, *arguments)
