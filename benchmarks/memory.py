@@ -13,7 +13,7 @@ from step_time import Zo, forwards
 from transformers import OPTConfig, OPTForCausalLM
 
 from zo.method.kernels import visit
-from zo.method.perturbation import Change, Offset, Pass
+from zo.method.perturbation import Change, Pass, Probe
 
 MIB = 2**20
 
@@ -51,7 +51,7 @@ def main():
         visit(
             tiny[0],
             0,
-            Pass(1, "rademacher", (Change(1, (0,), (1.0,)),), (Offset(1, 1.0),)),
+            Pass(1, "rademacher", (Change(1, (0,), (1.0,)),), (Probe(1, 1.0),)),
             tiny[1:],
         )
         kernel = resident("VmRSS") - before

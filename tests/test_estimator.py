@@ -17,7 +17,7 @@ from zo.method.estimator import (
     probes,
 )
 from zo.method.kernels import visit
-from zo.method.perturbation import Offset, Pass, rademacher
+from zo.method.perturbation import Pass, Probe, rademacher
 from zo.method.table import LossTable
 from zo.method.update import SCHEDULES, learning_rate, sgd
 
@@ -27,7 +27,7 @@ EPS = 1e-3
 def table_of(loss, rows, theta, address=0):
     """The table of a function of parameters."""
     out = torch.empty(len(rows), theta.numel(), dtype=theta.dtype)
-    visit(theta, address, Pass(3, "rademacher", offsets=tuple(rows)), out)
+    visit(theta, address, Pass(3, "rademacher", probes=tuple(rows)), out)
     return filled(rows, [float(loss(row)) for row in out])
 
 
@@ -79,12 +79,12 @@ def test_directions_are_never_used_twice():
 def test_the_pair_of_a_direction_stands_side_by_side():
     """The two signs share one z in a visit only if their rows are neighbours."""
     assert probes("spsa", 2, 2, EPS) == [
-        Offset(d, s * float32(EPS)) for d in (2, 3) for s in (1, -1)
+        Probe(d, s * float32(EPS)) for d in (2, 3) for s in (1, -1)
     ]
     assert probes("one-sided", 1, 2, EPS) == [
-        Offset(0, 0.0),
-        Offset(0, float32(EPS)),
-        Offset(1, float32(EPS)),
+        Probe(0, 0.0),
+        Probe(0, float32(EPS)),
+        Probe(1, float32(EPS)),
     ]
 
 
@@ -136,6 +136,6 @@ def test_direction_numbers_that_would_wrap_are_refused():
         with pytest.raises(AssertionError):
             rademacher(3, wrong, 0, 128)
         with pytest.raises(AssertionError):
-            Pass(3, "rademacher", offsets=(Offset(wrong, 1.0),))
+            Pass(3, "rademacher", probes=(Probe(wrong, 1.0),))
     with pytest.raises(AssertionError):
         rademacher(2**64, 0, 0, 128)

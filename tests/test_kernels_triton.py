@@ -13,7 +13,7 @@ import torch
 from test_perturbation import bits
 
 from zo.method.estimator import float32
-from zo.method.perturbation import STORED_DTYPES, Change, Offset, Pass, Z
+from zo.method.perturbation import STORED_DTYPES, Change, Pass, Probe, Z
 
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
@@ -28,7 +28,7 @@ CASES = [
 def compare():
     """Run every case; called in the process with the interpreter."""
     import torch
-    from test_perturbation import CHANGES, OFFSETS, weights
+    from test_perturbation import CHANGES, PROBES, weights
 
     from zo.method.kernels.triton import visit_triton
     from zo.method.perturbation import Pass, visit_reference
@@ -42,9 +42,9 @@ def compare():
                 torch.zeros(4, count, dtype=dtype),
             )
             visit_reference(
-                expected, address, Pass(seed, distribution, CHANGES, OFFSETS), expected_out
+                expected, address, Pass(seed, distribution, CHANGES, PROBES), expected_out
             )
-            visit_triton(found, address, Pass(seed, distribution, CHANGES, OFFSETS), found_out)
+            visit_triton(found, address, Pass(seed, distribution, CHANGES, PROBES), found_out)
             assert torch.equal(bits(found), bits(expected)), (distribution, name, count, "weights")
             assert torch.equal(bits(found_out), bits(expected_out)), (
                 distribution,
@@ -78,7 +78,7 @@ def specialized(work, dtype, address, count=4096):
     from zo.method.kernels import triton as k
 
     stored = torch.zeros(count, dtype=dtype)
-    out = torch.zeros(max(1, len(work.offsets)), count, dtype=dtype) if work.offsets else None
+    out = torch.zeros(max(1, len(work.probes)), count, dtype=dtype) if work.probes else None
     backend = make_backend(GPUTarget("cuda", 90, 32))
     bind = create_function_from_signature(k._visit.signature, k._visit.params, backend)
     positional, named = k.arguments(stored, address, work, k._table(work, stored.device, 0), out)
@@ -107,7 +107,7 @@ def test_nothing_that_changes_within_a_run_compiles_another_variant():
             for probes in (0, 1, 2, 16):
                 for address in (0, 128, 2**31, 2**31 + 128, 2**39):
                     work = Pass(
-                        1, "rademacher", changes(lag, directions), (Offset(1, 1.0),) * probes
+                        1, "rademacher", changes(lag, directions), (Probe(1, 1.0),) * probes
                     )
                     variants.add(specialized(work, torch.bfloat16, address)[0])
     for count in (16, 32, 4096, 100_000):
@@ -160,7 +160,7 @@ def test_compiled_code_neither_contracts_nor_flushes(capability, distribution, d
     from triton.backends.compiler import GPUTarget
     from triton.compiler import compile
 
-    work = Pass(1, distribution, changes(2, 2), (Offset(1, 1.0), Offset(1, -1.0)))
+    work = Pass(1, distribution, changes(2, 2), (Probe(1, 1.0), Probe(1, -1.0)))
     _, source, options = specialized(work, dtype, 2**31)
     ptx = compile(source, target=GPUTarget("cuda", capability, 32), options=dict(options)).asm[
         "ptx"

@@ -11,7 +11,7 @@ from torch import nn
 from zo.config.schema import MemoryConfig
 from zo.errors import UserError
 from zo.method.estimator import float32
-from zo.method.perturbation import Offset, rademacher
+from zo.method.perturbation import Probe, rademacher
 from zo.model.blocks import find_layout, layer_lists
 from zo.model.source import OwnBase
 from zo.state.log import Log
@@ -106,7 +106,7 @@ def test_lockstep_is_plain_forwards(name, dtype):
     model, reference = build(name, dtype), build(name, dtype)
     replica = replica_of(model)
     eps = float32(0.01)
-    probes = [Offset(0, 0.0), Offset(0, eps), Offset(0, -eps), Offset(1, eps), Offset(2, eps)]
+    probes = [Probe(0, 0.0), Probe(0, eps), Probe(0, -eps), Probe(1, eps), Probe(2, eps)]
     cells = [(row, forward) for row in range(len(probes)) for forward in forwards(model)]
     together = replica.table(
         probes, [row for row, _ in cells], [lambda f=f: f(model) for _, f in cells]
@@ -213,7 +213,7 @@ def test_a_cell_that_fails_ends_the_others_and_leaves_the_master_in_place():
 
     with torch.no_grad(), pytest.raises(RuntimeError, match="objective"):
         replica.table(
-            [Offset(0, 1.0), Offset(0, -1.0)], [0, 1], [lambda: forwards(model)[0](model), fails]
+            [Probe(0, 1.0), Probe(0, -1.0)], [0, 1], [lambda: forwards(model)[0](model), fails]
         )
     replica.close()
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())

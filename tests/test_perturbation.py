@@ -10,8 +10,8 @@ from zo.method.kernels import visit
 from zo.method.perturbation import (
     STORED_DTYPES,
     Change,
-    Offset,
     Pass,
+    Probe,
     Rows,
     Z,
     _cos_sin_turns,
@@ -27,7 +27,7 @@ CHANGES = (
     Change(7, (14, 15), (float32(1.25e-4), float32(-3.3e-5)), float32(0.9999)),
     Change(8, (16, 17), (float32(2e-6), 0.0)),
 )
-OFFSETS = (Offset(18, EPS), Offset(18, -EPS), Offset(19, EPS), Offset(0, 0.0))
+PROBES = (Probe(18, EPS), Probe(18, -EPS), Probe(19, EPS), Probe(0, 0.0))
 
 
 def bits(tensor):
@@ -80,8 +80,8 @@ def test_polynomials_are_as_good_as_float32_allows():
 def test_cpu_kernel_has_the_bits_of_the_equation(distribution, dtype, count, address):
     expected, found = weights(count, dtype), weights(count, dtype)
     expected_out, found_out = torch.zeros(4, count, dtype=dtype), torch.zeros(4, count, dtype=dtype)
-    visit_reference(expected, address, Pass(SEED, distribution, CHANGES, OFFSETS), expected_out)
-    visit(found, address, Pass(SEED, distribution, CHANGES, OFFSETS), found_out)
+    visit_reference(expected, address, Pass(SEED, distribution, CHANGES, PROBES), expected_out)
+    visit(found, address, Pass(SEED, distribution, CHANGES, PROBES), found_out)
     assert torch.equal(bits(found), bits(expected))
     assert torch.equal(bits(found_out), bits(expected_out))
 
@@ -117,8 +117,8 @@ def test_rows_that_will_be_read_are_written_and_changes_apply_to_all(width):
     count, numbers = 60 * width, torch.tensor([0, 7, 8, 31, 59])
     whole, part = weights(count, torch.bfloat16), weights(count, torch.bfloat16)
     whole_out, part_out = (torch.zeros(4, count, dtype=torch.bfloat16) for _ in range(2))
-    visit(whole, 1280, Pass(SEED, "rademacher", CHANGES, OFFSETS), whole_out)
-    visit(part, 1280, Pass(SEED, "rademacher", CHANGES, OFFSETS), part_out, Rows(numbers, width))
+    visit(whole, 1280, Pass(SEED, "rademacher", CHANGES, PROBES), whole_out)
+    visit(part, 1280, Pass(SEED, "rademacher", CHANGES, PROBES), part_out, Rows(numbers, width))
     assert torch.equal(bits(whole), bits(part))
     expected, found = (bits(out).view(4, 60, width)[:, numbers] for out in (whole_out, part_out))
     assert torch.equal(expected, found)
@@ -126,7 +126,7 @@ def test_rows_that_will_be_read_are_written_and_changes_apply_to_all(width):
 
 def test_probes_leave_the_master_alone():
     master, out = weights(10_000, torch.bfloat16), torch.empty(4, 10_000, dtype=torch.bfloat16)
-    visit(master, 0, Pass(SEED, "rademacher", offsets=OFFSETS), out)
+    visit(master, 0, Pass(SEED, "rademacher", probes=PROBES), out)
     assert torch.equal(bits(master), bits(weights(10_000, torch.bfloat16)))
 
 

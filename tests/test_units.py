@@ -10,7 +10,7 @@ from test_lockstep import CPU, FAMILIES, SIZES, build, forwards, replica_of
 from torch import nn
 
 from zo.errors import UserError
-from zo.method.perturbation import Offset
+from zo.method.perturbation import Probe
 from zo.model import blocks
 from zo.model.blocks import find_layout, pattern
 from zo.streaming.selfcheck import self_check
@@ -138,7 +138,7 @@ def test_a_vocabulary_in_chunks_has_the_bits_of_the_whole(monkeypatch, dtype, ti
         replica = replica_of(model, find_layout(model, unit))
         ids = torch.randint(3, 1500, (3, 11), generator=torch.Generator().manual_seed(0))
         cells = [lambda m=model, i=ids: m(input_ids=i, use_cache=False).logits] * 4
-        found.append(replica.table([Offset(0, 0.5), Offset(0, -0.5)], [0, 0, 1, 1], cells))
+        found.append(replica.table([Probe(0, 0.5), Probe(0, -0.5)], [0, 0, 1, 1], cells))
         replica.close()
         found.append([model(input_ids=ids, use_cache=False).logits])
     chunked = find_layout(make(), "module")

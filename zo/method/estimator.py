@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from math import inf, isfinite
 
 from zo.errors import UserError
-from zo.method.perturbation import Offset
+from zo.method.perturbation import Probe
 from zo.method.table import LossTable
 
 
@@ -82,10 +82,10 @@ def rows_of(name: str) -> Callable[[int], int]:
     return lambda directions: len(ESTIMATORS[name].scales(directions))
 
 
-def probes(name: str, step: int, directions: int, eps: float) -> list[Offset]:
+def probes(name: str, step: int, directions: int, eps: float) -> list[Probe]:
     """The rows of one step's table, as points around the parameters."""
     numbers = directions_of(step, directions)
-    return [Offset(numbers[k], float32(c * eps)) for k, c in ESTIMATORS[name].scales(directions)]
+    return [Probe(numbers[k], float32(c * eps)) for k, c in ESTIMATORS[name].scales(directions)]
 
 
 def estimate(name: str, table: LossTable, eps: float) -> tuple[tuple[float, ...], int]:

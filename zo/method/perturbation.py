@@ -4,7 +4,7 @@ The visit is the one operation on weights that training has. On a run of paramet
 replays pending log entries in place and writes the probes beside, all in one pass over memory:
 
     for each change:  w <- round(decay * w + sum_k coefficient_k * z(direction_k))        (stored dtype)
-    for each probe:   out_p = nearest(w + offset_p * z(direction_p))
+    for each probe:   out_p = nearest(w + scale_p * z(direction_p))
 
 This file holds the equation in plain torch (any device, slow); ``kernels`` chooses what repeats it bit for bit.
 Every floating-point operation is a separate IEEE float32 operation: nothing is contracted, so devices agree.
@@ -59,7 +59,7 @@ class Change:
 
 
 @dataclass(frozen=True)
-class Offset:
+class Probe:
     """Where one probe lies: ``w + scale * z(direction)``; scale 0 is the unperturbed point."""
 
     direction: int
@@ -79,19 +79,19 @@ class Pass:
     """``rademacher`` or ``gaussian``."""
     changes: tuple[Change, ...] = ()
     """Log entries to apply, oldest first; each is rounded to the stored dtype, stochastically below float32."""
-    offsets: tuple[Offset, ...] = ()
+    probes: tuple[Probe, ...] = ()
     """The probes."""
 
     def __post_init__(self) -> None:
         """Check ranges: numbers that do not fit the counter would wrap, on each device in another way."""
         assert 0 <= self.seed < 1 << 64, self.seed
         numbers = [c.step for c in self.changes] + [d for c in self.changes for d in c.directions]
-        numbers += [o.direction for o in self.offsets]
+        numbers += [probe.direction for probe in self.probes]
         assert all(0 <= number < 1 << 32 for number in numbers), (min(numbers), max(numbers))
 
     @cached_property
     def _hash(self) -> int:
-        return hash((self.seed, self.distribution, self.changes, self.offsets))
+        return hash((self.seed, self.distribution, self.changes, self.probes))
 
     def __hash__(self) -> int:
         """Return the hash, counted once: a long replay has thousands of changes."""
@@ -188,9 +188,9 @@ def visit_reference(
                 values = values + z(seed, direction, address, count, device) * coefficient
         random16 = rounding_bits(seed, change.step, address, count, device)
         weights.copy_(round_stochastic(values, random16, weights.dtype))
-    for row, offset in enumerate(work.offsets):
+    for row, probe in enumerate(work.probes):
         assert out is not None
         values = weights.to(torch.float32)
-        if offset.scale != 0.0:
-            values = values + z(seed, offset.direction, address, count, device) * offset.scale
+        if probe.scale != 0.0:
+            values = values + z(seed, probe.direction, address, count, device) * probe.scale
         out[row].copy_(values)

@@ -11,7 +11,7 @@ from math import nan
 
 from torch import Tensor
 
-from zo.method.perturbation import Offset
+from zo.method.perturbation import Probe
 
 
 def share(lines: int, axis: int, index: int) -> range:
@@ -37,7 +37,7 @@ def owners(rows: int, columns: int, perturb: int, data: int) -> tuple[int, ...]:
 class LossTable:
     """One step's table; every cell is filled."""
 
-    probes: Sequence[Offset]
+    probes: Sequence[Probe]
     """The rows."""
     columns: int
     """Micro-batches."""

@@ -13,7 +13,7 @@ from functools import lru_cache
 from torch import Tensor
 
 from zo.method.kernels import visit
-from zo.method.perturbation import Offset, Pass, Rows
+from zo.method.perturbation import Pass, Probe, Rows
 from zo.method.update import RULES
 from zo.model.layout import Block, runs
 from zo.state.log import Log
@@ -51,7 +51,7 @@ class Replay:
         block: Block,
         masters: Sequence[Tensor],
         version: int,
-        offsets: Sequence[Offset] = (),
+        probes: Sequence[Probe] = (),
         out: Sequence[Tensor] = (),
         row_numbers: Tensor | None = None,
     ) -> int:
@@ -61,8 +61,8 @@ class Replay:
             block: which block.
             masters: its weights, one flat tensor a segment; *modified in place* if they lag. Frozen ones stay.
             version: what they stand at.
-            offsets: the probes.
-            out: one tensor a trainable segment, of shape ``[>= len(offsets), segment.numel]``; *modified in place*.
+            probes: the probes.
+            out: one tensor a trainable segment, of shape ``[>= len(probes), segment.numel]``; *modified in place*.
             row_numbers: for a block of one matrix, the only rows of it that will be read of ``out``.
 
         Returns:
@@ -70,10 +70,10 @@ class Replay:
         """
         newest = self.log.version
         for i, segment in enumerate(block.trainable):
-            work = self._pass(version, newest, segment.decays, tuple(offsets))
-            if work.changes or offsets:
+            work = self._pass(version, newest, segment.decays, tuple(probes))
+            if work.changes or probes:
                 rows = None if row_numbers is None else Rows(row_numbers, segment.parts[0].shape[1])
-                visit(masters[i], segment.start, work, out[i] if offsets else None, rows)
+                visit(masters[i], segment.start, work, out[i] if probes else None, rows)
         return newest
 
     def catch_up(self, block: Block, image: Tensor, start: int, version: int, newest: int) -> int:
@@ -107,9 +107,9 @@ class Replay:
         return any(any(change.coefficients) or change.decay != 1.0 for change in changes)
 
     def _make_pass(
-        self, version: int, newest: int, decays: bool, offsets: tuple[Offset, ...] = ()
+        self, version: int, newest: int, decays: bool, probes: tuple[Probe, ...] = ()
     ) -> Pass:
         rule, weight_decay = RULES[self.recipe.rule], self.recipe.weight_decay
         changes = [rule(entry, weight_decay) for entry in self.log.entries[version:newest]]
         seen = changes if decays else [replace(change, decay=1.0) for change in changes]
-        return Pass(self.recipe.seed, self.recipe.distribution, tuple(seen), offsets)
+        return Pass(self.recipe.seed, self.recipe.distribution, tuple(seen), probes)

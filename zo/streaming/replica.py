@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from zo.config.schema import MemoryConfig
 from zo.distributed.slices import Slices
 from zo.io.engines import ENGINES, Engine
-from zo.method.perturbation import Offset
+from zo.method.perturbation import Probe
 from zo.model.binding import Binding
 from zo.model.blocks import tied
 from zo.model.fingerprint import Fingerprint
@@ -31,7 +31,7 @@ from zo.streaming.stores import DeviceStore, HostStore
 from zo.streaming.streamer import Streamer
 
 T = TypeVar("T")
-UNPERTURBED = Offset(0, 0.0)
+UNPERTURBED = Probe(0, 0.0)
 """The probe at the parameters themselves."""
 
 
@@ -139,7 +139,7 @@ class Replica:
         return budget(self.layout, memory.store, memory.slots, self.store.slice, on_host, buffers)
 
     def table(
-        self, probes: Sequence[Offset], rows: Sequence[int], forwards: Sequence[Callable[[], T]]
+        self, probes: Sequence[Probe], rows: Sequence[int], forwards: Sequence[Callable[[], T]]
     ) -> list[T]:
         """Run forwards of a loss table, in one pass over the model for all of them and the ranks that share slices.
 

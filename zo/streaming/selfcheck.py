@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from zo.config.schema import MemoryConfig
 from zo.errors import UserError
-from zo.method.perturbation import Offset
+from zo.method.perturbation import Probe
 from zo.model.blocks import callables, find_layout, layer_lists, pattern, tied
 from zo.model.layout import Layout
 from zo.model.source import OwnBase
@@ -253,7 +253,7 @@ def _compare(
     }
     replica = Replica(small, layout, lambda engine: OwnBase(small), MemoryConfig(), device, Path())
     replica.open(Log(header))
-    probes = [Offset(0, SCALE), Offset(0, -SCALE)]
+    probes = [Probe(0, SCALE), Probe(0, -SCALE)]
     cells = [(row, forward) for row in range(len(probes)) for forward in forwards]
     with torch.no_grad():
         together = replica.table(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from zo.distributed.slices import Slices
 from zo.io.host_memory import allocate
-from zo.method.perturbation import Offset
+from zo.method.perturbation import Probe
 from zo.model.binding import Binding
 from zo.model.layout import Block
 from zo.observe.timeline import Timeline
@@ -39,7 +39,7 @@ class Streamer:
         self._blocks = binding.layout.blocks
         self._memory = allocate(scratch_bytes(self._blocks), device)
         self._slices, self._lookup = slices, False
-        self._probes: list[Offset] = []
+        self._probes: list[Probe] = []
         self._rows: list[int] = []
         self.visited: set[int] = set()
         """Blocks entered since the streamer was made; a block that never is cannot be trained."""
@@ -53,7 +53,7 @@ class Streamer:
             start = stop
         return carved
 
-    def begin(self, probes: Sequence[Offset], rows: Sequence[int]) -> None:
+    def begin(self, probes: Sequence[Probe], rows: Sequence[int]) -> None:
         """Set the probes of a table and, for each forward, the row it belongs to (non-decreasing)."""
         self._probes, self._rows = list(probes), list(rows)
         self._cache.begin()
@@ -110,7 +110,7 @@ class Streamer:
         block: Block,
         weights: Sequence[Tensor],
         version: int,
-        probes: Sequence[Offset] = (),
+        probes: Sequence[Probe] = (),
         scratch: Sequence[Tensor] = (),
         read: Tensor | None = None,
     ) -> int:

@@ -29,7 +29,7 @@ def visit(
         weights: contiguous, shape ``[n]``, float32, bfloat16 or float16; *modified in place* when there are changes.
         address: flat address of ``weights[0]``, a multiple of ``ALIGNMENT``.
         work: the changes and the probes.
-        out: shape ``[len(work.offsets), n]``, rows contiguous, dtype and device of ``weights``; *modified in place*.
+        out: shape ``[len(work.probes), n]``, rows contiguous, dtype and device of ``weights``; *modified in place*.
         rows: what will be read of ``out``; the rest of it may be left as it is. Changes apply to all of ``weights``.
     """
     assert address % ALIGNMENT == 0 and weights.is_contiguous() and weights.dtype in STORED_DTYPES

@@ -309,8 +309,8 @@ def _numbers(work: p.Pass) -> tuple[np.ndarray, ...]:
         np.array([c.decay for c in work.changes], f32),
         directions,
         coefficients,
-        np.array([o.direction for o in work.offsets], u64),
-        np.array([o.scale for o in work.offsets], f32),
+        np.array([probe.direction for probe in work.probes], u64),
+        np.array([probe.scale for probe in work.probes], f32),
     )
 
 
@@ -323,7 +323,7 @@ def visit_cpu(
 ) -> None:
     """Compute :func:`zo.method.kernels.visit` for tensors on CPU, on as many threads as torch uses."""
     if rows is not None and work.changes:
-        visit_cpu(weights, address, replace(work, offsets=()))
+        visit_cpu(weights, address, replace(work, probes=()))
         work = replace(work, changes=())
     count, stored = weights.numel(), _numpy(weights)
     arguments = (

@@ -213,10 +213,10 @@ def _visit(  # type: ignore[no-untyped-def]
 @lru_cache(maxsize=256)
 def _numbers(work: p.Pass) -> tuple[Tensor, int]:
     """All numbers of a pass as one int32 tensor, float32 ones by their bits; and the most directions of a change."""
-    changes, offsets = work.changes, work.offsets
+    changes, probes = work.changes, work.probes
     width = max((len(c.directions) for c in changes), default=0)
     floats = [c for change in changes for c in (change.decay, *change.coefficients)] + [
-        o.scale for o in offsets
+        probe.scale for probe in probes
     ]
     bits = iter(torch.tensor(floats, dtype=torch.float32).view(torch.int32).tolist())
     numbers = [work.seed & 0xFFFFFFFF, work.seed >> 32]
@@ -225,8 +225,8 @@ def _numbers(work: p.Pass) -> tuple[Tensor, int]:
         for direction in change.directions:
             numbers += [direction, next(bits)]
         numbers += [0, 0] * (width - len(change.directions))
-    for offset in offsets:
-        numbers += [offset.direction, next(bits)]
+    for probe in probes:
+        numbers += [probe.direction, next(bits)]
     return torch.tensor(numbers, dtype=torch.int64).to(torch.int32), width
 
 
@@ -253,7 +253,7 @@ def arguments(
     stored, written = (
         t if kind == 0 else t.view(torch.int16) for t in (weights, weights if out is None else out)
     )
-    sizes = (len(work.changes), _numbers(work)[1], len(work.offsets))
+    sizes = (len(work.changes), _numbers(work)[1], len(work.probes))
     constants = {
         "unit": unit,
         "kind": kind,
