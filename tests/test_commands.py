@@ -1,4 +1,5 @@
-"""What a user types: a mistake ends in one line that says what to do, exit code 2, and nothing written."""
+"""What a user types: a mistake ends in one line that says what to do, exit code 2, and nothing
+written."""
 
 import json
 import os
@@ -279,7 +280,8 @@ def test_another_base_model_or_other_data_in_the_same_place_is_refused(
 
 @pytest.mark.slow
 def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_when_there_is_room(overrides, tmp_path):
-    """A limit on the size of files stands for the full disk: the kernel refuses in the middle of a write."""
+    """A limit on the size of files stands for the full disk: the kernel refuses in the middle of a
+    write."""
     settings = [*overrides, f"run.dir={tmp_path}/run", "run.steps=6", "eval.every=0"]
     train = f"sys.argv[1:] = {settings!r}; import runpy; runpy.run_path('launch/train.py', run_name='__main__')"
     limited = """
@@ -365,7 +367,8 @@ def test_random_weights_and_synthetic_data_need_a_configuration_only(command, ti
 
 
 def test_a_sequence_classifier_from_rows_to_folder(command, reviews, tmp_path, tokenizer):
-    """A base model without a head gets one of the rows' classes; the trained head is in the exported folder."""
+    """A base model without a head gets one of the rows' classes; the trained head is in the
+    exported folder."""
     sizes = {
         "vocab_size": 24,
         "hidden_size": 32,

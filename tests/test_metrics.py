@@ -63,7 +63,8 @@ def test_steps_that_the_log_does_not_have_are_dropped(tmp_path):
 
 
 def test_scores_that_are_not_numbers_are_written_and_read(tmp_path):
-    """A model that diverged has a loss of not-a-number; its run must not end in the writing of that."""
+    """A model that diverged has a loss of not-a-number; its run must not end in the writing of
+    that."""
     path = tmp_path / "metrics.jsonl"
     file = MetricsFile(path, 0)
     file.write({"step": 0, "eval": {"accuracy": 0.5, "loss": math.nan}, "scalars": [math.inf]})

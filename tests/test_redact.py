@@ -1,4 +1,5 @@
-"""What looks like a secret is in nothing that a run stores; what does not is stored as it was typed."""
+"""What looks like a secret is in nothing that a run stores; what does not is stored as it was
+typed."""
 
 import pytest
 from test_commands import command  # noqa: F401

@@ -1,4 +1,5 @@
-"""Every implementation can be chosen, and nothing that has none: the names of keys are those of the registries."""
+"""Every implementation can be chosen, and nothing that has none: the names of keys are those of the
+registries."""
 
 import pytest
 

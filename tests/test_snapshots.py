@@ -34,7 +34,8 @@ def held_bytes(name="RssAnon"):
 
 
 def peak_of_a_snapshot(folder, found):
-    """Anonymous memory is sampled by a thread: the peak that the system keeps counts the page cache's mappings too."""
+    """Anonymous memory is sampled by a thread: the peak that the system keeps counts the page
+    cache's mappings too."""
     import threading
 
     from transformers import OPTConfig, OPTForCausalLM
@@ -135,7 +136,8 @@ def test_a_snapshot_is_the_weights_and_any_store_takes_them_over(tmp_path, monke
 
 @pytest.mark.parametrize("slices", [1, 2])
 def test_a_run_goes_on_from_a_snapshot_alone(overrides, tmp_path, slices):
-    """Slices are read from the one file; were a snapshot's bytes in the wrong place, the fingerprint would tell."""
+    """Slices are read from the one file; were a snapshot's bytes in the wrong place, the
+    fingerprint would tell."""
     settings = [*overrides, "run.snapshot_every=2", "memory.store=host", "model.dtype=bfloat16"]
     expected = train([*settings, f"run.dir={tmp_path}/long", "run.steps=6"])
     mesh = [*settings, f"run.dir={tmp_path}/run", f"mesh.slice={slices}"]

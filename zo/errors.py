@@ -2,8 +2,10 @@
 
 
 class UserError(ValueError):
-    """What a user can cause and mend; a launcher prints it as one line and ends with exit code 2."""
+    """What a user can cause and mend; a launcher prints it as one line and ends with exit code
+    2."""
 
 
 class RankError(RuntimeError):
-    """Another rank is gone or silent, which no one rank can mend; told in one line too, with exit code 1."""
+    """Another rank is gone or silent, which no one rank can mend; told in one line too, with exit
+    code 1."""

@@ -1,4 +1,5 @@
-"""Recipes: a YAML file that states what it changes, composed by Hydra over the typed schema of ``config``."""
+"""Recipes: a YAML file that states what it changes, composed by Hydra over the typed schema of
+``config``."""
 
 import ast
 import inspect
@@ -76,12 +77,14 @@ def as_config(node: DictConfig) -> Config:
 def config_of(tree: Mapping[str, Any]) -> Config:
     """Return a checked configuration from nested keys, as a run's ``config.yaml`` holds them.
 
-    ``model.trust_remote_code`` is always false in it: a folder that someone sends must not decide that code is run.
+    ``model.trust_remote_code`` is always false in it: a folder that someone sends must not decide
+    that code is run.
 
     Raises:
         UserError: a key or a value that this version does not know.
     """
-    # Stored values are resolved ones: an interpolation would read this machine's environment into what is written.
+    # Stored values are resolved ones: an interpolation would read this machine's environment into
+    # what is written.
     if "${" in str(tree):
         raise UserError(
             "the run's config.yaml holds an interpolation, ${...}, which no run writes; take it out"

@@ -1,8 +1,10 @@
-"""A run's configuration: frozen dataclasses, one a group of keys, each checked once when it is made.
+"""A run's configuration: frozen dataclasses, one a group of keys, each checked once when it is
+made.
 
 Units stand in the names or in the sentence under a field. What one group can know is checked in its
-``__post_init__``; what needs two groups, in ``Config``'s; what needs the machine, the data or the model, where those
-are met. Every check raises :class:`UserError`, whose text is one line: field, value, constraint, remedy.
+``__post_init__``; what needs two groups, in ``Config``'s; what needs the machine, the data or the
+model, where those are met. Every check raises :class:`UserError`, whose text is one line: field,
+value, constraint, remedy.
 """
 
 import math
@@ -21,8 +23,9 @@ def choice(key: str, value: str, choices: Any) -> None:
 
 
 MAX_CELLS = 2**20
-"""Directions, sequences, and directions times micro-batches of a step, at most. Every cell is one forward and three
-float64 numbers that each rank gathers: a table of that many rows has 24 MiB, and a step of it takes days."""
+"""Directions, sequences, and directions times micro-batches of a step, at most. Every cell is one
+forward and three float64 numbers that each rank gathers: a table of that many rows has 24 MiB, and
+a step of it takes days."""
 MAX_THREADS, THREADS_A_CORE = 1024, 4
 """More threads than cores gain nothing, and some tens of thousands end the process."""
 
@@ -34,7 +37,8 @@ def at_most(key: str, value: int, maximum: int) -> None:
 
 
 def check_threads(threads: int, cores: int) -> None:
-    """Raise :class:`UserError` where a machine of so many cores can make no use of that many threads."""
+    """Raise :class:`UserError` where a machine of so many cores can make no use of that many
+    threads."""
     if threads > cores * THREADS_A_CORE:
         raise UserError(
             f"run.threads={threads} is too many for the {cores} cores of this machine; use at most "
@@ -86,13 +90,15 @@ class ModelConfig:
     dtype: str = "float32"
     """Stored type of the weights: ``float32``, ``bfloat16`` or ``float16``."""
     task: str = "auto"
-    """``causal-lm``, ``sequence-classification``, or ``auto`` to read it from the model's configuration."""
+    """``causal-lm``, ``sequence-classification``, or ``auto`` to read it from the model's
+    configuration."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     tokenizer: str | None = None
     """Hub id or folder of the tokenizer, where it is not the model's own."""
     attention: str = "auto"
-    """``attn_implementation`` of transformers, or ``auto``: ``sdpa`` where the model supports it, else ``eager``."""
+    """``attn_implementation`` of transformers, or ``auto``: ``sdpa`` where the model supports it,
+    else ``eager``."""
     trust_remote_code: bool = False
     """Run code that the model's repository brings."""
 
@@ -107,7 +113,8 @@ class DataConfig:
     """Which examples, and how they become a prompt."""
 
     name: str = ""
-    """A task (``movie-reviews``), a file (.jsonl, .json, .csv, .parquet), a hub id, or ``synthetic``."""
+    """A task (``movie-reviews``), a file (.jsonl, .json, .csv, .parquet), a hub id, or
+    ``synthetic``."""
     subset: str | None = None
     """Configuration of a hub data set, such as ``sst2`` of ``nyu-mll/glue``."""
     split: str = "train"
@@ -119,9 +126,11 @@ class DataConfig:
     train_examples: int | None = None
     """Examples trained on, at most; all by default."""
     template: str | None = None
-    """Prompt of an example with a label; ``{column}`` stands for the column's text. A task brings its own."""
+    """Prompt of an example with a label; ``{column}`` stands for the column's text. A task brings
+    its own."""
     label_words: list[str] | None = None
-    """One word a class, in the order of the labels; each one token of the model's tokenizer, given with its space."""
+    """One word a class, in the order of the labels; each one token of the model's tokenizer, given
+    with its space."""
 
     def __post_init__(self) -> None:
         at_least("data.dev_examples", self.dev_examples, 0)
@@ -158,7 +167,8 @@ class BatchConfig:
                 str(d) for d in range(1, self.sequences + 1) if self.sequences % d == 0
             )
             raise UserError(
-                f"batch.micro={self.micro} does not divide batch.sequences={self.sequences}; use {fits}"
+                f"batch.micro={self.micro} does not divide batch.sequences={self.sequences}; use "
+                f"{fits}"
             )
 
     @property
@@ -187,7 +197,8 @@ class EstimatorConfig:
         choice("estimator.distribution", self.distribution, ("rademacher", "gaussian"))
         if not (math.isfinite(self.eps) and self.eps > 0):
             raise UserError(
-                f"estimator.eps={self.eps} must be a number above 0; MeZO uses 1e-3 for full fine-tuning"
+                f"estimator.eps={self.eps} must be a number above 0; MeZO uses 1e-3 for full "
+                "fine-tuning"
             )
 
 
@@ -200,7 +211,8 @@ class UpdateConfig:
     lr: float = 1e-6
     """Learning rate."""
     schedule: str = "constant"
-    """``constant``, ``linear`` or ``cosine``; both reach 0 one step after the last, so that the last still moves."""
+    """``constant``, ``linear`` or ``cosine``; both reach 0 one step after the last, so that the
+    last still moves."""
     warmup_steps: int = 0
     """Steps over which the rate rises linearly from 0."""
     weight_decay: float = 0.0
@@ -215,18 +227,22 @@ class UpdateConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """How ranks share a step: perturb x data is their number. Empty axes: the first that fits, perturb first."""
+    """How ranks share a step: perturb x data is their number. Empty axes: the first that fits,
+    perturb first."""
 
     perturb: int | None = None
     """Ranks that share the rows (probes)."""
     data: int | None = None
     """Ranks that share the columns (micro-batches)."""
     slice: int = 1
-    """Ranks of a node that keep one copy of the weights together, with memory.store=host or disk."""
+    """Ranks of a node that keep one copy of the weights together, with memory.store=host or
+    disk."""
     timeout_s: int = 1800
-    """Seconds that ranks wait for one another before the run ends, naming the one that is missing."""
+    """Seconds that ranks wait for one another before the run ends, naming the one that is
+    missing."""
     check_every: int = 100
-    """Steps between checks that every rank's weights are what the log makes of the base; 0: never."""
+    """Steps between checks that every rank's weights are what the log makes of the base; 0:
+    never."""
 
     def __post_init__(self) -> None:
         for axis in ("perturb", "data", "slice", "timeout_s"):
@@ -240,13 +256,17 @@ class MemoryConfig:
     """Where the weights live between visits, and what one visit brings."""
 
     store: str = "device"
-    """``device``: all weights where the model computes; ``host``: in host memory; ``disk``: in the run's folder."""
+    """``device``: all weights where the model computes; ``host``: in host memory; ``disk``: in the
+    run's folder."""
     unit: str = "layer"
-    """What one visit brings: a ``layer``, or each ``module`` that owns parameters, for the least memory."""
+    """What one visit brings: a ``layer``, or each ``module`` that owns parameters, for the least
+    memory."""
     slots: int = 3
-    """Blocks that have room where the model computes: one computes, one comes, one goes; at least 2."""
+    """Blocks that have room where the model computes: one computes, one comes, one goes; at least
+    2."""
     lag: int = 4
-    """Entries that a block in a store may lag behind before it is written back; replayed in one pass at its visits."""
+    """Entries that a block in a store may lag behind before it is written back; replayed in one
+    pass at its visits."""
     disk_engine: str = "mmap"
     """``mmap``, or ``deepnvme``: DeepSpeed's direct I/O, which needs the extra nvme and libaio."""
     pin: bool = True
@@ -268,12 +288,14 @@ class ProfileConfig:
     """What is looked at while a run goes on."""
 
     steps: str | None = None
-    """Steps ``a..b`` whose timeline is drawn: ``timeline.json`` for Chrome or Perfetto and ``timeline.png``."""
+    """Steps ``a..b`` whose timeline is drawn: ``timeline.json`` for Chrome or Perfetto and
+    ``timeline.png``."""
 
     def __post_init__(self) -> None:
         if self.steps is not None and not self.range:
             raise UserError(
-                f"profile.steps={self.steps} is no range of steps; give the first and the last, such as 3..4"
+                f"profile.steps={self.steps} is no range of steps; give the first and the last, "
+                "such as 3..4"
             )
 
     @property
@@ -294,13 +316,13 @@ class RunConfig:
     seed: int = 0
     """Seed of everything that is random."""
     snapshot_every: int = 0
-    """Steps between snapshots of the weights, which bound how much a resume replays; 0: never. Of a run with
-    memory.store=disk the blocks on disk are that already, so none are made."""
+    """Steps between snapshots of the weights, which bound how much a resume replays; 0: never. Of a
+    run with memory.store=disk the blocks on disk are that already, so none are made."""
     device: str = "auto"
     """``cpu``, ``cuda``, or ``auto`` for ``cuda`` where there is one."""
     threads: int | None = None
-    """Threads that a rank computes with on CPU; by default the machine's cores, shared among its ranks. Products of a
-    few rows in float32 may depend on it."""
+    """Threads that a rank computes with on CPU; by default the machine's cores, shared among its
+    ranks. Products of a few rows in float32 may depend on it."""
     max_skipped: int = 10
     """Steps in a row that may give no finite estimate before the run stops."""
 
@@ -321,7 +343,8 @@ class EvalConfig:
     """When a run is scored."""
 
     every: int = 0
-    """Steps between evaluations; 0: never. Otherwise also before the first and after the last step."""
+    """Steps between evaluations; 0: never. Otherwise also before the first and after the last
+    step."""
 
     def __post_init__(self) -> None:
         at_least("eval.every", self.every, 0)
@@ -356,11 +379,12 @@ class Config:
     def __post_init__(self) -> None:
         if (cells := self.estimator.directions * self.batch.columns) > MAX_CELLS:
             raise UserError(
-                f"estimator.directions={self.estimator.directions} on {self.batch.columns} micro-batches "
-                f"(batch.sequences / batch.micro) are {cells} pairs a step; use at most {MAX_CELLS}"
+                f"estimator.directions={self.estimator.directions} on {self.batch.columns} "
+                f"micro-batches (batch.sequences / batch.micro) are {cells} pairs a step; use at "
+                f"most {MAX_CELLS}"
             )
         if self.mesh.slice > 1 and self.memory.store == "device":
             raise UserError(
-                f"mesh.slice={self.mesh.slice} cuts weights that come to the device at every visit; use "
-                "memory.store=host or disk, or mesh.slice=1"
+                f"mesh.slice={self.mesh.slice} cuts weights that come to the device at every "
+                "visit; use memory.store=host or disk, or mesh.slice=1"
             )

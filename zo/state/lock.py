@@ -1,4 +1,5 @@
-"""The lock of a run's folder, which keeps it to one run at a time, also over a network file system."""
+"""The lock of a run's folder, which keeps it to one run at a time, also over a network file
+system."""
 
 import fcntl
 import json
@@ -18,13 +19,16 @@ LOCK_PATIENCE_S = 3.0
 
 
 SIGN_PATIENCE_S = 2.0
-"""How long the first rank of a node looks for the sign of rank 0's lock before it takes the folder for its own."""
+"""How long the first rank of a node looks for the sign of rank 0's lock before it takes the folder
+for its own."""
 
 
 class Lock:
-    """Keeps a folder to one run at a time, by an exclusive lock on ``lock`` there, which says who holds it.
+    """Keeps a folder to one run at a time, by an exclusive lock on ``lock`` there, which says who
+    holds it.
 
-    The system lets go of it when its process ends, in whatever way. On a file system without locks there is none.
+    The system lets go of it when its process ends, in whatever way. On a file system without locks
+    there is none.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -45,7 +49,8 @@ class Lock:
             os.fsync(self._descriptor)  # Other machines see it from here on.
         except OSError as error:
             raise UserError(
-                f"run.dir={folder} cannot be written: {error.strerror}; choose another folder or make room"
+                f"run.dir={folder} cannot be written: {error.strerror}; choose another folder or "
+                "make room"
             ) from error
 
     def _take(self, until: float) -> int:
@@ -58,8 +63,9 @@ class Lock:
                 if time.monotonic() > until:
                     owner = lock_owner(self._path.parent)
                     raise UserError(
-                        f"run.dir={self._path.parent} is in use by a run that goes on (host {owner.get('host')}, "
-                        f"process {owner.get('pid')}); wait for its end, or use another run.dir"
+                        f"run.dir={self._path.parent} is in use by a run that goes on (host "
+                        f"{owner.get('host')}, process {owner.get('pid')}); wait for its end, or "
+                        "use another run.dir"
                     ) from None
                 time.sleep(0.1)
                 continue
@@ -72,7 +78,8 @@ class Lock:
             os.close(descriptor)
 
     def show(self) -> None:
-        """Make the file by which other machines find that this folder is theirs too (see :func:`shares`).
+        """Make the file by which other machines find that this folder is theirs too (see
+        :func:`shares`).
 
         Raises:
             UserError: it cannot be written.
@@ -88,7 +95,8 @@ class Lock:
             sync_folder(self._path.parent)
         except OSError as error:
             raise UserError(
-                f"run.dir={self._path.parent} cannot be written: {error.strerror}; choose another folder or make room"
+                f"run.dir={self._path.parent} cannot be written: {error.strerror}; choose another "
+                "folder or make room"
             ) from error
 
     def hide(self) -> None:
@@ -112,13 +120,16 @@ def _sign(folder: Path, token: str) -> Path:
 
 
 def shares(folder: Path, token: str) -> bool:
-    """Return whether this machine sees, as ``folder``, the one in which the lock of ``token`` was shown.
+    """Return whether this machine sees, as ``folder``, the one in which the lock of ``token`` was
+    shown.
 
-    A network file system keeps what it once read: that a file or the folder is not there, or what a file that another
-    machine holds open had in it. So the sign is a file whose name is new with each lock, made, synced and closed before
-    anyone hears of it: no machine can remember that it is not there. The folder may be remembered as missing, but to
-    make it asks the server; and if that succeeds it is another folder, for the sign's is there. Looked for again and
-    again until ``SIGN_PATIENCE_S`` are over, for file systems that promise less; then the folder is another one.
+    A network file system keeps what it once read: that a file or the folder is not there, or what a
+    file that another machine holds open had in it. So the sign is a file whose name is new with
+    each lock, made, synced and closed before
+    anyone hears of it: no machine can remember that it is not there. The folder may be remembered
+    as missing, but to make it asks the server; and if that succeeds it is another folder, for the
+    sign's is there. Looked for again and again until ``SIGN_PATIENCE_S`` are over, for file systems
+    that promise less; then the folder is another one.
     """
     try:
         folder.mkdir(parents=True)

@@ -1,16 +1,20 @@
 """The log of scalars is the state of training: theta_t = replay(theta_0, entries 1..t).
 
-A file is a header and fixed-size entries, append-only. An entry is durable before any parameter moves, and carries
-a CRC-32 that continues the checksum of what lies before it, so a torn, altered, lost or reordered entry is noticed.
+A file is a header and fixed-size entries, append-only. An entry is durable before any parameter
+moves, and carries a CRC-32 that continues the checksum of what lies before it, so a torn, altered,
+lost or reordered entry is noticed.
 
     "ZOLOG1" newline | u32 n | n bytes of JSON | u32 checksum | entries
-    entry = u64 step | u64 position | f64 lr | f32 scalars[directions] | u32 checksum          (little-endian)
+    entry = u64 step | u64 position | f64 lr | f32 scalars[directions] | u32 checksum
+    (little-endian)
 
-An invalid entry with nothing valid after it is the end of a write that a crash cut short: it is cut off. One with
-valid entries after it is damage: the log is refused, for cutting there would lose steps that are whole.
+An invalid entry with nothing valid after it is the end of a write that a crash cut short: it is cut
+    off. One with
+valid entries after it is damage: the log is refused, for cutting there would lose steps that are
+    whole.
 
-``python -m zo.log FILE`` prints it, one JSON object a line; ``python -m zo.log FILE --repair`` keeps a copy of a
-damaged log and cuts it before the damage.
+``python -m zo.log FILE`` prints it, one JSON object a line; ``python -m zo.log FILE --repair``
+keeps a copy of a damaged log and cuts it before the damage.
 """
 
 import hashlib
@@ -42,7 +46,8 @@ def read(path: Path) -> tuple[dict[str, Any], list[Entry]]:
 
 
 class Log:
-    """An open log. Without a path it lives in memory: ranks that do not write hold the same entries."""
+    """An open log. Without a path it lives in memory: ranks that do not write hold the same
+    entries."""
 
     def __init__(self, header: dict[str, Any], entries: list[Entry] | None = None) -> None:
         """A log in memory."""
@@ -107,7 +112,8 @@ class Log:
 
     @property
     def identity(self) -> str:
-        """Hexadecimal hash of the header: equal for the copies of one run's log, and for no other run's."""
+        """Hexadecimal hash of the header: equal for the copies of one run's log, and for no other
+        run's."""
         return hashlib.sha256(json.dumps(self.header, sort_keys=True).encode()).hexdigest()[:32]
 
     def check_in_place(self) -> None:
@@ -129,13 +135,15 @@ class Log:
                 "restore it from a copy" if held.st_nlink == 0 else "put it back under that name"
             )
             raise UserError(
-                f"{self._path} was {what} while the run went on, so that its steps would be lost; it held "
-                f"{self.version} steps: {remedy} and start the same command again, or begin a new run"
+                f"{self._path} was {what} while the run went on, so that its steps would be lost; "
+                f"it held {self.version} steps: {remedy} and start the same command again, or "
+                "begin a new run"
             )
         if held.st_size != self._length:
             raise UserError(
-                f"{self._path} was changed by another program: it has {held.st_size} bytes, and the run wrote "
-                f"{self._length}; see that no other program writes there, and start the same command again"
+                f"{self._path} was changed by another program: it has {held.st_size} bytes, and "
+                f"the run wrote {self._length}; see that no other program writes there, and start "
+                "the same command again"
             )
 
     def append(self, entry: Entry) -> None:
@@ -177,8 +185,9 @@ class Log:
             with suppress(OSError):  # What stays is a torn tail, which the next start cuts.
                 self._truncate()
             raise UserError(
-                f"cannot write step {entries[0].step} to the log: {error.strerror}; "
-                f"the {self.version} steps before it are safe: make room and start the same command again"
+                f"cannot write step {entries[0].step} to the log: {error.strerror}; the "
+                f"{self.version} steps before it are safe: make room and start the same command "
+                "again"
             ) from error
         self._length, self._checksum = self._length + len(data), checksum
 
@@ -192,7 +201,8 @@ class Log:
 def difference(
     found: Mapping[str, Any], expected: Mapping[str, Any]
 ) -> tuple[str, Any, Any] | None:
-    """The first key of ``expected`` that a header does not agree with, its value there, and the expected one."""
+    """The first key of ``expected`` that a header does not agree with, its value there, and the
+    expected one."""
     for key, value in expected.items():
         if key not in found or found[key] != value:
             return key, found.get(key), value
@@ -226,8 +236,9 @@ def _repair_said(path: Path) -> str:
     steps, cut_bytes, copy = done
     size = _packer(read(path)[0]["directions"]).size + _U32.size
     return (
-        f"cut {-(-cut_bytes // size)} steps ({cut_bytes} bytes) from {path}, which has {steps} steps now; the damaged "
-        f"log is {copy}. Snapshots of later steps are of the old log: move them away before the run goes on"
+        f"cut {-(-cut_bytes // size)} steps ({cut_bytes} bytes) from {path}, which has {steps} "
+        f"steps now; the damaged log is {copy}. Snapshots of later steps are of the old log: move "
+        "them away before the run goes on"
     )
 
 

@@ -2,8 +2,8 @@
 
     theta_t = replay(theta_0, entries 1..t)
 
-The entries are applied in one pass over the block's memory, and the probes of the visit that asked for it are
-written in the same pass.
+The entries are applied in one pass over the block's memory, and the probes of the visit that asked
+for it are written in the same pass.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,8 @@ from zo.model.layout import Block, runs
 from zo.state.log import Log
 
 PASSES_KEPT = 256
-"""Passes that are kept for the next block of a step: two (with decay and without) for each group of probes."""
+"""Passes that are kept for the next block of a step: two (with decay and without) for each group of
+probes."""
 
 
 @dataclass(frozen=True)
@@ -59,11 +60,14 @@ class Replay:
 
         Args:
             block: which block.
-            masters: its weights, one flat tensor a segment; *modified in place* if they lag. Frozen ones stay.
+            masters: its weights, one flat tensor a segment; *modified in place* if they lag. Frozen
+                ones stay.
             version: what they stand at.
             probes: the probes.
-            out: one tensor a trainable segment, of shape ``[>= len(probes), segment.numel]``; *modified in place*.
-            row_numbers: for a block of one matrix, the only rows of it that will be read of ``out``.
+            out: one tensor a trainable segment, of shape ``[>= len(probes), segment.numel]``;
+                *modified in place*.
+            row_numbers: for a block of one matrix, the only rows of it that will be read of
+                ``out``.
 
         Returns:
             The newest version, at which the weights stand now.
@@ -81,7 +85,8 @@ class Replay:
 
         Args:
             block: which block.
-            image: its bytes from ``start``, uint8 (see :func:`zo.model.layout.runs`); *modified in place*.
+            image: its bytes from ``start``, uint8 (see :func:`zo.model.layout.runs`); *modified in
+                place*.
             start: a multiple of ``GRAIN``.
             version: what they stand at.
             newest: what they are to stand at.
@@ -98,7 +103,8 @@ class Replay:
     def changes_anything(self, block: Block, version: int, newest: int) -> bool:
         """Return True if entries ``version + 1 .. newest`` can alter the block's bytes.
 
-        They do not where nothing of it is trained, or where every scalar is zero and nothing decays.
+        They do not where nothing of it is trained, or where every scalar is zero and nothing
+        decays.
         """
         if not block.trainable:
             return False

@@ -92,7 +92,8 @@ def check_replaceable(folder: Path) -> None:
         return
     if os.path.ismount(folder):
         raise UserError(
-            f"{folder} is a mount point, which no folder can replace; use a folder in it: {folder / 'model'}"
+            f"{folder} is a mount point, which no folder can replace; use a folder in it: "
+            f"{folder / 'model'}"
         )
     if not folder.is_dir():
         raise UserError(f"{folder} exists and is not an empty folder; choose a new one")
@@ -105,7 +106,8 @@ def check_replaceable(folder: Path) -> None:
         named = path.name in ours or (ours and WEIGHTS.fullmatch(path.name))
         if not named or path.is_symlink() or path.is_dir():
             raise UserError(
-                f"{folder} would be replaced, and zo did not write {path.name} in it; move it elsewhere"
+                f"{folder} would be replaced, and zo did not write {path.name} in it; move it "
+                "elsewhere"
             )
 
 
@@ -157,13 +159,14 @@ class RunFolder:
         """Refuse a folder that is no place for this run; nothing is written.
 
         Raises:
-            UserError: it holds another run (says which keys differ), files that are no run, or links or files where
-                this run would replace or delete some.
+            UserError: it holds another run (says which keys differ), files that are no run, or
+                links or files where this run would replace or delete some.
         """
         if not self.holds_run:
             if foreign := next(self._foreign(), None):
                 raise UserError(
-                    f"run.dir={self.path} is not empty and holds no run ({foreign}); use a new or empty folder"
+                    f"run.dir={self.path} is not empty and holds no run ({foreign}); use a new or "
+                    "empty folder"
                 )
             return
         self._check_links()
@@ -179,7 +182,8 @@ class RunFolder:
         differing = [f"{k} ({before.get(k)} -> {now[k]})" for k in keys if before.get(k) != now[k]]
         if differing:
             raise UserError(
-                f"run.dir={self.path} holds another run: {', '.join(differing)}; use another run.dir, or those values"
+                f"run.dir={self.path} holds another run: {', '.join(differing)}; use another "
+                "run.dir, or those values"
             )
 
     def _foreign(self) -> Iterator[str]:
@@ -204,8 +208,8 @@ class RunFolder:
         for place in (*places, *places[0].glob("rank-*"), *places[0].glob("rank-*/*")):
             if place.is_symlink():
                 raise UserError(
-                    f"run.dir={self.path}: {place.relative_to(self.path)} is a symbolic link, and a run deletes files "
-                    "there; move it away, or make run.dir itself the link"
+                    f"run.dir={self.path}: {place.relative_to(self.path)} is a symbolic link, and "
+                    "a run deletes files there; move it away, or make run.dir itself the link"
                 )
 
     def create(self, config: Config, facts: Mapping[str, Any], header: Mapping[str, Any]) -> Log:
@@ -225,7 +229,8 @@ class RunFolder:
             return Log.create(self.log_file, dict(header))
         except OSError as error:
             raise UserError(
-                f"run.dir={self.path} cannot be written: {error.strerror}; choose another folder or make room"
+                f"run.dir={self.path} cannot be written: {error.strerror}; choose another folder "
+                "or make room"
             ) from error
 
     def left_by_a_log(self) -> list[str]:
@@ -240,7 +245,8 @@ class RunFolder:
         return [path.name for path in left]
 
     def save_snapshot(self, step: int, weights: Passing, base: str) -> None:
-        """Keep the weights of one version; the last two snapshots stay. No more than a block is in memory.
+        """Keep the weights of one version; the last two snapshots stay. No more than a block is in
+        memory.
 
         Raises:
             UserError: the disk refuses; earlier snapshots and the log are untouched.
@@ -261,8 +267,8 @@ class RunFolder:
         except OSError as error:
             beside.unlink(missing_ok=True)
             raise UserError(
-                f"run.dir={self.path}: snapshot of step {step} cannot be written: {error}; the log is safe: make "
-                "room and start the same command again, or set run.snapshot_every=0"
+                f"run.dir={self.path}: snapshot of step {step} cannot be written: {error}; the log "
+                "is safe: make room and start the same command again, or set run.snapshot_every=0"
             ) from error
 
     def _snapshot_files(self) -> list[Path]:
@@ -271,7 +277,8 @@ class RunFolder:
         )
 
     def snapshot(self, newest: int, base: str) -> Snapshot | None:
-        """Return the newest snapshot that a log of ``newest`` entries from this base covers, if there is one."""
+        """Return the newest snapshot that a log of ``newest`` entries from this base covers, if
+        there is one."""
         for path in reversed(self._snapshot_files()):
             try:
                 found = Snapshot(path)

@@ -1,7 +1,9 @@
-"""A snapshot: the trainable weights of one version as a safetensors file, written and read a block at a time.
+"""A snapshot: the trainable weights of one version as a safetensors file, written and read a block
+at a time.
 
-The header is known from the layout before any weight is, so that every block is written to its place as it passes by
-and no second copy of the model is ever in memory. The header's last field, the fingerprint, comes with the last block.
+The header is known from the layout before any weight is, so that every block is written to its
+place as it passes by and no second copy of the model is ever in memory. The header's last field,
+the fingerprint, comes with the last block.
 """
 
 import json
@@ -38,7 +40,8 @@ class Writer:
         """
         self._facts, self._entries, end = dict(facts), dict[str, object](), 0
         self._starts: dict[str, int] = {}
-        # The widest first, so that every tensor is on its alignment: the format has no room between tensors.
+        # The widest first, so that every tensor is on its alignment: the format has no room between
+        # tensors.
         for placed in sorted(layout.parameters, key=lambda p: -p.spec.dtype.itemsize):
             begin, end = end, end + placed.spec.size_bytes
             shape, dtype = list(placed.spec.shape), DTYPES[placed.spec.dtype]

@@ -21,7 +21,8 @@ from zo.streaming.budget import disk_bytes, file_bytes, slot_bytes, within_slot
 
 
 class DiskStore:
-    """The base, read-only, and a file for each block, or slice of one, that was written back since."""
+    """The base, read-only, and a file for each block, or slice of one, that was written back
+    since."""
 
     is_durable = True
 
@@ -34,7 +35,8 @@ class DiskStore:
         writable: bool = True,
         slice: Slice = WHOLE,
     ) -> None:
-        """Read the base once: its fingerprint, and a checksum of each block that later reads are held against.
+        """Read the base once: its fingerprint, and a checksum of each block that later reads are
+        held against.
 
         Raises:
             UserError: the disk has too little room, or refuses.
@@ -65,8 +67,9 @@ class DiskStore:
         free = hardware.free_disk_bytes(self._folder)
         if needed - held > free:
             raise UserError(
-                f"memory.store=disk needs {needed - held} bytes ({(needed - held) / 2**30:.2f} GiB) in {self._folder} "
-                f"and its disk has {free} free ({free / 2**30:.2f} GiB); make room, or choose a run.dir on another disk"
+                f"memory.store=disk needs {needed - held} bytes ({(needed - held) / 2**30:.2f} "
+                f"GiB) in {self._folder} and its disk has {free} free ({free / 2**30:.2f} GiB); "
+                "make room, or choose a run.dir on another disk"
             )
 
     def _read_base(self) -> list[str]:
@@ -93,7 +96,8 @@ class DiskStore:
 
         Args:
             newest: entries of the log; a block of a later version is not used.
-            run: identity of the log (:attr:`zo.state.log.Log.identity`); a block of another run is not used.
+            run: identity of the log (:attr:`zo.state.log.Log.identity`); a block of another run is
+                not used.
         """
         self._run = run
         for block in self.layout.blocks:
@@ -141,13 +145,15 @@ class DiskStore:
         return None
 
     def fetch(self, block: Block, slot: Tensor) -> int:
-        """See :class:`Store`; a file that is damaged gives way to the base, so to a replay of the whole log."""
+        """See :class:`Store`; a file that is damaged gives way to the base, so to a replay of the
+        whole log."""
         image, header = within_slot(slot, self.slice.within(block)), self._headers.get(block.index)
         if header is not None:
             framed = self._framed(block, slot)
             try:
                 self._engine.read(self._path(block), 0, framed)
-                # The whole header, as it is now: another block's file may have come to stand under this name.
+                # The whole header, as it is now: another block's file may have come to stand under
+                # this name.
                 if (
                     Header.parse(framed[:PAGE].numpy().tobytes()) == header
                     and checksum(image) == header.checksum
@@ -176,12 +182,13 @@ class DiskStore:
             ) from error
         if checksum(image) != self._checksums[block.index]:
             raise UserError(
-                f"the base model changed while the run went on: block {block.name} differs; restore it and start the "
-                "same command again"
+                f"the base model changed while the run went on: block {block.name} differs; "
+                "restore it and start the same command again"
             )
 
     def keep(self, block: Block, slot: Tensor, version: int) -> None:
-        """See :class:`Store`: written beside, then renamed; over an old file, whose pages need not be found anew."""
+        """See :class:`Store`: written beside, then renamed; over an old file, whose pages need not
+        be found anew."""
         path, own, framed = self._path(block), self.slice.within(block), self._framed(block, slot)
         if not own:
             self.versions[block.index] = version
@@ -208,17 +215,20 @@ class DiskStore:
         except OSError as error:
             beside.unlink(missing_ok=True)
             raise UserError(
-                f"block {block.name} cannot be written to {self._folder}: {error.strerror or error}; the log is safe: "
-                "make room and start the same command again"
+                f"block {block.name} cannot be written to {self._folder}: "
+                f"{error.strerror or error}; the log is safe: make room and start the same command "
+                "again"
             ) from error
         self._headers[block.index], self.versions[block.index] = header, version
 
     def _file_to_write(self, block: Block) -> Path:
-        """The file to write a block to before it is renamed: a retired one of its size, or a new one."""
+        """The file to write a block to before it is renamed: a retired one of its size, or a new
+        one."""
         spare = self._spare.pop(file_bytes(block, self.slice), None)
         if spare is not None:
             try:
-                # Until the folder is synced, a power cut may bring the old name back, to what is written now.
+                # Until the folder is synced, a power cut may bring the old name back, to what is
+                # written now.
                 sync_folder(self._folder)
                 return spare
             except OSError:  # Some file systems cannot sync a folder.
