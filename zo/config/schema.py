@@ -14,6 +14,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from zo.errors import UserError
+from zo.io.engines import ENGINES
+from zo.method.estimator import ESTIMATORS
+from zo.method.passes import DISTRIBUTIONS
+from zo.method.update import RULES, SCHEDULES
+
+TASKS = ("causal-lm", "sequence-classification")
+"""Names of :data:`zo.model.build.AUTO_CLASS`, which imports transformers."""
+STORES = ("device", "host", "disk")
+"""Names of the stores that :mod:`zo.streaming.replica` makes, which imports torch."""
 
 
 def choice(key: str, value: str, choices: Any) -> None:
@@ -105,7 +114,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         choice("model.weights", self.weights, ("pretrained", "random"))
         choice("model.dtype", self.dtype, ("float32", "bfloat16", "float16"))
-        choice("model.task", self.task, ("auto", "causal-lm", "sequence-classification"))
+        choice("model.task", self.task, ("auto", *TASKS))
 
 
 @dataclass(frozen=True)
@@ -191,10 +200,10 @@ class EstimatorConfig:
     """``rademacher`` or ``gaussian``."""
 
     def __post_init__(self) -> None:
-        choice("estimator.name", self.name, ("spsa", "one-sided"))
+        choice("estimator.name", self.name, ESTIMATORS)
         at_least("estimator.directions", self.directions, 1)
         at_most("estimator.directions", self.directions, MAX_CELLS)
-        choice("estimator.distribution", self.distribution, ("rademacher", "gaussian"))
+        choice("estimator.distribution", self.distribution, DISTRIBUTIONS)
         if not (math.isfinite(self.eps) and self.eps > 0):
             raise UserError(
                 f"estimator.eps={self.eps} must be a number above 0; MeZO uses 1e-3 for full "
@@ -219,8 +228,8 @@ class UpdateConfig:
     """Decay a step is lr times this; none on parameters of fewer than two dims (biases, norms)."""
 
     def __post_init__(self) -> None:
-        choice("update.name", self.name, ("sgd",))
-        choice("update.schedule", self.schedule, ("constant", "linear", "cosine"))
+        choice("update.name", self.name, RULES)
+        choice("update.schedule", self.schedule, SCHEDULES)
         for key in ("lr", "warmup_steps", "weight_decay"):
             at_least(f"update.{key}", getattr(self, key), 0)
 
@@ -275,9 +284,9 @@ class MemoryConfig:
     """Where a forward's hidden states wait while others compute: ``device``, or ``host``."""
 
     def __post_init__(self) -> None:
-        choice("memory.store", self.store, ("device", "host", "disk"))
+        choice("memory.store", self.store, STORES)
         choice("memory.unit", self.unit, ("layer", "module"))
-        choice("memory.disk_engine", self.disk_engine, ("mmap", "deepnvme"))
+        choice("memory.disk_engine", self.disk_engine, ENGINES)
         choice("memory.activations", self.activations, ("device", "host"))
         at_least("memory.slots", self.slots, 2)
         at_least("memory.lag", self.lag, 1)

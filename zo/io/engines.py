@@ -9,14 +9,13 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
-
-import numpy as np
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Protocol
 
 from zo.errors import UserError
 from zo.io import hardware
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PAGE = 4096
 MADV_POPULATE_READ = 22
@@ -33,12 +32,12 @@ def padded(size_bytes: int) -> int:
 class Engine(Protocol):
     """Moves bytes; calls block, but not other threads."""
 
-    def allocate(self, size_bytes: int) -> Tensor:
+    def allocate(self, size_bytes: int) -> "Tensor":
         """Zeroed host memory that needs no copy in between: uint8 of shape ``[size_bytes]``, on a
         page's boundary."""
         ...
 
-    def read(self, path: Path, offset: int, into: Tensor) -> None:
+    def read(self, path: Path, offset: int, into: "Tensor") -> None:
         """Fill uint8 ``into`` from a file.
 
         Raises:
@@ -46,7 +45,7 @@ class Engine(Protocol):
         """
         ...
 
-    def write(self, path: Path, data: Tensor) -> None:
+    def write(self, path: Path, data: "Tensor") -> None:
         """Write uint8 ``data``, whole pages of it, to a file that is new or of this size.
 
         Raises:
@@ -64,15 +63,19 @@ def _check_length(path: Path, end: int) -> None:
 class Mapped:
     """The page cache of the system."""
 
-    def allocate(self, size_bytes: int) -> Tensor:
+    def allocate(self, size_bytes: int) -> "Tensor":
         """Anonymous pages, huge ones where they fit, committed when they are touched."""
+        import torch  # Not above: the configuration reads ENGINES, without the seconds of torch.
+
         pages = mmap.mmap(-1, padded(size_bytes))
         with suppress(OSError, AttributeError):
             pages.madvise(mmap.MADV_HUGEPAGE)
         return torch.frombuffer(pages, dtype=torch.uint8)[:size_bytes]
 
-    def read(self, path: Path, offset: int, into: Tensor) -> None:
+    def read(self, path: Path, offset: int, into: "Tensor") -> None:
         """Map, copy, unmap: a mapping that stayed would count as this process's memory."""
+        import numpy as np
+
         if not into.numel():
             return
         _check_length(path, offset + into.numel())
@@ -88,7 +91,7 @@ class Mapped:
             np.copyto(into.numpy(), source[offset - first :])
             del source  # A mapping with a view of it cannot be closed.
 
-    def write(self, path: Path, data: Tensor) -> None:
+    def write(self, path: Path, data: "Tensor") -> None:
         """Into the page cache; the system writes it out in its own time."""
         with open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o644), "wb", buffering=0) as file:
             _reserve(file.fileno(), data.numel())
@@ -117,15 +120,17 @@ class DeepNvme:
         make = _deepnvme_handle()
         # Enough in flight to keep a disk busy; deeper queues gave nothing here.
         self._reader, self._writer = (make(2**20, 32, False, True, 1) for _ in range(2))
-        self._bounce: Tensor | None = None
+        self._bounce: "Tensor | None" = None
         self._locked_bytes = 0
 
-    def allocate(self, size_bytes: int) -> Tensor:
+    def allocate(self, size_bytes: int) -> "Tensor":
         """Locked pages.
 
         Raises:
             UserError: the process may not lock that much.
         """
+        import torch
+
         # Locked tensors stay locked: the engine lets go of them at its end.
         needed = self._locked_bytes + padded(size_bytes)
         if (allowed := hardware.lockable_bytes()) < needed:
@@ -135,12 +140,12 @@ class DeepNvme:
                 "--ulimit memlock=-1), or use memory.disk_engine=mmap"
             )
         self._locked_bytes = needed
-        made: Tensor = self._reader.new_cpu_locked_tensor(
+        made: "Tensor" = self._reader.new_cpu_locked_tensor(
             padded(size_bytes), torch.empty(0, dtype=torch.uint8)
         )
         return made.zero_()[:size_bytes]
 
-    def read(self, path: Path, offset: int, into: Tensor) -> None:
+    def read(self, path: Path, offset: int, into: "Tensor") -> None:
         """Direct where addresses and sizes are whole pages of locked memory; else through a bounce
         buffer."""
         _check_length(path, offset + into.numel())
@@ -160,21 +165,23 @@ class DeepNvme:
             into[done : done + count] = self._bounce[offset + done - first :][:count]
             done += count
         if done < into.numel():
+            import torch
+
             with open(path, "rb") as file:
                 file.seek(offset + done)
                 into[done:] = torch.frombuffer(
                     bytearray(file.read(into.numel() - done)), dtype=torch.uint8
                 )
 
-    def _direct(self, offset: int, into: Tensor) -> bool:
+    def _direct(self, offset: int, into: "Tensor") -> bool:
         aligned = not (offset % PAGE or into.numel() % PAGE or into.data_ptr() % PAGE)
         return aligned and bool(self._reader.is_pinned(into))
 
-    def _pread(self, path: Path, offset: int, into: Tensor) -> None:
+    def _pread(self, path: Path, offset: int, into: "Tensor") -> None:
         if self._reader.sync_pread(into, str(path), offset) < 0:
             raise OSError(f"{path} cannot be read by DeepNVMe")
 
-    def write(self, path: Path, data: Tensor) -> None:
+    def write(self, path: Path, data: "Tensor") -> None:
         """Straight to the disk."""
         # The engine does not look at the results of its writes: room is made sure of here, bytes
         # when they are read.

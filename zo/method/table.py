@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import nan
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+from zo.method.passes import Probe
 
-from zo.method.perturbation import Probe
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def share(lines: int, axis: int, index: int) -> range:
@@ -41,7 +43,7 @@ class LossTable:
     """The rows."""
     columns: int
     """Micro-batches."""
-    values: Tensor | None = None
+    values: "Tensor | None" = None
     """float64 of shape ``[rows, columns, 3]`` once filled: sum of losses, number of terms, number of tokens."""
 
     @property
@@ -58,7 +60,7 @@ class LossTable:
         of_cells = self.owners(perturb, data)
         return [divmod(cell, self.columns) for cell, owner in enumerate(of_cells) if owner == rank]
 
-    def fill(self, values: Tensor) -> "LossTable":
+    def fill(self, values: "Tensor") -> "LossTable":
         """Return the table with the values of all cells, float64 of shape ``[rows * columns, 3]``, row by row."""
         return replace(self, values=values.view(self.rows, self.columns, -1))
 

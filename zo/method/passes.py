@@ -1,0 +1,64 @@
+"""The arithmetic of one pass over weights, as plain values: changes to replay and probes to write.
+
+``perturbation`` has the equations. Nothing here imports torch, so that the configuration can read
+the names of distributions, estimators and rules without the seconds that takes.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+DISTRIBUTIONS = ("rademacher", "gaussian")
+"""Names of the distributions of z, as ``estimator.distribution`` takes them."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """One log entry as a block sees it: ``w <- decay * w + sum_k coefficients[k] * z(directions[k])``."""
+
+    step: int
+    """The entry's step, >= 0; names the stream of its stochastic rounding."""
+    directions: tuple[int, ...]
+    coefficients: tuple[float, ...]
+    """One float32 value a direction."""
+    decay: float = 1.0
+    """float32 factor of the weights before the directions are added; 1.0 leaves them alone."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Where one probe lies: ``w + scale * z(direction)``; scale 0 is the unperturbed point."""
+
+    direction: int
+    scale: float
+
+
+@dataclass(frozen=True)
+class Pass:
+    """The arithmetic of one pass over memory, wherever the weights lie: the changes, then the probes of the result.
+
+    A value: what a kernel derives from it (its launch table) is kept under it and serves every segment of a step.
+    """
+
+    seed: int
+    """The run's seed, in [0, 2**64)."""
+    distribution: str
+    """``rademacher`` or ``gaussian``."""
+    changes: tuple[Change, ...] = ()
+    """Log entries to apply, oldest first; each is rounded to the stored dtype, stochastically below float32."""
+    probes: tuple[Probe, ...] = ()
+    """The probes."""
+
+    def __post_init__(self) -> None:
+        """Check ranges: numbers that do not fit the counter would wrap, on each device in another way."""
+        assert 0 <= self.seed < 1 << 64, self.seed
+        numbers = [c.step for c in self.changes] + [d for c in self.changes for d in c.directions]
+        numbers += [probe.direction for probe in self.probes]
+        assert all(0 <= number < 1 << 32 for number in numbers), (min(numbers), max(numbers))
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.seed, self.distribution, self.changes, self.probes))
+
+    def __hash__(self) -> int:
+        """Return the hash, counted once: a long replay has thousands of changes."""
+        return self._hash
