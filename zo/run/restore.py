@@ -24,25 +24,35 @@ from zo.streaming.disk_store import DiskStore
 from zo.streaming.replica import Replica
 
 
-def restore_snapshot(folder: RunFolder, replica: Replica, log: Log) -> None:
-    """Load the newest snapshot that a log covers, if there is one; a durable store has its blocks instead.
+def restore_snapshot(
+    folder: RunFolder, replica: Replica, log: Log, say: Callable[[str], None]
+) -> None:
+    """Load the newest snapshot of a log, if there is one; a durable store has its blocks instead.
+
+    ``say`` takes a line for each snapshot that is ignored.
 
     Raises:
         UserError: its weights are not the ones that were saved.
     """
     store = replica.store
-    if store.is_durable or (snapshot := folder.snapshot(log.version, store.base)) is None:
+    if store.is_durable:
+        return
+    snapshot, ignored = folder.snapshot(store.base, log)
+    for line in ignored:
+        say(line)
+    if snapshot is None:
         return
     assert not isinstance(store, DiskStore)
     try:
         fingerprint = replica.combine(store.fill(snapshot.read, snapshot.version))
     except OSError as error:
         raise UserError(
-            f"{snapshot.path} cannot be read ({error}); delete that file and go on"
+            f"{snapshot.path} cannot be read ({error}); delete that file and start the same command again"
         ) from error
     if fingerprint != snapshot.fingerprint:
         raise UserError(
-            f"{folder.snapshots} holds a damaged snapshot of step {snapshot.version}; delete that file and go on"
+            f"{snapshot.path} is corrupt: its weights do not have its fingerprint; delete that "
+            "file and start the same command again"
         )
 
 
@@ -83,7 +93,7 @@ def load_run(path: Path, change: Callable[[Config], Config] = lambda config: con
             f"{found[2]} in config.yaml; put this run's log back"
         )
     log = Log(header, entries)
-    restore_snapshot(folder, replica, log)
+    restore_snapshot(folder, replica, log, Progress(0, 0, mesh.rank == 0).say)
     replica.open(log)
     return FinishedRun(problem, mesh, replica, content, header, len(entries))
 
@@ -151,6 +161,12 @@ def card_of(
         fingerprint: of the weights.
     """
     config = content["config"]
+    for key, kind in (("command", str), ("versions", dict)):
+        if not isinstance(content.get(key), kind):
+            raise UserError(
+                f"the run's config.yaml has no usable {key}: it must hold a {kind.__name__}; put "
+                "the file back that the run wrote"
+            )
     estimator, update = config["estimator"], config["update"]
     method = (
         f"{estimator['name']}, {estimator['directions']} {estimator['distribution']} direction(s) a step, eps "

@@ -160,7 +160,7 @@ class Run:
         self.problem = own or build_problem(config)
         self.replica = assemble(self.problem, config, mesh, self.folder.blocks(mesh.rank), say)
         self.log = self._open_log(command)
-        restore_snapshot(self.folder, self.replica, self.log)
+        restore_snapshot(self.folder, self.replica, self.log, say)
         self.replica.open(self.log)
         self.audit = Audit(self.replica) if config.mesh.check_every else None
         self.reporter = Reporter(config, mesh, self.folder, self.log, self.replica)
@@ -270,7 +270,7 @@ class Run:
             and (self.is_writer or sliced)
         ):
             if self.is_writer:
-                self.folder.save_snapshot(step, self.replica, self.replica.store.base)
+                self.folder.save_snapshot(step, self.replica, self.replica.store.base, self.log)
             else:
                 self.replica.fingerprint()
         if self.audit is not None and step % often == 0:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from zo.errors import UserError
-from zo.io.atomic import sync_folder
+from zo.io.atomic import sync
 
 LOCK_PATIENCE_S = 3.0
 """A process that was just killed may hold its lock a moment longer."""
@@ -92,7 +92,7 @@ class Lock:
             )
             os.fsync(descriptor)
             os.close(descriptor)
-            sync_folder(self._path.parent)
+            sync(self._path.parent)
         except OSError as error:
             raise UserError(
                 f"run.dir={self._path.parent} cannot be written: {error.strerror}; choose another "

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from zo.errors import UserError
-from zo.io.atomic import sync_folder
+from zo.io.atomic import write_whole
 from zo.method.entry import Entry
 from zo.state.log_file import _U32, _header_bytes, _intact, _packer, _read_bytes, repair
 
@@ -64,13 +64,8 @@ class Log:
     @classmethod
     def create(cls, path: Path, header: dict[str, Any]) -> Self:
         """Begin a log file; it appears whole or not at all."""
-        log, data, beside = cls(header), _header_bytes(header), path.with_name(path.name + ".new")
-        with open(beside, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.rename(beside, path)
-        sync_folder(path.parent)
+        log, data = cls(header), _header_bytes(header)
+        write_whole(path, data)
         log._attach(path, len(data), zlib.crc32(data[: -_U32.size]))
         return log
 
@@ -115,6 +110,13 @@ class Log:
         """Hexadecimal hash of the header: equal for the copies of one run's log, and for no other
         run's."""
         return hashlib.sha256(json.dumps(self.header, sort_keys=True).encode()).hexdigest()[:32]
+
+    def digest(self, version: int) -> str:
+        """Return a hexadecimal hash of the header and the first ``version`` entries."""
+        found = hashlib.sha256(self.identity.encode())
+        for e in self.entries[:version]:
+            found.update(self._packer.pack(e.step, e.position, e.lr, *e.scalars))
+        return found.hexdigest()[:32]
 
     def check_in_place(self) -> None:
         """See that the file is still the one under its name; a log in memory always is.
@@ -237,8 +239,8 @@ def _repair_said(path: Path) -> str:
     size = _packer(read(path)[0]["directions"]).size + _U32.size
     return (
         f"cut {-(-cut_bytes // size)} steps ({cut_bytes} bytes) from {path}, which has {steps} "
-        f"steps now; the damaged log is {copy}. Snapshots of later steps are of the old log: move "
-        "them away before the run goes on"
+        f"steps now; the damaged log is {copy}. Snapshots and blocks of "
+        "later steps will be ignored"
     )
 
 

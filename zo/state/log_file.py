@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from zo.errors import UserError
-from zo.io.atomic import sync_folder
+from zo.io.atomic import write_whole
 from zo.method.entry import Entry
 
 MAGIC = b"ZOLOG1\n"
@@ -187,11 +187,7 @@ def repair(path: Path) -> tuple[int, int, Path] | None:
     )
     copy = next(name for name in names if not name.exists())
     try:
-        with open(copy, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        sync_folder(copy.parent)
+        write_whole(copy, data)
         with open(path, "rb+") as file:
             file.truncate(found.end)
             os.fsync(file.fileno())

@@ -14,7 +14,7 @@ Files appear whole or not at all: written beside, synced, renamed.
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,7 +26,7 @@ from torch import Tensor
 from zo.config.redact import without_secrets_in
 from zo.config.schema import Config
 from zo.errors import UserError
-from zo.io.atomic import sync_folder
+from zo.io.atomic import replacing, write_whole
 from zo.io.block_file import BLOCK_FILE, Header
 from zo.io.engines import PAGE
 from zo.model.layout import Block, Layout
@@ -56,21 +56,6 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
             else {f"{prefix}{key}": value}
         )
     return flat
-
-
-def _write_whole(path: Path, text: str) -> None:
-    beside = path.with_name(path.name + ".new")
-    try:
-        with open(beside, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.rename(beside, path)
-    except OSError:
-        with suppress(OSError):
-            beside.unlink()
-        raise
-    sync_folder(path.parent)
 
 
 def manifest(names: Iterable[str]) -> str:
@@ -223,9 +208,8 @@ class RunFolder:
             content = without_secrets_in({"config": asdict(config), **facts}) | {
                 "log_header": dict(header)
             }
-            _write_whole(
-                self.config_file, yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
-            )
+            text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+            write_whole(self.config_file, text.encode())
             return Log.create(self.log_file, dict(header))
         except OSError as error:
             raise UserError(
@@ -244,28 +228,31 @@ class RunFolder:
                 break
         return [path.name for path in left]
 
-    def save_snapshot(self, step: int, weights: Passing, base: str) -> None:
-        """Keep the weights of one version; the last two snapshots stay. No more than a block is in
-        memory.
+    def save_snapshot(self, step: int, weights: Passing, base: str, log: Log) -> None:
+        """Write the weights of one version, a block at a time; the last two snapshots stay.
+
+        Args:
+            step: the version.
+            weights: at that version.
+            base: fingerprint of the base model.
+            log: of the run; the snapshot is of its first ``step`` entries alone.
 
         Raises:
             UserError: the disk refuses; earlier snapshots and the log are untouched.
         """
         path = self.snapshots / f"step-{step:09d}.safetensors"
-        beside = path.with_suffix(".new")
+        facts = {"version": str(step), "base": base, "log": log.digest(step)}
         try:
             self.snapshots.mkdir(exist_ok=True)
-            with closing(
-                Writer(beside, weights.layout, {"version": str(step), "base": base})
-            ) as writer:
+            with (
+                replacing(path) as beside,
+                closing(Writer(beside, weights.layout, facts)) as writer,
+            ):
                 writer.finish(weights.fingerprint(writer.write))
-            os.rename(beside, path)
-            sync_folder(self.snapshots)
             unfinished = list(self.snapshots.glob("step-*.new"))
             for old in self._snapshot_files()[:-SNAPSHOTS_KEPT] + unfinished:
                 old.unlink()
         except OSError as error:
-            beside.unlink(missing_ok=True)
             raise UserError(
                 f"run.dir={self.path}: snapshot of step {step} cannot be written: {error}; the log "
                 "is safe: make room and start the same command again, or set run.snapshot_every=0"
@@ -276,17 +263,30 @@ class RunFolder:
             path for path in self.snapshots.glob("step-*") if SNAPSHOT.fullmatch(path.name)
         )
 
-    def snapshot(self, newest: int, base: str) -> Snapshot | None:
-        """Return the newest snapshot that a log of ``newest`` entries from this base covers, if
-        there is one."""
+    def snapshot(self, base: str, log: Log) -> tuple[Snapshot | None, list[str]]:
+        """Find the newest snapshot of a run that its log covers.
+
+        Args:
+            base: fingerprint of the base model.
+            log: of the run.
+
+        Returns:
+            The snapshot, if there is one, and a line for each newer one that is ignored.
+        """
+        ignored: list[str] = []
         for path in reversed(self._snapshot_files()):
             try:
                 found = Snapshot(path)
-                if found.base == base and found.version <= newest:
-                    return found
-            except (SafetensorError, OSError, KeyError):
-                continue  # A damaged snapshot is worth nothing: an older one, or the base, and the log are.
-        return None
+            except (SafetensorError, OSError, KeyError, ValueError):
+                ignored.append(f"{path} is ignored: it is corrupt")
+                continue
+            if found.version > log.version:
+                ignored.append(f"{path} is ignored: the log ends at step {log.version}")
+            elif (found.base, found.log) != (base, log.digest(found.version)):
+                ignored.append(f"{path} is ignored: it is of another run")
+            else:
+                return found, ignored
+        return None, ignored
 
     def blocks(self, rank: int) -> Path:
         """Where a rank's disk store keeps the blocks that it wrote back."""

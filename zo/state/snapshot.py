@@ -84,9 +84,8 @@ class Writer:
                 self._write(place, memoryview(values.numpy()))  # type: ignore[arg-type]
 
     def finish(self, fingerprint: str) -> None:
-        """Complete the header, and make the file durable under the name that it has."""
+        """Complete the header."""
         self._write(0, self._header(fingerprint))
-        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file as it is."""
@@ -106,7 +105,9 @@ class Snapshot:
         """
         with safe_open(path, framework="pt") as file:  # It sees that header and length agree.
             facts = file.metadata() or {}
-        self.path, self.version, self.base = path, int(facts["version"]), facts["base"]
+        self.path, self.version = path, int(facts["version"])
+        self.base, self.log = facts["base"], facts["log"]
+        """Fingerprint of the base model, and digest of the log up to this version."""
         self.fingerprint = facts["fingerprint"]
         """Of the weights."""
         with open(path, "rb") as file:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from zo.errors import UserError
 from zo.io import hardware
-from zo.io.atomic import sync_folder
+from zo.io.atomic import sync
 from zo.io.block_file import BLOCK_FILE, Header, checksum
 from zo.io.engines import PAGE, Engine
 from zo.io.host_memory import return_memory_at_once
@@ -229,7 +229,7 @@ class DiskStore:
             try:
                 # Until the folder is synced, a power cut may bring the old name back, to what is
                 # written now.
-                sync_folder(self._folder)
+                sync(self._folder)
                 return spare
             except OSError:  # Some file systems cannot sync a folder.
                 spare.unlink(missing_ok=True)
