@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import make_llama
 from transformers import (
     AutoModelForCausalLM,
@@ -47,8 +48,8 @@ ROW = {"text": "a good film", "label": "great"}
 
 MISTAKES = {
     "unknown recipe": (["recipe=quikstart"], "recipe=quikstart is not known; use one of"),
-    "unknown key": (["model.nam=x"], "model.nam is no key of a run"),
-    "unknown group": (["modell.name=x"], "modell is no key of a run"),
+    "unknown key": (["model.nam=x"], "unknown key model.nam;"),
+    "unknown group": (["modell.name=x"], "unknown key modell;"),
     "wrong type": (["batch.micro=many"], "batch.micro=many"),
     "no key=value": (["quickstart"], "quickstart is not understood"),
     "missing model folder": (["model.name=./nowhere"], "model.name=./nowhere is no folder"),
@@ -124,7 +125,7 @@ MISTAKES = {
     "no data": (["data.name=''"], "data.name is empty"),
     "no model": (["model.name=''"], "model.name is empty"),
     "unwritable folder": (["run.dir=/proc/zo/run"], "run.dir=/proc/zo/run cannot be written"),
-    "folder with other files": (["run.dir={empty}/.."], "is not empty and holds no run"),
+    "folder with other files": (["run.dir={empty}/.."], "is not empty and does not hold a run"),
     "two-word flag": (["--cfg", "hydra"], "--cfg shows one thing"),
 }
 
@@ -237,6 +238,22 @@ def test_a_damaged_config_is_one_line(command, overrides, tmp_path, content):
         assert (code, err.count("\n")) == (2, 1), err
 
 
+@pytest.mark.parametrize("key", ["command", "versions"])
+@pytest.mark.parametrize("value", [None, 3])
+def test_a_config_without_what_a_model_card_needs_is_one_line(
+    command, overrides, tmp_path, key, value
+):
+    assert command("train", *overrides, f"run.dir={tmp_path}/run", "run.steps=0")[0] == 0
+    path = tmp_path / "run" / "config.yaml"
+    content = yaml.safe_load(path.read_text())
+    del content[key]
+    path.write_text(yaml.safe_dump(content if value is None else {**content, key: value}))
+    code, _, err = command("export", f"run={tmp_path}/run", f"to={tmp_path}/out")
+    assert code == 2, err
+    assert f"config.yaml has no usable {key}" in err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_strangers_run_reads_nothing_of_this_machines_environment(
     command, overrides, tmp_path, monkeypatch
 ):
@@ -283,7 +300,10 @@ def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_when_there_is_room(ove
     """A limit on the size of files stands for the full disk: the kernel refuses in the middle of a
     write."""
     settings = [*overrides, f"run.dir={tmp_path}/run", "run.steps=6", "eval.every=0"]
-    train = f"sys.argv[1:] = {settings!r}; import runpy; runpy.run_path('launch/train.py', run_name='__main__')"
+    train = (
+        f"sys.argv[1:] = {settings!r}; import runpy; "
+        "runpy.run_path('launch/train.py', run_name='__main__')"
+    )
     limited = """
 import resource, sys
 from zo.state.log import Log
@@ -410,9 +430,9 @@ def test_a_sequence_classifier_from_rows_to_folder(command, reviews, tmp_path, t
     ("name", "arguments", "said"),
     [
         ("evaluate", [], "nothing to score"),
-        ("evaluate", ["run=nowhere"], "run=nowhere holds no run"),
+        ("evaluate", ["run=nowhere"], "run=nowhere does not hold a run"),
         ("evaluate", ["run=nowhere", "update.lr=1"], "cannot be changed for a run"),
-        ("export", ["run=nowhere", "to=x"], "run=nowhere holds no run"),
+        ("export", ["run=nowhere", "to=x"], "run=nowhere does not hold a run"),
         ("export", ["run=nowhere"], "usage: launch/export.py"),
         ("export", ["run=a", "to=b", "pull=c"], "pull=c is no argument"),
         (

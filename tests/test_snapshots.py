@@ -1,7 +1,10 @@
 """Snapshots pass by a block at a time, and a disk that fills leaves what was there before."""
 
+import json
 import os
 import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,13 +15,15 @@ from safetensors.torch import load_file
 
 from zo.config.schema import MemoryConfig
 from zo.errors import UserError
+from zo.method.entry import Entry
 from zo.model.blocks import find_layout
 from zo.model.source import OwnBase
 from zo.run.restore import restore_snapshot
-from zo.state.log import Log
+from zo.state.log import Log, read
 from zo.state.run_folder import RunFolder
 from zo.streaming.replica import Replica
 
+ROOT = Path(__file__).resolve().parent.parent
 HEADER = {
     "directions": 1,
     "seed": 1,
@@ -169,3 +174,60 @@ def test_a_disk_that_fills_in_a_snapshot_leaves_the_older_ones(tmp_path):
     assert older.read_bytes() == before
     run.save_snapshot(2, replica, replica.store.base, replica.log)
     replica.close()
+
+
+@torch.no_grad()
+def test_only_snapshots_of_this_log_are_taken(tmp_path):
+    """One of another run of the same base, or of entries that a repair cut and that were replaced,
+    holds other weights."""
+    log, other = Log({**HEADER, "run": "a"}), Log({**HEADER, "run": "b"})
+    first, second = Entry(1, 1, 0.5, (1.0,)), Entry(2, 2, 0.5, (1.0,))
+    for each in (log, other):
+        each.extend([first, second])
+    replica = Replica(
+        made := make_llama(),
+        find_layout(made),
+        lambda e: OwnBase(made),
+        MemoryConfig(store="host"),
+        torch.device("cpu"),
+        Path(),
+    )
+    replica.open(log)
+    base, run = replica.store.base, RunFolder(tmp_path)
+    run.save_snapshot(1, replica, base, log)
+    run.save_snapshot(2, replica, base, log)
+    replica.close()
+    found, ignored = run.snapshot(base, log)
+    assert (found.version, ignored) == (2, [])
+    found, ignored = run.snapshot(base, other)
+    assert found is None
+    assert [line.partition(" is ignored: ")[2] for line in ignored] == ["it is of another run"] * 2
+    cut = Log(log.header)
+    cut.append(first)
+    found, ignored = run.snapshot(base, cut)
+    assert found.version == 1
+    assert ignored == [
+        f"{run.snapshots}/step-000000002.safetensors is ignored: the log ends at step 1"
+    ]
+    cut.append(Entry(2, 2, 0.5, (2.0,)))
+    found, ignored = run.snapshot(base, cut)
+    assert found.version == 1
+    assert ignored == [
+        f"{run.snapshots}/step-000000002.safetensors is ignored: it is of another run"
+    ]
+
+
+def test_a_run_says_which_snapshot_it_ignores(overrides, tmp_path):
+    """As after --repair: the log is shorter than the newest snapshot."""
+    settings = [*overrides, "run.snapshot_every=2", f"run.dir={tmp_path}/run", "eval.every=0"]
+    expected = train([*settings, "run.steps=4"])
+    log = tmp_path / "run" / "steps.log"
+    header, entries = read(log)
+    log.unlink()
+    shorter = Log.create(log, header)
+    shorter.extend(entries[:3])
+    shorter.close()
+    command = [sys.executable, "launch/train.py", *settings, "run.steps=4"]
+    resumed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert json.loads(resumed.stdout)["fingerprint"] == expected["fingerprint"]
+    assert "step-000000004.safetensors is ignored: the log ends at step 3" in resumed.stderr

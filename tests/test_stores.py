@@ -462,7 +462,7 @@ MISTAKES = {
     ),
     "unknown unit": (["memory.unit=head"], r"use one of layer, module"),
     "unknown engine": (["memory.disk_engine=aio"], r"use one of deepnvme, mmap"),
-    "profile of nothing": (["profile.steps=3"], r"profile\.steps=3 is no range of steps"),
+    "profile of nothing": (["profile.steps=3"], r"profile\.steps=3 is not a range of steps"),
 }
 
 

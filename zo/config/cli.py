@@ -1,4 +1,4 @@
-"""What the commands of ``launch/`` share: arguments, ``--help``, and how a user's mistake ends."""
+"""Arguments, ``--help`` and error handling that the commands of ``launch/`` share."""
 
 import errno
 import os
@@ -95,8 +95,7 @@ HOST_MEMORY_WORDS = (
 
 
 def quiet_libraries() -> None:
-    """Have libraries keep their warnings and progress bars to themselves, unless the environment
-    asks for them.
+    """Silence the warnings and progress bars of libraries, unless the environment sets them.
 
     Downloads, which may take an hour, keep their bars where somebody looks: on rank 0, at a
         terminal.
@@ -113,8 +112,7 @@ def quiet_libraries() -> None:
 
 
 def share_cores() -> None:
-    """Share the machine's cores among its ranks; torchrun would give each rank one, however many
-    there are."""
+    """Share the machine's cores among its ranks; torchrun gives each rank one."""
     if (
         int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1
         and os.environ.get("OMP_NUM_THREADS", "1") == "1"
@@ -127,7 +125,7 @@ def share_cores() -> None:
 
 
 def split(arguments: Sequence[str], own: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """A command's own ``key=value`` arguments, and the rest."""
+    """Split ``key=value`` arguments into a command's own and the rest."""
     mine, rest = {}, []
     for argument in arguments:
         key, sign, value = argument.partition("=")
@@ -153,7 +151,7 @@ def flag(own: Mapping[str, str], key: str, meaning: str) -> bool:
 def asked_for_text(
     arguments: list[str], recipe: str, overrides: list[str], usage: str
 ) -> str | None:
-    """What ``--help`` or ``--cfg job`` print, if one of them is asked for."""
+    """Return the text of ``--help`` or ``--cfg job``, or ``None`` if neither is asked for."""
     if "--help" in arguments or "-h" in arguments:
         return help_text(usage)
     if "--cfg" in arguments:
@@ -165,7 +163,7 @@ def asked_for_text(
 
 
 def help_text(usage: str) -> str:
-    """Usage, the recipes with their first line, and every key with its default and sentence."""
+    """Return usage, the recipes with their first line, and every key with its sentence."""
     lines = [usage, "", "recipes:"]
     for name in recipe_names():
         first = (FOLDER / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
@@ -179,7 +177,7 @@ def help_text(usage: str) -> str:
 
 
 def existing_run(path: str) -> Path:
-    """The folder of a run.
+    """Return the folder of an existing run.
 
     Raises:
         UserError: there is none.
@@ -187,7 +185,7 @@ def existing_run(path: str) -> Path:
     folder = Path(path).expanduser()
     if not (folder / "config.yaml").exists():
         raise UserError(
-            f"run={path} holds no run; give the folder that the last line of a training named "
-            "run_dir"
+            f"run={path} does not hold a run; give the folder that the last line of a training "
+            "named run_dir"
         )
     return folder

@@ -1,5 +1,4 @@
-"""Secrets out of what is stored: a run's folder and its model card travel, the command that was
-typed travels in them.
+"""Remove secrets from what is stored: run folders, model cards and the commands in them.
 
 A value is a secret by the key that it is given to (a password, a token), by its own form (a hub's
 token), by its place in an address (``user:password@``), or by its randomness where the key is
@@ -40,8 +39,7 @@ random."""
 
 
 def without_secrets(text: str) -> str:
-    """Return a text with whatever looks like a secret replaced by ``***``; unchanged if nothing
-    does.
+    """Return a text with everything that looks like a secret replaced by ``***``.
 
     A text that a shell would cut into several words, as a command, is looked at word by word.
     """
@@ -57,8 +55,7 @@ def without_secrets(text: str) -> str:
 
 
 def without_secrets_in(tree: Any, key: str = "") -> Any:
-    """Return nested groups and lists with every text cleaned, and what a secret's key holds
-    replaced."""
+    """Return nested groups and lists with the secrets in every text replaced."""
     if isinstance(tree, Mapping):
         return {name: without_secrets_in(inner, str(name)) for name, inner in tree.items()}
     if isinstance(tree, list | tuple):

@@ -1,5 +1,4 @@
-"""A run's configuration: frozen dataclasses, one a group of keys, each checked once when it is
-made.
+"""A run's configuration: frozen dataclasses, one per group of keys, checked when made.
 
 Units stand in the names or in the sentence under a field. What one group can know is checked in its
 ``__post_init__``; what needs two groups, in ``Config``'s; what needs the machine, the data or the
@@ -46,8 +45,7 @@ def at_most(key: str, value: int, maximum: int) -> None:
 
 
 def check_threads(threads: int, cores: int) -> None:
-    """Raise :class:`UserError` where a machine of so many cores can make no use of that many
-    threads."""
+    """Raise :class:`UserError` if there are too many threads for a machine's cores."""
     if threads > cores * THREADS_A_CORE:
         raise UserError(
             f"run.threads={threads} is too many for the {cores} cores of this machine; use at most "
@@ -76,8 +74,8 @@ def template_columns(template: str) -> list[str]:
         columns.append(str(name))
     if wrong:
         raise UserError(
-            f"data.template={template!r} is not understood ({wrong}); write {{column}} for a column's text, and {{{{ "
-            "or }} for a brace"
+            f"data.template={template!r} is not understood ({wrong}); write {{column}} for a "
+            f"column's text, and {{{{{{{{ or }}}}}}}} for a brace"
         )
     return columns
 
@@ -90,7 +88,7 @@ def at_least(key: str, value: float, minimum: float) -> None:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Which model, from where, stored in which type."""
+    """Model, its source and its stored type."""
 
     name: str = ""
     """Hub id, local folder, or the quickstart's packaged model ``smollm2-135m-instruct``."""
@@ -119,7 +117,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which examples, and how they become a prompt."""
+    """Examples and their prompts."""
 
     name: str = ""
     """A task (``movie-reviews``), a file (.jsonl, .json, .csv, .parquet), a hub id, or
@@ -213,7 +211,7 @@ class EstimatorConfig:
 
 @dataclass(frozen=True)
 class UpdateConfig:
-    """How scalars become a change of the weights."""
+    """Update of the weights from scalars."""
 
     name: str = "sgd"
     """The rule; ``sgd``."""
@@ -236,8 +234,10 @@ class UpdateConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """How ranks share a step: perturb x data is their number. Empty axes: the first that fits,
-    perturb first."""
+    """How ranks share a step: perturb x data is their number.
+
+    An empty axis is the first size that fits, perturb first.
+    """
 
     perturb: int | None = None
     """Ranks that share the rows (probes)."""
@@ -262,7 +262,7 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class MemoryConfig:
-    """Where the weights live between visits, and what one visit brings."""
+    """Memory of the weights, and the unit of a visit."""
 
     store: str = "device"
     """``device``: all weights where the model computes; ``host``: in host memory; ``disk``: in the
@@ -294,7 +294,7 @@ class MemoryConfig:
 
 @dataclass(frozen=True)
 class ProfileConfig:
-    """What is looked at while a run goes on."""
+    """Profiling of a run."""
 
     steps: str | None = None
     """Steps ``a..b`` whose timeline is drawn: ``timeline.json`` for Chrome or Perfetto and
@@ -303,7 +303,7 @@ class ProfileConfig:
     def __post_init__(self) -> None:
         if self.steps is not None and not self.range:
             raise UserError(
-                f"profile.steps={self.steps} is no range of steps; give the first and the last, "
+                f"profile.steps={self.steps} is not a range of steps; give the first and the last, "
                 "such as 3..4"
             )
 
@@ -316,7 +316,7 @@ class ProfileConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Where, how long, from which seed."""
+    """Folder, length and seed of a run."""
 
     dir: str | None = None
     """The run's folder; by default ``runs/`` and the recipe's name with the time."""
@@ -349,7 +349,7 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """When a run is scored."""
+    """Evaluation during a run."""
 
     every: int = 0
     """Steps between evaluations; 0: never. Otherwise also before the first and after the last
@@ -361,7 +361,7 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """What is left beside the log when a run is done."""
+    """Outputs of a finished run."""
 
     at_end: bool = True
     """Write ``model/``, a Hugging Face folder."""

@@ -31,7 +31,7 @@ over."""
 
 @dataclass(frozen=True)
 class Header:
-    """What a block's file says of its bytes."""
+    """Header of a block's file."""
 
     block: str
     """Name of the block: a power cut may leave a whole file under another block's name."""

@@ -21,11 +21,11 @@ PAGE = 4096
 MADV_POPULATE_READ = 22
 """Of mman.h; Python 3.11 has no name for it."""
 BOUNCE_BYTES = 16 * 2**20
-"""What a direct read of unaligned bytes goes through."""
+"""Size of the buffer for direct reads of unaligned bytes."""
 
 
 def padded(size_bytes: int) -> int:
-    """Rounded up to whole pages."""
+    """Return a size rounded up to whole pages."""
     return -(-size_bytes // PAGE) * PAGE
 
 
@@ -33,8 +33,10 @@ class Engine(Protocol):
     """Moves bytes; calls block, but not other threads."""
 
     def allocate(self, size_bytes: int) -> "Tensor":
-        """Zeroed host memory that needs no copy in between: uint8 of shape ``[size_bytes]``, on a
-        page's boundary."""
+        """Return zeroed uint8 host memory of shape ``[size_bytes]`` that needs no copy in between.
+
+        It begins on a page's boundary.
+        """
         ...
 
     def read(self, path: Path, offset: int, into: "Tensor") -> None:
@@ -64,7 +66,7 @@ class Mapped:
     """The page cache of the system."""
 
     def allocate(self, size_bytes: int) -> "Tensor":
-        """Anonymous pages, huge ones where they fit, committed when they are touched."""
+        """Return anonymous pages, huge ones where they fit, committed when touched."""
         import torch  # Not above: the configuration reads ENGINES, without the seconds of torch.
 
         pages = mmap.mmap(-1, padded(size_bytes))
@@ -92,7 +94,7 @@ class Mapped:
             del source  # A mapping with a view of it cannot be closed.
 
     def write(self, path: Path, data: "Tensor") -> None:
-        """Into the page cache; the system writes it out in its own time."""
+        """Write into the page cache; the system writes it out later."""
         with open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o644), "wb", buffering=0) as file:
             _reserve(file.fileno(), data.numel())
             rest = memoryview(data.numpy())  # type: ignore[arg-type]
@@ -101,7 +103,7 @@ class Mapped:
 
 
 def _populate(mapped: mmap.mmap) -> None:
-    """Have the pages of a mapping at hand in one call; without it each is a fault of its own."""
+    """Fault in all pages of a mapping in one call."""
     try:
         mapped.madvise(MADV_POPULATE_READ)
     except OSError:
@@ -120,11 +122,11 @@ class DeepNvme:
         make = _deepnvme_handle()
         # Enough in flight to keep a disk busy; deeper queues gave nothing here.
         self._reader, self._writer = (make(2**20, 32, False, True, 1) for _ in range(2))
-        self._bounce: "Tensor | None" = None
+        self._bounce: Tensor | None = None
         self._locked_bytes = 0
 
     def allocate(self, size_bytes: int) -> "Tensor":
-        """Locked pages.
+        """Return locked pages.
 
         Raises:
             UserError: the process may not lock that much.
@@ -140,14 +142,13 @@ class DeepNvme:
                 "--ulimit memlock=-1), or use memory.disk_engine=mmap"
             )
         self._locked_bytes = needed
-        made: "Tensor" = self._reader.new_cpu_locked_tensor(
+        made: Tensor = self._reader.new_cpu_locked_tensor(
             padded(size_bytes), torch.empty(0, dtype=torch.uint8)
         )
         return made.zero_()[:size_bytes]
 
     def read(self, path: Path, offset: int, into: "Tensor") -> None:
-        """Direct where addresses and sizes are whole pages of locked memory; else through a bounce
-        buffer."""
+        """Read directly into whole pages of locked memory, else through a bounce buffer."""
         _check_length(path, offset + into.numel())
         if self._direct(offset, into):
             self._pread(path, offset, into)
@@ -182,7 +183,7 @@ class DeepNvme:
             raise OSError(f"{path} cannot be read by DeepNVMe")
 
     def write(self, path: Path, data: "Tensor") -> None:
-        """Straight to the disk."""
+        """Write straight to the disk."""
         # The engine does not look at the results of its writes: room is made sure of here, bytes
         # when they are read.
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
@@ -195,7 +196,7 @@ class DeepNvme:
 
 
 def _reserve(descriptor: int, size_bytes: int) -> None:
-    """Have the disk's room before a byte is written."""
+    """Reserve the room on the disk before a byte is written."""
     try:
         os.posix_fallocate(descriptor, 0, size_bytes)
     except OSError as error:
@@ -205,7 +206,10 @@ def _reserve(descriptor: int, size_bytes: int) -> None:
 
 
 def _deepnvme_handle() -> Callable[..., Any]:
-    remedy = "install it with: apt install libaio-dev g++ && pip install -e '.[nvme]', or use memory.disk_engine=mmap"
+    remedy = (
+        "install it with: apt install libaio-dev g++ && pip install -e '.[nvme]', or use "
+        "memory.disk_engine=mmap"
+    )
     hardware.name_accelerator()
     try:
         import logging

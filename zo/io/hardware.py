@@ -1,5 +1,4 @@
-"""Limits of this machine: devices, free memory, lockable memory, room on disks; each number with
-its source."""
+"""Limits of this machine: devices, free and lockable memory, room on disks."""
 
 import os
 import resource
@@ -18,8 +17,7 @@ CAP_IPC_LOCK = 14
 
 
 def available_host_bytes(root: Path = Path("/")) -> int:
-    """Return the bytes that this process can still get: the system's, or what its control groups
-    leave.
+    """Return the bytes of host memory available to this process and its control groups.
 
     Args:
         root: of the file system that ``proc`` and ``sys`` are mounted in.
@@ -28,8 +26,7 @@ def available_host_bytes(root: Path = Path("/")) -> int:
 
 
 def _left_by_control_groups(root: Path) -> Iterator[int]:
-    """Yield what each control group of this process leaves, v2 or v1, from its own up to the
-    root's.
+    """Yield the bytes left in each control group of this process, v2 or v1, up to the root.
 
     Usage counts the page cache, which the kernel gives back under pressure. So the inactive part of
     it is free, as the working set of Docker and the kubelet has it: usage - inactive_file.
@@ -49,8 +46,7 @@ def _left_by_control_groups(root: Path) -> Iterator[int]:
 
 
 def _control_groups(root: Path) -> Iterator[tuple[Path, PurePosixPath, tuple[str, str, str]]]:
-    """Yield mount point, path below it and names of the files of each hierarchy that may limit
-    memory."""
+    """Yield mount point, path and names of files of each hierarchy that may limit memory."""
     mount = root / "sys/fs/cgroup"
     v2, v1 = (
         ("memory.max", "memory.current", "inactive_file"),
@@ -72,8 +68,7 @@ def _control_groups(root: Path) -> Iterator[tuple[Path, PurePosixPath, tuple[str
 
 
 def lockable_bytes() -> float:
-    """Memory that this process may lock (``ulimit -l``); infinite with the capability to lock
-    any."""
+    """Return the bytes that this process may lock; infinite with CAP_IPC_LOCK."""
     try:
         held = next(
             line
@@ -97,7 +92,7 @@ def choose_device(asked: str) -> "torch.device":
     Raises:
         UserError: there is no GPU, or there are more ranks than GPUs.
     """
-    import torch  # Not above: commands import this module, and must not wait for torch to say --help.
+    import torch  # Not above: --help must not wait for torch.
 
     if asked == "cpu" or (asked == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
@@ -120,8 +115,7 @@ def choose_device(asked: str) -> "torch.device":
 
 
 def name_accelerator() -> None:
-    """Tell DeepSpeed, which transformers loads where it is installed; it would guess, and say so on
-    stdout.
+    """Set DeepSpeed's accelerator, which it would else guess and print to stdout.
 
     Its disk engine reads into host memory, and as a CPU's it needs no CUDA toolkit to be built.
     """
@@ -129,7 +123,7 @@ def name_accelerator() -> None:
 
 
 def free_disk_bytes(path: Path) -> int:
-    """Room on the disk that a path lies on, or will."""
+    """Return the free bytes on the disk of a path, which need not exist."""
     existing = next(p for p in (path, *path.absolute().parents) if p.exists())
     status = os.statvfs(existing)
     return status.f_bavail * status.f_frsize

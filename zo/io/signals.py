@@ -1,5 +1,6 @@
-"""Signals: SIGTERM as a flag that the training loop polls, and how SIGINT or a second SIGTERM ends
-a process at once.
+"""SIGTERM as a flag that the training loop polls, and an immediate end on SIGINT.
+
+A second SIGTERM ends the process at once, too.
 
 A process that a signal ends does not unwind: an exception raised by a handler could be swallowed in
 a library, in a destructor or in a greenlet, and a process that waits for another rank in C would
@@ -30,11 +31,10 @@ _remedy = ["start the same command again"]
 
 @contextmanager
 def termination() -> Iterator[threading.Event]:
-    """Yield an event that the first SIGTERM sets, so that a loop may end after its step; a second
-    ends the process."""
+    """Yield an event that the first SIGTERM sets; a second SIGTERM ends the process."""
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield asked  # Python lets the main thread alone handle signals: there the caller's handler stays.
+        yield asked  # Only the main thread may set handlers: the caller's stays.
         return
     before = signal.getsignal(signal.SIGTERM)
     if before is not _drain:
@@ -93,8 +93,7 @@ def _drain(*_: object) -> None:
 
 
 def _answer_for_main() -> None:
-    """Answer signals while the main thread is in a call that does not return, such as a
-    collective's wait."""
+    """Answer signals while the main thread is in a call that does not return."""
     while True:
         select.select([_pipe], [], [])
         time.sleep(ANSWER_S)
@@ -119,8 +118,7 @@ def _end(number: int) -> None:
 
 
 def _say(line: str) -> None:
-    """Write one line to stderr, on rank 0; by the system's call, for the signal may have come
-    inside of a print."""
+    """Write one line to stderr, on rank 0, by a system call: a print may be interrupted."""
     if int(os.environ.get("RANK", 0)) == 0:
         with suppress(OSError):
             os.write(2, f"{chr(10) * os.isatty(2)}{line}\n".encode())

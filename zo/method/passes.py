@@ -13,7 +13,7 @@ DISTRIBUTIONS = ("rademacher", "gaussian")
 
 @dataclass(frozen=True)
 class Change:
-    """One log entry as a block sees it: ``w <- decay * w + sum_k coefficients[k] * z(directions[k])``."""
+    """Change of one log entry: ``w <- decay * w + sum_k coefficients[k] * z(directions[k])``."""
 
     step: int
     """The entry's step, >= 0; names the stream of its stochastic rounding."""
@@ -34,9 +34,10 @@ class Probe:
 
 @dataclass(frozen=True)
 class Pass:
-    """The arithmetic of one pass over memory, wherever the weights lie: the changes, then the probes of the result.
+    """Arithmetic of one pass over memory: the changes, then the probes of the result.
 
-    A value: what a kernel derives from it (its launch table) is kept under it and serves every segment of a step.
+    A value: what a kernel derives from it (its launch table) is kept under it and serves every
+        segment of a step.
     """
 
     seed: int
@@ -44,12 +45,13 @@ class Pass:
     distribution: str
     """``rademacher`` or ``gaussian``."""
     changes: tuple[Change, ...] = ()
-    """Log entries to apply, oldest first; each is rounded to the stored dtype, stochastically below float32."""
+    """Log entries to apply, oldest first; each is rounded to the stored dtype, stochastically below
+    float32."""
     probes: tuple[Probe, ...] = ()
     """The probes."""
 
     def __post_init__(self) -> None:
-        """Check ranges: numbers that do not fit the counter would wrap, on each device in another way."""
+        """Check ranges: numbers beyond the counter would wrap differently on each device."""
         assert 0 <= self.seed < 1 << 64, self.seed
         numbers = [c.step for c in self.changes] + [d for c in self.changes for d in c.directions]
         numbers += [probe.direction for probe in self.probes]

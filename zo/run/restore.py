@@ -176,7 +176,7 @@ def card_of(
         base=config["model"]["name"] or "own model",
         base_fingerprint=header["base"],
         data=config["data"]["name"] or "own data",
-        data_checksum=header["data"],
+        data_checksum=header.get("data", "unknown"),
         recipe=config["recipe"],
         command=content["command"],
         seed=config["run"]["seed"],

@@ -36,7 +36,7 @@ from zo.state.log_file import _U32, _header_bytes, _intact, _packer, _read_bytes
 
 
 def read(path: Path) -> tuple[dict[str, Any], list[Entry]]:
-    """Header and whole entries of a log file; the file is not touched.
+    """Return header and whole entries of a log file; the file is not touched.
 
     Raises:
         UserError: the file is missing, is no log, or is damaged before its end.
@@ -46,11 +46,10 @@ def read(path: Path) -> tuple[dict[str, Any], list[Entry]]:
 
 
 class Log:
-    """An open log. Without a path it lives in memory: ranks that do not write hold the same
-    entries."""
+    """Open log; without a path it lives in memory, as on ranks that do not write."""
 
     def __init__(self, header: dict[str, Any], entries: list[Entry] | None = None) -> None:
-        """A log in memory."""
+        """Make a log in memory."""
         self.header = header
         self.entries: list[Entry] = entries or []
         self.cut_bytes = 0
@@ -63,7 +62,7 @@ class Log:
 
     @classmethod
     def create(cls, path: Path, header: dict[str, Any]) -> Self:
-        """Begin a log file; it appears whole or not at all."""
+        """Create a log file; it appears whole or not at all."""
         log, data = cls(header), _header_bytes(header)
         write_whole(path, data)
         log._attach(path, len(data), zlib.crc32(data[: -_U32.size]))
@@ -71,7 +70,7 @@ class Log:
 
     @classmethod
     def open(cls, path: Path) -> Self:
-        """Go on with a log file; a torn tail is cut off and counted in ``cut_bytes``.
+        """Open a log file; a torn tail is cut off and counted in ``cut_bytes``.
 
         Raises:
             UserError: the file cannot be read or written, is no log, or is damaged before its end.
@@ -107,8 +106,7 @@ class Log:
 
     @property
     def identity(self) -> str:
-        """Hexadecimal hash of the header: equal for the copies of one run's log, and for no other
-        run's."""
+        """Hexadecimal hash of the header, the same in all copies of one run's log alone."""
         return hashlib.sha256(json.dumps(self.header, sort_keys=True).encode()).hexdigest()[:32]
 
     def digest(self, version: int) -> str:
@@ -119,7 +117,7 @@ class Log:
         return found.hexdigest()[:32]
 
     def check_in_place(self) -> None:
-        """See that the file is still the one under its name; a log in memory always is.
+        """Check that the file is still the one under its name; a log in memory always is.
 
         Raises:
             UserError: it was deleted, moved, replaced or written by another program.
@@ -137,7 +135,7 @@ class Log:
                 "restore it from a copy" if held.st_nlink == 0 else "put it back under that name"
             )
             raise UserError(
-                f"{self._path} was {what} while the run went on, so that its steps would be lost; "
+                f"{self._path} was {what} during the run, so that its steps would be lost; "
                 f"it held {self.version} steps: {remedy} and start the same command again, or "
                 "begin a new run"
             )
@@ -203,8 +201,7 @@ class Log:
 def difference(
     found: Mapping[str, Any], expected: Mapping[str, Any]
 ) -> tuple[str, Any, Any] | None:
-    """The first key of ``expected`` that a header does not agree with, its value there, and the
-    expected one."""
+    """Return the first differing key, its value in a header, and the expected value."""
     for key, value in expected.items():
         if key not in found or found[key] != value:
             return key, found.get(key), value

@@ -1,5 +1,4 @@
-"""The bytes of a log: writing a header, reading entries, telling a torn tail from damage,
-repair."""
+"""Log file format: header, entries, torn tails, damage, repair."""
 
 import json
 import os
@@ -62,7 +61,7 @@ class _Scan:
 
 
 def _parse_header(data: bytes, path: Path) -> tuple[dict[str, Any], int, int]:
-    """Header, its bytes with its checksum, and the checksum."""
+    """Return header, its bytes with its checksum, and the checksum."""
     start = len(MAGIC) + _U32.size
     if len(data) < start or not data.startswith(MAGIC):
         raise UserError(f"{path} is not a log of zo: it does not begin with {MAGIC!r}")
@@ -87,7 +86,7 @@ def _parse_header(data: bytes, path: Path) -> tuple[dict[str, Any], int, int]:
 
 
 def _wrong_in(header: Any) -> str:
-    """The first thing that is wrong in a header, or nothing."""
+    """Return the first thing that is wrong in a header, or nothing."""
     if not isinstance(header, dict):
         return "it is not a JSON object"
     for key, kind in HEADER_TYPES.items():
@@ -124,8 +123,7 @@ def _scan(data: bytes, path: Path) -> _Scan:
 
 
 def _valid_after(data: bytes, packer: struct.Struct, end: int, checksum: int) -> int:
-    """The step of a valid entry after an invalid one at ``end``, or 0: what tells damage from a
-    torn tail.
+    """Return the step of a valid entry after an invalid one at ``end``, or 0.
 
     An entry's checksum continues the one stored before it, so that an entry can be checked wherever
     it lies.
@@ -152,7 +150,7 @@ def _valid_after(data: bytes, packer: struct.Struct, end: int, checksum: int) ->
 
 
 def _intact(data: bytes, path: Path) -> _Scan:
-    """The content of a log that is whole but for a torn tail.
+    """Return the content of a log that is whole but for a torn tail.
 
     Raises:
         UserError: it is damaged before its end.
@@ -168,8 +166,7 @@ def _intact(data: bytes, path: Path) -> _Scan:
 
 
 def repair(path: Path) -> tuple[int, int, Path] | None:
-    """Cut a damaged log before its damage, and keep a copy of it beside it; only while no run goes
-    on.
+    """Cut a damaged log before its damage and keep a copy beside it; not during a run.
 
     Returns:
         Steps that are left, bytes that were cut, and the copy; ``None`` for a log that is not

@@ -25,7 +25,7 @@ probes."""
 
 @dataclass(frozen=True)
 class Recipe:
-    """What, beside the entries, decides a replay's bits; kept in the log's header."""
+    """Settings, beside the entries, that decide a replay's bits; part of the log's header."""
 
     seed: int
     distribution: str
@@ -34,7 +34,7 @@ class Recipe:
 
     @classmethod
     def of(cls, log: Log) -> "Recipe":
-        """The recipe that a log was written with."""
+        """Return the recipe that a log was written with."""
         h = log.header
         return cls(h["seed"], h["distribution"], h["rule"], h["weight_decay"])
 
@@ -50,7 +50,7 @@ class Replay:
     def visit(
         self,
         block: Block,
-        masters: Sequence[Tensor],
+        stored: Sequence[Tensor],
         version: int,
         probes: Sequence[Probe] = (),
         out: Sequence[Tensor] = (),
@@ -60,9 +60,9 @@ class Replay:
 
         Args:
             block: which block.
-            masters: its weights, one flat tensor a segment; *modified in place* if they lag. Frozen
+            stored: its weights, one flat tensor a segment; *modified in place* if they lag. Frozen
                 ones stay.
-            version: what they stand at.
+            version: of the weights.
             probes: the probes.
             out: one tensor a trainable segment, of shape ``[>= len(probes), segment.numel]``;
                 *modified in place*.
@@ -77,7 +77,7 @@ class Replay:
             work = self._pass(version, newest, segment.decays, tuple(probes))
             if work.changes or probes:
                 rows = None if row_numbers is None else Rows(row_numbers, segment.parts[0].shape[1])
-                visit(masters[i], segment.start, work, out[i] if probes else None, rows)
+                visit(stored[i], segment.start, work, out[i] if probes else None, rows)
         return newest
 
     def catch_up(self, block: Block, image: Tensor, start: int, version: int, newest: int) -> int:
@@ -88,8 +88,8 @@ class Replay:
             image: its bytes from ``start``, uint8 (see :func:`zo.model.layout.runs`); *modified in
                 place*.
             start: a multiple of ``GRAIN``.
-            version: what they stand at.
-            newest: what they are to stand at.
+            version: of the weights.
+            newest: to bring them to.
 
         Returns:
             ``newest``.

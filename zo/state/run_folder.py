@@ -47,7 +47,7 @@ WEIGHTS = re.compile(r"model(-\d{5,}-of-\d{5,})?\.safetensors(\.index\.json)?")
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested groups as dotted keys."""
+    """Return nested groups as dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         flat |= (
@@ -97,7 +97,7 @@ def check_replaceable(folder: Path) -> None:
 
 
 class Passing(Protocol):
-    """Weights that pass by a block at a time."""
+    """Weights that are visited a block at a time."""
 
     layout: Layout
 
@@ -107,7 +107,7 @@ class Passing(Protocol):
 
 
 class RunFolder:
-    """Names of a run's files, and what may be done with them."""
+    """Files of a run."""
 
     def __init__(self, path: Path) -> None:
         """Name the folder; nothing is read or written."""
@@ -121,11 +121,11 @@ class RunFolder:
 
     @property
     def holds_run(self) -> bool:
-        """Whether a run was begun here."""
+        """True if a run was started here."""
         return self.config_file.exists()
 
     def read_config(self) -> dict[str, Any]:
-        """What ``config.yaml`` says.
+        """Return the content of ``config.yaml``.
 
         Raises:
             UserError: there is no run here, or the file is damaged.
@@ -134,14 +134,14 @@ class RunFolder:
             content = yaml.safe_load(self.config_file.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             raise UserError(
-                f"run.dir={self.path} holds no run that can be read: {' '.join(str(error).split())}"
+                f"run.dir={self.path} does not hold a readable run: {' '.join(str(error).split())}"
             ) from error
         if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
-            raise UserError(f"run.dir={self.path} holds a damaged config.yaml; use another run.dir")
+            raise UserError(f"run.dir={self.path} holds a corrupt config.yaml; use another run.dir")
         return content
 
     def check(self, config: Config) -> None:
-        """Refuse a folder that is no place for this run; nothing is written.
+        """Raise if a folder cannot take this run; nothing is written.
 
         Raises:
             UserError: it holds another run (says which keys differ), files that are no run, or
@@ -150,8 +150,8 @@ class RunFolder:
         if not self.holds_run:
             if foreign := next(self._foreign(), None):
                 raise UserError(
-                    f"run.dir={self.path} is not empty and holds no run ({foreign}); use a new or "
-                    "empty folder"
+                    f"run.dir={self.path} is not empty and does not hold a run ({foreign}); use a "
+                    "new or empty folder"
                 )
             return
         self._check_links()
@@ -198,7 +198,7 @@ class RunFolder:
                 )
 
     def create(self, config: Config, facts: Mapping[str, Any], header: Mapping[str, Any]) -> Log:
-        """Begin a run here, or end its beginning where a crash cut it short.
+        """Create a run here, or complete a creation that a crash cut short.
 
         Raises:
             UserError: the folder cannot be written.
@@ -218,7 +218,7 @@ class RunFolder:
             ) from error
 
     def left_by_a_log(self) -> list[str]:
-        """Names of what only a run with a log writes."""
+        """Return names of files that only a run with a log writes."""
         left = [path for path in (self.metrics_file, self.snapshots) if path.exists()]
         for path in self.path.glob("blocks/*/*.block"):
             with open(path, "rb") as file:
@@ -289,5 +289,5 @@ class RunFolder:
         return None, ignored
 
     def blocks(self, rank: int) -> Path:
-        """Where a rank's disk store keeps the blocks that it wrote back."""
+        """Return the folder of a rank's disk store."""
         return self.path / "blocks" / f"rank-{rank:05d}"

@@ -1,5 +1,4 @@
-"""A snapshot: the trainable weights of one version as a safetensors file, written and read a block
-at a time.
+"""Snapshots: trainable weights as a safetensors file, written and read by block.
 
 The header is known from the layout before any weight is, so that every block is written to its
 place as it passes by and no second copy of the model is ever in memory. The header's last field,
@@ -25,7 +24,7 @@ _LENGTH = struct.Struct("<Q")
 
 
 class Writer:
-    """A snapshot that is being written; it is a snapshot once :meth:`finish` has returned."""
+    """Snapshot being written; it is complete once :meth:`finish` has returned."""
 
     def __init__(self, path: Path, layout: Layout, facts: Mapping[str, str]) -> None:
         """Begin the file.
@@ -69,13 +68,13 @@ class Writer:
             count = os.pwrite(self._file.fileno(), rest, at)
             at, rest = at + count, rest[count:]
 
-    def write(self, block: Block, masters: Sequence[Tensor]) -> None:
+    def write(self, block: Block, stored: Sequence[Tensor]) -> None:
         """Write the trainable weights of a block, one flat tensor a segment on any device.
 
         Raises:
             OSError: the disk refuses.
         """
-        for part, view in views(block, masters):
+        for part, view in views(block, stored):
             placed = part.parameter
             if not placed.spec.frozen:
                 offset = (part.start - placed.start) * placed.spec.dtype.itemsize
@@ -93,7 +92,7 @@ class Writer:
 
 
 class Snapshot:
-    """A snapshot on disk."""
+    """Snapshot on disk."""
 
     def __init__(self, path: Path) -> None:
         """Read the header.
