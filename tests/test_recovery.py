@@ -141,7 +141,7 @@ def test_an_altered_snapshot_is_named_and_never_trusted(overrides, tmp_path):
     newest = tmp_path / "run" / "snapshots" / "step-000000004.safetensors"
     data = newest.read_bytes()
     newest.write_bytes(data[:-9] + bytes([data[-9] ^ 1]) + data[-8:])
-    with pytest.raises(AssertionError, match="step-000000004.safetensors is corrupt"):
+    with pytest.raises(AssertionError, match=r"step-000000004\.safetensors is corrupt"):
         train(settings)
 
 
