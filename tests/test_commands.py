@@ -1,4 +1,5 @@
-"""What a user types: a mistake ends in one line that says what to do, exit code 2, and nothing written."""
+"""What a user types: a mistake ends in one line that says what to do, exit code 2, and nothing
+written."""
 
 import json
 import os
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import make_llama
 from transformers import (
     AutoModelForCausalLM,
@@ -46,12 +48,15 @@ ROW = {"text": "a good film", "label": "great"}
 
 MISTAKES = {
     "unknown recipe": (["recipe=quikstart"], "recipe=quikstart is not known; use one of"),
-    "unknown key": (["model.nam=x"], "model.nam is no key of a run"),
-    "unknown group": (["modell.name=x"], "modell is no key of a run"),
+    "unknown key": (["model.nam=x"], "unknown key model.nam;"),
+    "unknown group": (["modell.name=x"], "unknown key modell;"),
     "wrong type": (["batch.micro=many"], "batch.micro=many"),
     "no key=value": (["quickstart"], "quickstart is not understood"),
     "missing model folder": (["model.name=./nowhere"], "model.name=./nowhere is not a folder"),
-    "folder without weights": (["model.name={weightless}"], "model.name={weightless} cannot be loaded"),
+    "folder without weights": (
+        ["model.name={weightless}"],
+        "model.name={weightless} cannot be loaded",
+    ),
     "folder without configuration": (["model.name={empty}"], "model.name={empty} cannot be loaded"),
     "part of the weights": (["model.name={partial}"], "lacks 1 weights, model.norm.weight"),
     "missing file": (["data.name=missing.jsonl"], "data.name=missing.jsonl does not exist"),
@@ -123,7 +128,7 @@ MISTAKES = {
     "no data": (["data.name=''"], "data.name is empty"),
     "no model": (["model.name=''"], "model.name is empty"),
     "unwritable folder": (["run.dir=/proc/zo/run"], "run.dir=/proc/zo/run cannot be written"),
-    "folder with other files": (["run.dir={empty}/.."], "is not empty and holds no run"),
+    "folder with other files": (["run.dir={empty}/.."], "is not empty and does not hold a run"),
     "two-word flag": (["--cfg", "hydra"], "--cfg shows one thing"),
 }
 
@@ -151,9 +156,12 @@ def test_a_mistake_ends_in_one_line(command, overrides, tiny_model, tmp_path, mi
         "train", *[o for o in defaults if o.partition("=")[0] not in mine], *given
     )
     assert code == 2
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1
-    assert said.format(**names) in err
+    *before, last = err.splitlines()
+    # Lines of progress may come before it.
+    progress = ("reading ", "checking that forwards ", "loading weights ")
+    assert all(line.startswith(progress) for line in before), err
+    assert last.startswith("error: ")
+    assert said.format(**names) in last
     assert out == ""
     assert not run_dir.exists()
 
@@ -236,6 +244,22 @@ def test_a_damaged_config_is_one_line(command, overrides, tmp_path, content):
         assert (code, err.count("\n")) == (2, 1), err
 
 
+@pytest.mark.parametrize("key", ["command", "versions"])
+@pytest.mark.parametrize("value", [None, 3])
+def test_a_config_without_what_a_model_card_needs_is_one_line(
+    command, overrides, tmp_path, key, value
+):
+    assert command("train", *overrides, f"run.dir={tmp_path}/run", "run.steps=0")[0] == 0
+    path = tmp_path / "run" / "config.yaml"
+    content = yaml.safe_load(path.read_text())
+    del content[key]
+    path.write_text(yaml.safe_dump(content if value is None else {**content, key: value}))
+    code, _, err = command("export", f"run={tmp_path}/run", f"to={tmp_path}/out")
+    assert code == 2, err
+    assert f"config.yaml has no usable {key}" in err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_strangers_run_reads_nothing_of_this_machines_environment(
     command, overrides, tmp_path, monkeypatch
 ):
@@ -279,9 +303,13 @@ def test_another_base_model_or_other_data_in_the_same_place_is_refused(
 
 @pytest.mark.slow
 def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_when_there_is_room(overrides, tmp_path):
-    """A limit on the size of files stands for the full disk: the kernel refuses in the middle of a write."""
+    """A limit on the size of files stands for the full disk: the kernel refuses in the middle of a
+    write."""
     settings = [*overrides, f"run.dir={tmp_path}/run", "run.steps=6", "eval.every=0"]
-    train = f"sys.argv[1:] = {settings!r}; import runpy; runpy.run_path('launch/train.py', run_name='__main__')"
+    train = (
+        f"sys.argv[1:] = {settings!r}; import runpy; "
+        "runpy.run_path('launch/train.py', run_name='__main__')"
+    )
     limited = """
 import resource, sys
 from zo.state.log import Log
@@ -365,7 +393,8 @@ def test_random_weights_and_synthetic_data_need_a_configuration_only(command, ti
 
 
 def test_a_sequence_classifier_from_rows_to_folder(command, reviews, tmp_path, tokenizer):
-    """A base model without a head gets one of the rows' classes; the trained head is in the exported folder."""
+    """A base model without a head gets one of the rows' classes; the trained head is in the
+    exported folder."""
     sizes = {
         "vocab_size": 24,
         "hidden_size": 32,
@@ -407,9 +436,9 @@ def test_a_sequence_classifier_from_rows_to_folder(command, reviews, tmp_path, t
     ("name", "arguments", "said"),
     [
         ("evaluate", [], "nothing to score"),
-        ("evaluate", ["run=nowhere"], "run=nowhere holds no run"),
+        ("evaluate", ["run=nowhere"], "run=nowhere does not hold a run"),
         ("evaluate", ["run=nowhere", "update.lr=1"], "cannot be changed for a run"),
-        ("export", ["run=nowhere", "to=x"], "run=nowhere holds no run"),
+        ("export", ["run=nowhere", "to=x"], "run=nowhere does not hold a run"),
         ("export", ["run=nowhere"], "usage: launch/export.py"),
         ("export", ["run=a", "to=b", "pull=c"], "pull=c is no argument"),
         (

@@ -293,7 +293,7 @@ def test_a_second_run_in_the_same_folder_is_refused_by_name(overrides, tmp_path)
         assert second.returncode == 2
         line = said.strip().splitlines()[-1]
         assert (
-            f"is in use by a run that goes on (host {socket.gethostname()}, process {first.pid})"
+            f"is locked by a running process (host {socket.gethostname()}, process {first.pid})"
             in line
         )
     finally:

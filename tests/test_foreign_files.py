@@ -51,7 +51,7 @@ def test_a_link_in_place_of_a_folder_is_refused(overrides, tmp_path, place, begu
     if begun:
         RunFolder(run).create(config, {}, {"directions": 1}).close()
     with pytest.raises(
-        UserError, match=r"is a symbolic link|is not empty and holds no run"
+        UserError, match=r"is a symbolic link|is not empty and does not hold a run"
     ) as error:
         RunFolder(run).check(config)
     assert "\n" not in str(error.value)
@@ -64,5 +64,5 @@ def test_a_folder_of_other_files_is_no_cut_start(overrides, tmp_path, place):
     config = load_config("quickstart", [*overrides, f"run.dir={tmp_path}/run"])
     (tmp_path / "run" / place).parent.mkdir(parents=True)
     (tmp_path / "run" / place).write_text("mine")
-    with pytest.raises(UserError, match=rf"is not empty and holds no run \({place}\)"):
+    with pytest.raises(UserError, match=rf"is not empty and does not hold a run \({place}\)"):
         RunFolder(tmp_path / "run").check(config)

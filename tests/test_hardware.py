@@ -1,4 +1,5 @@
-"""Memory in control groups, devices that are not there, and too little memory: each told before or as it happens."""
+"""Memory in control groups, devices that are not there, and too little memory: each told before or
+as it happens."""
 
 import json
 import os
@@ -48,14 +49,16 @@ def large_machine(monkeypatch):
 
 
 def test_page_cache_counts_as_free(tmp_path):
-    """A checkpoint that was just read fills the cache; host stores would be refused in any container."""
+    """A checkpoint that was just read fills the cache; host stores would be refused in any
+    container."""
     belongs_to(tmp_path, "0::/")
     group(tmp_path / "sys/fs/cgroup", 64 * GIB, 63 * GIB, 60 * GIB)
     assert hardware.available_host_bytes(tmp_path) == 61 * GIB
 
 
 def test_page_cache_counts_as_free_in_version_1(tmp_path):
-    """Docker without a namespace names the host's path, and mounts the container's own group at the root."""
+    """Docker without a namespace names the host's path, and mounts the container's own group at the
+    root."""
     belongs_to(tmp_path, "5:memory:/docker/0123")
     group(tmp_path / "sys/fs/cgroup/memory", 64 * GIB, 63 * GIB, 60 * GIB, v1=True)
     assert hardware.available_host_bytes(tmp_path) == 61 * GIB
@@ -169,7 +172,8 @@ def test_too_little_host_memory_is_one_line_and_exit_code_2(reviews, tokenizer, 
 
 @pytest.mark.slow
 def test_a_run_is_scored_on_its_own_device_and_torchrun_speaks_once(overrides, tmp_path):
-    """Scores, fingerprint and the one JSON line are the same with two ranks; only one may export."""
+    """Scores, fingerprint and the one JSON line are the same with two ranks; only one may
+    export."""
     run = lambda *words: subprocess.run(  # noqa: E731
         [str(w) for w in (sys.executable, *words)],
         cwd=tmp_path,

@@ -1,4 +1,5 @@
-"""The log is the training: a lost, torn or altered entry must be noticed, and nothing before it lost."""
+"""The log is the training: a lost, torn or altered entry must be noticed, and nothing before it
+lost."""
 
 import errno
 import json

@@ -1,8 +1,10 @@
-"""A power cut may leave a disk between data and names: no state that it may be left in gives other weights.
+"""A power cut may leave a disk between data and names: no state that it may be left in gives other
+weights.
 
-Everything that a run does to its disk is recorded. From the record come the states that a file system may show after
-the power was cut: names are journalled in their order, a file's bytes come to the disk page by page at any time, and
-only a sync makes either of them certain. Each state is gone on from.
+Everything that a run does to its disk is recorded. From the record come the states that a file
+system may show after the power was cut: names are journalled in their order, a file's bytes come to
+the disk page by page at any time, and only a sync makes either of them certain. Each state is gone
+on from.
 """
 
 import os

@@ -1,4 +1,5 @@
-"""What looks like a secret is in nothing that a run stores; what does not is stored as it was typed."""
+"""What looks like a secret is in nothing that a run stores; what does not is stored as it was
+typed."""
 
 import pytest
 from test_commands import command  # noqa: F401
@@ -39,7 +40,8 @@ HIDDEN = [
 ]
 SHOWN = [
     "python launch/train.py recipe=quickstart batch.max_tokens=512 model.tokenizer=org/tokenizer",
-    "python launch/train.py recipe=opt-13b 'data.template={text} it was' 'data.label_words=[terrible,great]'",
+    "python launch/train.py recipe=opt-13b 'data.template={text} it was' "
+    "'data.label_words=[terrible,great]'",
     "data.name=nyu-mll/glue data.subset=sst2 update.lr=1e-6 run.dir=runs/a-20260101-101010-123456",
     "model.name=HuggingFaceTB/SmolLM2-135M-Instruct run.seed=18446744073709551",
     "data.name=https://host/a.jsonl?x=1",

@@ -102,7 +102,8 @@ def test_a_store_is_not_part_of_the_result(overrides, expected, tmp_path, place)
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("place", [PLACES[0], PLACES[2], PLACES[4]], ids=" ".join)
 def test_nor_is_it_for_other_kinds_of_models(overrides, tmp_path, monkeypatch, model, place):
-    """Untied heads, experts that are many tensors on disk, and a vocabulary that is cut into chunks."""
+    """Untied heads, experts that are many tensors on disk, and a vocabulary that is cut into
+    chunks."""
     monkeypatch.setattr(blocks, "CHUNK_BYTES", 16_384)
     torch.manual_seed(0)
     MODELS[model]().save_pretrained(tmp_path / "model")
@@ -137,7 +138,8 @@ def test_where_hidden_states_wait_is_not_part_of_the_result(overrides, expected,
 
 @pytest.fixture
 def places(why_no_deepnvme):
-    """PLACES; the page cache stands in for an engine that this machine cannot build, whose own cases say so."""
+    """PLACES; the page cache stands in for an engine that this machine cannot build, whose own
+    cases say so."""
     return [
         [w.replace("deepnvme", "mmap") if why_no_deepnvme else w for w in place] for place in PLACES
     ]
@@ -377,7 +379,8 @@ def test_a_folder_without_room_is_refused_with_the_bytes_needed(overrides, small
 
 
 def test_a_disk_that_fills_up_in_the_middle_of_a_step(overrides, expected, small_disk, monkeypatch):
-    """The room that was there at the start is gone when blocks are to be written for the first time."""
+    """The room that was there at the start is gone when blocks are to be written for the first
+    time."""
     folder, filled = small_disk(1_000_000), []
     settings = [*overrides, *BITS, *DISK, "memory.lag=1"]
     original = trainer.build_problem
@@ -459,7 +462,7 @@ MISTAKES = {
     ),
     "unknown unit": (["memory.unit=head"], r"use one of layer, module"),
     "unknown engine": (["memory.disk_engine=aio"], r"use one of deepnvme, mmap"),
-    "profile of nothing": (["profile.steps=3"], r"profile\.steps=3 is no range of steps"),
+    "profile of nothing": (["profile.steps=3"], r"profile\.steps=3 is not a range of steps"),
 }
 
 

@@ -1,4 +1,5 @@
-"""A model's own code runs when whoever starts a command asks for it then, never because a file says so."""
+"""A model's own code runs when whoever starts a command asks for it then, never because a file says
+so."""
 
 import json
 import sys

@@ -1,9 +1,9 @@
-"""The two errors that a command tells in one line."""
+"""Errors that a command prints as one line."""
 
 
 class UserError(ValueError):
-    """What a user can cause and mend; a launcher prints it as one line and ends with exit code 2."""
+    """Mistake that a user can correct; a command prints it as one line, exit code 2."""
 
 
 class RankError(RuntimeError):
-    """Another rank is gone or silent, which no one rank can mend; told in one line too, with exit code 1."""
+    """Loss of another rank, or its silence; a command prints it as one line, exit code 1."""

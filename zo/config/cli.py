@@ -1,4 +1,4 @@
-"""What the commands of ``launch/`` share: arguments, ``--help``, and how a user's mistake ends."""
+"""Arguments, ``--help`` and error handling that the commands of ``launch/`` share."""
 
 import errno
 import os
@@ -21,8 +21,8 @@ DONE, RANK_LOST, USER_ERROR = 0, 1, 2
 def run(command: Callable[[list[str]], None]) -> int:
     """Run a command on the process's arguments.
 
-    A user's mistake, or too little memory, becomes one line on stderr and exit code 2, the loss of another rank one
-    line and exit code 1.
+    A user's mistake, or too little memory, becomes one line on stderr and exit code 2, the loss of
+    another rank one line and exit code 1.
     """
     rank = int(os.environ.get("RANK", 0))
     quiet_libraries()
@@ -31,7 +31,8 @@ def run(command: Callable[[list[str]], None]) -> int:
         share_cores()
         command(sys.argv[1:])
     except UserError as error:
-        # Most mistakes are met by every rank; rank 0 speaks, and its end lets torchrun end the others.
+        # Most mistakes are met by every rank; rank 0 speaks, and its end lets torchrun end the
+        # others.
         if rank:
             time.sleep(3)
         print(
@@ -42,7 +43,8 @@ def run(command: Callable[[list[str]], None]) -> int:
         return USER_ERROR
     except RankError as error:
         print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
-        # A worker may still wait for the lost rank; what it writes is whole under its name or not there.
+        # A worker may still wait for the lost rank; what it writes is whole under its name or not
+        # there.
         os._exit(RANK_LOST)
     except (MemoryError, RuntimeError, OSError) as error:
         if (remedy := out_of_memory(error)) is None:
@@ -67,8 +69,8 @@ def out_of_memory(error: Exception) -> str | None:
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
         return (
-            f"the GPU's memory is too small ({said}); use memory.store=host, a smaller batch.micro or "
-            "batch.max_tokens, memory.activations=host, or model.dtype=bfloat16"
+            f"the GPU's memory is too small ({said}); use memory.store=host, a smaller batch.micro "
+            "or batch.max_tokens, memory.activations=host, or model.dtype=bfloat16"
         )
     if (
         isinstance(error, MemoryError)
@@ -76,8 +78,9 @@ def out_of_memory(error: Exception) -> str | None:
         or any(words in said for words in HOST_MEMORY_WORDS)
     ):
         return (
-            f"the host's memory is too small ({said or type(error).__name__}); use memory.store=disk, a smaller "
-            "batch.micro or batch.max_tokens, or model.dtype=bfloat16; fewer ranks on a node share its memory, too"
+            f"the host's memory is too small ({said or type(error).__name__}); use "
+            "memory.store=disk, a smaller batch.micro or batch.max_tokens, or "
+            "model.dtype=bfloat16; fewer ranks on a node share its memory, too"
         )
     return None
 
@@ -92,9 +95,10 @@ HOST_MEMORY_WORDS = (
 
 
 def quiet_libraries() -> None:
-    """Have libraries keep their warnings and progress bars to themselves, unless the environment asks for them.
+    """Silence the warnings and progress bars of libraries, unless the environment sets them.
 
-    Downloads, which may take an hour, keep their bars where somebody looks: on rank 0, at a terminal.
+    Downloads, which may take an hour, keep their bars where somebody looks: on rank 0, at a
+        terminal.
     """
     name_accelerator()
     for library in ("TRANSFORMERS", "DATASETS", "HF_HUB"):
@@ -108,7 +112,7 @@ def quiet_libraries() -> None:
 
 
 def share_cores() -> None:
-    """Share the machine's cores among its ranks; torchrun would give each rank one, however many there are."""
+    """Share the machine's cores among its ranks; torchrun gives each rank one."""
     if (
         int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1
         and os.environ.get("OMP_NUM_THREADS", "1") == "1"
@@ -121,7 +125,7 @@ def share_cores() -> None:
 
 
 def split(arguments: Sequence[str], own: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """A command's own ``key=value`` arguments, and the rest."""
+    """Split ``key=value`` arguments into a command's own and the rest."""
     mine, rest = {}, []
     for argument in arguments:
         key, sign, value = argument.partition("=")
@@ -147,7 +151,7 @@ def flag(own: Mapping[str, str], key: str, meaning: str) -> bool:
 def asked_for_text(
     arguments: list[str], recipe: str, overrides: list[str], usage: str
 ) -> str | None:
-    """What ``--help`` or ``--cfg job`` print, if one of them is asked for."""
+    """Return the text of ``--help`` or ``--cfg job``, or ``None`` if neither is asked for."""
     if "--help" in arguments or "-h" in arguments:
         return help_text(usage)
     if "--cfg" in arguments:
@@ -159,7 +163,7 @@ def asked_for_text(
 
 
 def help_text(usage: str) -> str:
-    """Usage, the recipes with their first line, and every key with its default and sentence."""
+    """Return usage, the recipes with their first line, and every key with its sentence."""
     lines = [usage, "", "recipes:"]
     for name in recipe_names():
         first = (FOLDER / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
@@ -173,7 +177,7 @@ def help_text(usage: str) -> str:
 
 
 def existing_run(path: str) -> Path:
-    """The folder of a run.
+    """Return the folder of an existing run.
 
     Raises:
         UserError: there is none.
@@ -181,6 +185,7 @@ def existing_run(path: str) -> Path:
     folder = Path(path).expanduser()
     if not (folder / "config.yaml").exists():
         raise UserError(
-            f"run={path} holds no run; give the folder that the last line of a training named run_dir"
+            f"run={path} does not hold a run; give the folder that the last line of a training "
+            "named run_dir"
         )
     return folder

@@ -1,4 +1,4 @@
-"""Recipes: a YAML file that states what it changes, composed by Hydra over the typed schema of ``config``."""
+"""Recipes: YAML files of changed keys, composed by Hydra over the schema of ``config``."""
 
 import ast
 import inspect
@@ -23,7 +23,7 @@ DEFAULT = "quickstart"
 
 
 def _schema() -> DictConfig:
-    """The typed schema, into which values may be merged."""
+    """Return the typed schema, into which values may be merged."""
     node: DictConfig = OmegaConf.structured(Config)
     for group in (node, *(node[f.name] for f in fields(Config) if is_dataclass(f.type))):
         # Frozen dataclasses become read-only nodes, which a recipe could not be merged into.
@@ -32,12 +32,12 @@ def _schema() -> DictConfig:
 
 
 def recipe_names() -> list[str]:
-    """The recipes there are."""
+    """Return the names of the recipes."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
 def resolve(recipe: str = DEFAULT, overrides: Sequence[str] = ()) -> DictConfig:
-    """A recipe with overrides, types checked, as Hydra composes it.
+    """Compose a recipe with overrides by Hydra, types checked.
 
     Raises:
         UserError: unknown recipe or key, wrong type, or an override that is no ``key=value``.
@@ -54,7 +54,7 @@ def resolve(recipe: str = DEFAULT, overrides: Sequence[str] = ()) -> DictConfig:
 
 
 def load_config(recipe: str = DEFAULT, overrides: Sequence[str] = ()) -> Config:
-    """A recipe with overrides as a checked configuration.
+    """Return a recipe with overrides as a checked configuration.
 
     Args:
         recipe: name of a file in ``recipes/``.
@@ -67,7 +67,7 @@ def load_config(recipe: str = DEFAULT, overrides: Sequence[str] = ()) -> Config:
 
 
 def as_config(node: DictConfig) -> Config:
-    """A composed node as a checked configuration."""
+    """Return a composed node as a checked configuration."""
     made = OmegaConf.to_object(node)
     assert isinstance(made, Config)
     return made
@@ -76,12 +76,14 @@ def as_config(node: DictConfig) -> Config:
 def config_of(tree: Mapping[str, Any]) -> Config:
     """Return a checked configuration from nested keys, as a run's ``config.yaml`` holds them.
 
-    ``model.trust_remote_code`` is always false in it: a folder that someone sends must not decide that code is run.
+    ``model.trust_remote_code`` is always false in it: a folder that someone sends must not decide
+    that code is run.
 
     Raises:
         UserError: a key or a value that this version does not know.
     """
-    # Stored values are resolved ones: an interpolation would read this machine's environment into what is written.
+    # Stored values are resolved ones: an interpolation would read this machine's environment into
+    # what is written.
     if "${" in str(tree):
         raise UserError(
             "the run's config.yaml holds an interpolation, ${...}, which no run writes; take it out"
@@ -99,9 +101,12 @@ def config_of(tree: Mapping[str, Any]) -> Config:
 
 
 def _explain(error: Exception) -> str:
-    """What Hydra or OmegaConf says of an override, as one line that names the key."""
+    """Return Hydra's or OmegaConf's error as one line that names the key."""
     if isinstance(error, OverrideParseException):
-        return f"{error.override} is not understood; give key=value, and quote a value with special characters: key='...'"
+        return (
+            f"{error.override} is not understood; give key=value, and quote a value with special "
+            "characters: key='...'"
+        )
     # Hydra's outer message names the override, OmegaConf's inner one says what is wrong with it.
     inner = str(error.__cause__ or "").split("\n")[0]
     outer = str(error).split("\n")[0]
@@ -113,12 +118,12 @@ def _explain(error: Exception) -> str:
             if full_key and key.split(".")[-1][:2] == str(full_key).split(".")[-1][:2]
         ]
         hint = f"did you mean {' or '.join(close[:3])}? " if close else ""
-        return f"{full_key or outer} is no key of a run; {hint}see --help for all keys"
+        return f"unknown key {full_key or outer}; {hint}see --help for all keys"
     return f"{outer.rstrip('.')}: {inner}" if inner else outer
 
 
 def keys() -> Iterator[tuple[str, Any, str]]:
-    """Every key with its default and its sentence."""
+    """Yield every key with its default and its sentence."""
     for group in fields(Config):
         if is_dataclass(group.type):
             sentences = _sentences(group.type)  # type: ignore[arg-type]
@@ -128,7 +133,7 @@ def keys() -> Iterator[tuple[str, Any, str]]:
 
 
 def _sentences(dataclass: type) -> dict[str, str]:
-    """The string under each field of a dataclass in its source."""
+    """Return the string under each field of a dataclass in its source."""
     tree = ast.parse(inspect.getsource(schema))
     body = next(
         n.body for n in tree.body if isinstance(n, ast.ClassDef) and n.name == dataclass.__name__

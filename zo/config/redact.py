@@ -1,7 +1,8 @@
-"""Secrets out of what is stored: a run's folder and its model card travel, the command that was typed travels in them.
+"""Remove secrets from what is stored: run folders, model cards and the commands in them.
 
-A value is a secret by the key that it is given to (a password, a token), by its own form (a hub's token), by its place
-in an address (``user:password@``), or by its randomness where the key is called a key.
+A value is a secret by the key that it is given to (a password, a token), by its own form (a hub's
+token), by its place in an address (``user:password@``), or by its randomness where the key is
+called a key.
 """
 
 import re
@@ -13,7 +14,8 @@ from typing import Any
 
 STARS = "***"
 SECRET_KEY = re.compile(
-    # Not ``max_tokens`` or ``tokenizer``: a token at the end of a name, and words that are nothing else anywhere in it.
+    # Not ``max_tokens`` or ``tokenizer``: a token at the end of a name, and words that are nothing
+    # else anywhere in it.
     r"(?i)(?:[\w.\-]*(?:secret|passw|passphrase|credential|signature|api_?key|access_?key|private_?key)[\w\-]*"
     r"|[\w.\-]*(?:token|auth|authorization|bearer|pwd|sig))"
 )
@@ -29,13 +31,15 @@ FORMS = re.compile(
     r"|github_pat_\w{16,}|glpat-[\w\-]{16,}|sk-[\w\-]{16,}|xox[abeoprs]-[\w\-]{10,}|A[KS]IA[A-Z0-9]{16}"
     r"|AIza[\w\-]{30,}|ey[JK][\w\-]{10,}\.[\w\-]{4,}(?:\.[\w\-]*)?)"
 )
-"""Tokens by how their issuers begin them: Hugging Face, GitHub, GitLab, OpenAI's kind, Slack, AWS, Google, JWT."""
+"""Tokens by how their issuers begin them: Hugging Face, GitHub, GitLab, OpenAI's kind, Slack, AWS,
+Google, JWT."""
 RANDOM_LENGTH, RANDOM_BITS = 16, 3.0
-"""A value that long, with that many bits of entropy a character, of letters and digits, is random."""
+"""A value that long, with that many bits of entropy a character, of letters and digits, is
+random."""
 
 
 def without_secrets(text: str) -> str:
-    """Return a text with whatever looks like a secret replaced by ``***``; unchanged if nothing does.
+    """Return a text with everything that looks like a secret replaced by ``***``.
 
     A text that a shell would cut into several words, as a command, is looked at word by word.
     """
@@ -51,7 +55,7 @@ def without_secrets(text: str) -> str:
 
 
 def without_secrets_in(tree: Any, key: str = "") -> Any:
-    """Return nested groups and lists with every text cleaned, and what a secret's key holds replaced."""
+    """Return nested groups and lists with the secrets in every text replaced."""
     if isinstance(tree, Mapping):
         return {name: without_secrets_in(inner, str(name)) for name, inner in tree.items()}
     if isinstance(tree, list | tuple):

@@ -1,8 +1,9 @@
-"""A run's configuration: frozen dataclasses, one a group of keys, each checked once when it is made.
+"""A run's configuration: frozen dataclasses, one per group of keys, checked when made.
 
 Units stand in the names or in the sentence under a field. What one group can know is checked in its
-``__post_init__``; what needs two groups, in ``Config``'s; what needs the machine, the data or the model, where those
-are met. Every check raises :class:`UserError`, whose text is one line: field, value, constraint, remedy.
+``__post_init__``; what needs two groups, in ``Config``'s; what needs the machine, the data or the
+model, where those are met. Every check raises :class:`UserError`, whose text is one line: field,
+value, constraint, remedy.
 """
 
 import math
@@ -12,6 +13,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from zo.errors import UserError
+from zo.io.engines import ENGINES
+from zo.method.estimator import ESTIMATORS
+from zo.method.passes import DISTRIBUTIONS
+from zo.method.update import RULES, SCHEDULES
+
+TASKS = ("causal-lm", "sequence-classification")
+"""Names of :data:`zo.model.build.AUTO_CLASS`, which imports transformers."""
+STORES = ("device", "host", "disk")
+"""Names of the stores that :mod:`zo.streaming.replica` makes, which imports torch."""
 
 
 def choice(key: str, value: str, choices: Any) -> None:
@@ -21,8 +31,9 @@ def choice(key: str, value: str, choices: Any) -> None:
 
 
 MAX_CELLS = 2**20
-"""Directions, sequences, and directions times micro-batches of a step, at most. Every cell is one forward and three
-float64 numbers that each rank gathers: a table of that many rows has 24 MiB, and a step of it takes days."""
+"""Directions, sequences, and directions times micro-batches of a step, at most. Every cell is one
+forward and three float64 numbers that each rank gathers: a table of that many rows has 24 MiB, and
+a step of it takes days."""
 MAX_THREADS, THREADS_A_CORE = 1024, 4
 """More threads than cores gain nothing, and some tens of thousands end the process."""
 
@@ -34,7 +45,7 @@ def at_most(key: str, value: int, maximum: int) -> None:
 
 
 def check_threads(threads: int, cores: int) -> None:
-    """Raise :class:`UserError` where a machine of so many cores can make no use of that many threads."""
+    """Raise :class:`UserError` if there are too many threads for a machine's cores."""
     if threads > cores * THREADS_A_CORE:
         raise UserError(
             f"run.threads={threads} is too many for the {cores} cores of this machine; use at most "
@@ -63,8 +74,8 @@ def template_columns(template: str) -> list[str]:
         columns.append(str(name))
     if wrong:
         raise UserError(
-            f"data.template={template!r} is not understood ({wrong}); write {{column}} for a column's text, and {{{{ "
-            "or }} for a brace"
+            f"data.template={template!r} is not understood ({wrong}); write {{column}} for a "
+            f"column's text, and {{{{{{{{ or }}}}}}}} for a brace"
         )
     return columns
 
@@ -77,7 +88,7 @@ def at_least(key: str, value: float, minimum: float) -> None:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Which model, from where, stored in which type."""
+    """Model, its source and its stored type."""
 
     name: str = ""
     """Hub id, local folder, or the quickstart's packaged model ``smollm2-135m-instruct``."""
@@ -86,28 +97,31 @@ class ModelConfig:
     dtype: str = "float32"
     """Stored type of the weights: ``float32``, ``bfloat16`` or ``float16``."""
     task: str = "auto"
-    """``causal-lm``, ``sequence-classification``, or ``auto`` to read it from the model's configuration."""
+    """``causal-lm``, ``sequence-classification``, or ``auto`` to read it from the model's
+    configuration."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     tokenizer: str | None = None
     """Hub id or folder of the tokenizer, where it is not the model's own."""
     attention: str = "auto"
-    """``attn_implementation`` of transformers, or ``auto``: ``sdpa`` where the model supports it, else ``eager``."""
+    """``attn_implementation`` of transformers, or ``auto``: ``sdpa`` where the model supports it,
+    else ``eager``."""
     trust_remote_code: bool = False
     """Run code that the model's repository brings."""
 
     def __post_init__(self) -> None:
         choice("model.weights", self.weights, ("pretrained", "random"))
         choice("model.dtype", self.dtype, ("float32", "bfloat16", "float16"))
-        choice("model.task", self.task, ("auto", "causal-lm", "sequence-classification"))
+        choice("model.task", self.task, ("auto", *TASKS))
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which examples, and how they become a prompt."""
+    """Examples and their prompts."""
 
     name: str = ""
-    """A task (``movie-reviews``), a file (.jsonl, .json, .csv, .parquet), a hub id, or ``synthetic``."""
+    """A task (``movie-reviews``), a file (.jsonl, .json, .csv, .parquet), a hub id, or
+    ``synthetic``."""
     subset: str | None = None
     """Configuration of a hub data set, such as ``sst2`` of ``nyu-mll/glue``."""
     split: str = "train"
@@ -119,9 +133,11 @@ class DataConfig:
     train_examples: int | None = None
     """Examples trained on, at most; all by default."""
     template: str | None = None
-    """Prompt of an example with a label; ``{column}`` stands for the column's text. A task brings its own."""
+    """Prompt of an example with a label; ``{column}`` stands for the column's text. A task brings
+    its own."""
     label_words: list[str] | None = None
-    """One word a class, in the order of the labels; each one token of the model's tokenizer, given with its space."""
+    """One word a class, in the order of the labels; each one token of the model's tokenizer, given
+    with its space."""
 
     def __post_init__(self) -> None:
         at_least("data.dev_examples", self.dev_examples, 0)
@@ -158,7 +174,8 @@ class BatchConfig:
                 str(d) for d in range(1, self.sequences + 1) if self.sequences % d == 0
             )
             raise UserError(
-                f"batch.micro={self.micro} does not divide batch.sequences={self.sequences}; use {fits}"
+                f"batch.micro={self.micro} does not divide batch.sequences={self.sequences}; use "
+                f"{fits}"
             )
 
     @property
@@ -181,52 +198,60 @@ class EstimatorConfig:
     """``rademacher`` or ``gaussian``."""
 
     def __post_init__(self) -> None:
-        choice("estimator.name", self.name, ("spsa", "one-sided"))
+        choice("estimator.name", self.name, ESTIMATORS)
         at_least("estimator.directions", self.directions, 1)
         at_most("estimator.directions", self.directions, MAX_CELLS)
-        choice("estimator.distribution", self.distribution, ("rademacher", "gaussian"))
+        choice("estimator.distribution", self.distribution, DISTRIBUTIONS)
         if not (math.isfinite(self.eps) and self.eps > 0):
             raise UserError(
-                f"estimator.eps={self.eps} must be a number above 0; MeZO uses 1e-3 for full fine-tuning"
+                f"estimator.eps={self.eps} must be a number above 0; MeZO uses 1e-3 for full "
+                "fine-tuning"
             )
 
 
 @dataclass(frozen=True)
 class UpdateConfig:
-    """How scalars become a change of the weights."""
+    """Update of the weights from scalars."""
 
     name: str = "sgd"
     """The rule; ``sgd``."""
     lr: float = 1e-6
     """Learning rate."""
     schedule: str = "constant"
-    """``constant``, ``linear`` or ``cosine``; both reach 0 one step after the last, so that the last still moves."""
+    """``constant``, ``linear`` or ``cosine``; both reach 0 one step after the last, so that the
+    last still moves."""
     warmup_steps: int = 0
     """Steps over which the rate rises linearly from 0."""
     weight_decay: float = 0.0
     """Decay a step is lr times this; none on parameters of fewer than two dims (biases, norms)."""
 
     def __post_init__(self) -> None:
-        choice("update.name", self.name, ("sgd",))
-        choice("update.schedule", self.schedule, ("constant", "linear", "cosine"))
+        choice("update.name", self.name, RULES)
+        choice("update.schedule", self.schedule, SCHEDULES)
         for key in ("lr", "warmup_steps", "weight_decay"):
             at_least(f"update.{key}", getattr(self, key), 0)
 
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """How ranks share a step: perturb x data is their number. Empty axes: the first that fits, perturb first."""
+    """How ranks share a step: perturb x data is their number.
+
+    An empty axis is the first size that fits, perturb first.
+    """
 
     perturb: int | None = None
     """Ranks that share the rows (probes)."""
     data: int | None = None
     """Ranks that share the columns (micro-batches)."""
     slice: int = 1
-    """Ranks of a node that keep one copy of the weights together, with memory.store=host or disk."""
+    """Ranks of a node that keep one copy of the weights together, with memory.store=host or
+    disk."""
     timeout_s: int = 1800
-    """Seconds that ranks wait for one another before the run ends, naming the one that is missing."""
+    """Seconds that ranks wait for one another before the run ends, naming the one that is
+    missing."""
     check_every: int = 100
-    """Steps between checks that every rank's weights are what the log makes of the base; 0: never."""
+    """Steps between checks that every rank's weights are what the log makes of the base; 0:
+    never."""
 
     def __post_init__(self) -> None:
         for axis in ("perturb", "data", "slice", "timeout_s"):
@@ -237,16 +262,20 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class MemoryConfig:
-    """Where the weights live between visits, and what one visit brings."""
+    """Memory of the weights, and the unit of a visit."""
 
     store: str = "device"
-    """``device``: all weights where the model computes; ``host``: in host memory; ``disk``: in the run's folder."""
+    """``device``: all weights where the model computes; ``host``: in host memory; ``disk``: in the
+    run's folder."""
     unit: str = "layer"
-    """What one visit brings: a ``layer``, or each ``module`` that owns parameters, for the least memory."""
+    """What one visit brings: a ``layer``, or each ``module`` that owns parameters, for the least
+    memory."""
     slots: int = 3
-    """Blocks that have room where the model computes: one computes, one comes, one goes; at least 2."""
+    """Blocks that have room where the model computes: one computes, one comes, one goes; at least
+    2."""
     lag: int = 4
-    """Entries that a block in a store may lag behind before it is written back; replayed in one pass at its visits."""
+    """Entries that a block in a store may lag behind before it is written back; replayed in one
+    pass at its visits."""
     disk_engine: str = "mmap"
     """``mmap``, or ``deepnvme``: DeepSpeed's direct I/O, which needs the extra nvme and libaio."""
     pin: bool = True
@@ -255,9 +284,9 @@ class MemoryConfig:
     """Where a forward's hidden states wait while others compute: ``device``, or ``host``."""
 
     def __post_init__(self) -> None:
-        choice("memory.store", self.store, ("device", "host", "disk"))
+        choice("memory.store", self.store, STORES)
         choice("memory.unit", self.unit, ("layer", "module"))
-        choice("memory.disk_engine", self.disk_engine, ("mmap", "deepnvme"))
+        choice("memory.disk_engine", self.disk_engine, ENGINES)
         choice("memory.activations", self.activations, ("device", "host"))
         at_least("memory.slots", self.slots, 2)
         at_least("memory.lag", self.lag, 1)
@@ -265,15 +294,17 @@ class MemoryConfig:
 
 @dataclass(frozen=True)
 class ProfileConfig:
-    """What is looked at while a run goes on."""
+    """Profiling of a run."""
 
     steps: str | None = None
-    """Steps ``a..b`` whose timeline is drawn: ``timeline.json`` for Chrome or Perfetto and ``timeline.png``."""
+    """Steps ``a..b`` whose timeline is drawn: ``timeline.json`` for Chrome or Perfetto and
+    ``timeline.png``."""
 
     def __post_init__(self) -> None:
         if self.steps is not None and not self.range:
             raise UserError(
-                f"profile.steps={self.steps} is no range of steps; give the first and the last, such as 3..4"
+                f"profile.steps={self.steps} is not a range of steps; give the first and the last, "
+                "such as 3..4"
             )
 
     @property
@@ -285,7 +316,7 @@ class ProfileConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Where, how long, from which seed."""
+    """Folder, length and seed of a run."""
 
     dir: str | None = None
     """The run's folder; by default ``runs/`` and the recipe's name with the time."""
@@ -294,13 +325,13 @@ class RunConfig:
     seed: int = 0
     """Seed of everything that is random."""
     snapshot_every: int = 0
-    """Steps between snapshots of the weights, which bound how much a resume replays; 0: never. Of a run with
-    memory.store=disk the blocks on disk are that already, so none are made."""
+    """Steps between snapshots of the weights, which bound how much a resume replays; 0: never. Of a
+    run with memory.store=disk the blocks on disk are that already, so none are made."""
     device: str = "auto"
     """``cpu``, ``cuda``, or ``auto`` for ``cuda`` where there is one."""
     threads: int | None = None
-    """Threads that a rank computes with on CPU; by default the machine's cores, shared among its ranks. Products of a
-    few rows in float32 may depend on it."""
+    """Threads that a rank computes with on CPU; by default the machine's cores, shared among its
+    ranks. Products of a few rows in float32 may depend on it."""
     max_skipped: int = 10
     """Steps in a row that may give no finite estimate before the run stops."""
 
@@ -318,10 +349,11 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """When a run is scored."""
+    """Evaluation during a run."""
 
     every: int = 0
-    """Steps between evaluations; 0: never. Otherwise also before the first and after the last step."""
+    """Steps between evaluations; 0: never. Otherwise also before the first and after the last
+    step."""
 
     def __post_init__(self) -> None:
         at_least("eval.every", self.every, 0)
@@ -329,7 +361,7 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """What is left beside the log when a run is done."""
+    """Outputs of a finished run."""
 
     at_end: bool = True
     """Write ``model/``, a Hugging Face folder."""
@@ -356,11 +388,12 @@ class Config:
     def __post_init__(self) -> None:
         if (cells := self.estimator.directions * self.batch.columns) > MAX_CELLS:
             raise UserError(
-                f"estimator.directions={self.estimator.directions} on {self.batch.columns} micro-batches "
-                f"(batch.sequences / batch.micro) are {cells} pairs a step; use at most {MAX_CELLS}"
+                f"estimator.directions={self.estimator.directions} on {self.batch.columns} "
+                f"micro-batches (batch.sequences / batch.micro) are {cells} pairs a step; use at "
+                f"most {MAX_CELLS}"
             )
         if self.mesh.slice > 1 and self.memory.store == "device":
             raise UserError(
-                f"mesh.slice={self.mesh.slice} cuts weights that come to the device at every visit; use "
-                "memory.store=host or disk, or mesh.slice=1"
+                f"mesh.slice={self.mesh.slice} cuts weights that come to the device at every "
+                "visit; use memory.store=host or disk, or mesh.slice=1"
             )

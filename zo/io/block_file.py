@@ -1,9 +1,10 @@
 """The file of one block: a page of header, and the block's bytes.
 
-    "ZOBLK1" newline | u32 n | n bytes of JSON | u32 CRC-32 of the bytes before | zeros to 4096 | bytes, zeros to a page
+    "ZOBLK1" newline | u32 n | n bytes of JSON | u32 CRC-32 of the bytes before | zeros to 4096 |
+    bytes, zeros to a page
 
-It appears whole, under its name, or not at all. It is not synced: the log is, and a file that a power cut tore fails
-its checksum and is rebuilt from base and log.
+It appears whole, under its name, or not at all. It is not synced: the log is, and a file that a
+power cut tore fails its checksum and is rebuilt from base and log.
 """
 
 import json
@@ -24,12 +25,13 @@ _U32 = struct.Struct("<I")
 
 
 BLOCK_FILE = re.compile(r"\d{6,}\.(block|new|old)")
-"""Names of a store's files: a block, one that is being written, and one that is kept to be written over."""
+"""Names of a store's files: a block, one that is being written, and one that is kept to be written
+over."""
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a block's file says of its bytes."""
+    """Header of a block's file."""
 
     block: str
     """Name of the block: a power cut may leave a whole file under another block's name."""

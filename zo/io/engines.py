@@ -1,7 +1,7 @@
 """Engines that move bytes between files and memory.
 
-``mmap`` maps a file and copies, through the page cache; ``deepnvme`` is DeepSpeed's asynchronous direct I/O, which
-bypasses the page cache and takes none of the processor.
+``mmap`` maps a file and copies, through the page cache; ``deepnvme`` is DeepSpeed's asynchronous
+direct I/O, which bypasses the page cache and takes none of the processor.
 """
 
 import mmap
@@ -9,35 +9,37 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
-
-import numpy as np
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Protocol
 
 from zo.errors import UserError
 from zo.io import hardware
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PAGE = 4096
 MADV_POPULATE_READ = 22
 """Of mman.h; Python 3.11 has no name for it."""
 BOUNCE_BYTES = 16 * 2**20
-"""What a direct read of unaligned bytes goes through."""
+"""Size of the buffer for direct reads of unaligned bytes."""
 
 
 def padded(size_bytes: int) -> int:
-    """Rounded up to whole pages."""
+    """Return a size rounded up to whole pages."""
     return -(-size_bytes // PAGE) * PAGE
 
 
 class Engine(Protocol):
     """Moves bytes; calls block, but not other threads."""
 
-    def allocate(self, size_bytes: int) -> Tensor:
-        """Zeroed host memory that needs no copy in between: uint8 of shape ``[size_bytes]``, on a page's boundary."""
+    def allocate(self, size_bytes: int) -> "Tensor":
+        """Return zeroed uint8 host memory of shape ``[size_bytes]`` that needs no copy in between.
+
+        It begins on a page's boundary.
+        """
         ...
 
-    def read(self, path: Path, offset: int, into: Tensor) -> None:
+    def read(self, path: Path, offset: int, into: "Tensor") -> None:
         """Fill uint8 ``into`` from a file.
 
         Raises:
@@ -45,7 +47,7 @@ class Engine(Protocol):
         """
         ...
 
-    def write(self, path: Path, data: Tensor) -> None:
+    def write(self, path: Path, data: "Tensor") -> None:
         """Write uint8 ``data``, whole pages of it, to a file that is new or of this size.
 
         Raises:
@@ -63,15 +65,19 @@ def _check_length(path: Path, end: int) -> None:
 class Mapped:
     """The page cache of the system."""
 
-    def allocate(self, size_bytes: int) -> Tensor:
-        """Anonymous pages, huge ones where they fit, committed when they are touched."""
+    def allocate(self, size_bytes: int) -> "Tensor":
+        """Return anonymous pages, huge ones where they fit, committed when touched."""
+        import torch  # Not above: the configuration reads ENGINES, without the seconds of torch.
+
         pages = mmap.mmap(-1, padded(size_bytes))
         with suppress(OSError, AttributeError):
             pages.madvise(mmap.MADV_HUGEPAGE)
         return torch.frombuffer(pages, dtype=torch.uint8)[:size_bytes]
 
-    def read(self, path: Path, offset: int, into: Tensor) -> None:
+    def read(self, path: Path, offset: int, into: "Tensor") -> None:
         """Map, copy, unmap: a mapping that stayed would count as this process's memory."""
+        import numpy as np
+
         if not into.numel():
             return
         _check_length(path, offset + into.numel())
@@ -87,8 +93,8 @@ class Mapped:
             np.copyto(into.numpy(), source[offset - first :])
             del source  # A mapping with a view of it cannot be closed.
 
-    def write(self, path: Path, data: Tensor) -> None:
-        """Into the page cache; the system writes it out in its own time."""
+    def write(self, path: Path, data: "Tensor") -> None:
+        """Write into the page cache; the system writes it out later."""
         with open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o644), "wb", buffering=0) as file:
             _reserve(file.fileno(), data.numel())
             rest = memoryview(data.numpy())  # type: ignore[arg-type]
@@ -97,7 +103,7 @@ class Mapped:
 
 
 def _populate(mapped: mmap.mmap) -> None:
-    """Have the pages of a mapping at hand in one call; without it each is a fault of its own."""
+    """Fault in all pages of a mapping in one call."""
     try:
         mapped.madvise(MADV_POPULATE_READ)
     except OSError:
@@ -119,19 +125,21 @@ class DeepNvme:
         self._bounce: Tensor | None = None
         self._locked_bytes = 0
 
-    def allocate(self, size_bytes: int) -> Tensor:
-        """Locked pages.
+    def allocate(self, size_bytes: int) -> "Tensor":
+        """Return locked pages.
 
         Raises:
             UserError: the process may not lock that much.
         """
+        import torch
+
         # Locked tensors stay locked: the engine lets go of them at its end.
         needed = self._locked_bytes + padded(size_bytes)
         if (allowed := hardware.lockable_bytes()) < needed:
             raise UserError(
-                f"memory.disk_engine=deepnvme needs {needed} bytes of host memory that is locked, and this process "
-                f"may lock {int(allowed)}; raise it (ulimit -l unlimited; Docker: --ulimit memlock=-1), or use "
-                "memory.disk_engine=mmap"
+                f"memory.disk_engine=deepnvme needs {needed} bytes of host memory that is locked, "
+                f"and this process may lock {int(allowed)}; raise it (ulimit -l unlimited; Docker: "
+                "--ulimit memlock=-1), or use memory.disk_engine=mmap"
             )
         self._locked_bytes = needed
         made: Tensor = self._reader.new_cpu_locked_tensor(
@@ -139,15 +147,16 @@ class DeepNvme:
         )
         return made.zero_()[:size_bytes]
 
-    def read(self, path: Path, offset: int, into: Tensor) -> None:
-        """Direct where addresses and sizes are whole pages of locked memory; else through a bounce buffer."""
+    def read(self, path: Path, offset: int, into: "Tensor") -> None:
+        """Read directly into whole pages of locked memory, else through a bounce buffer."""
         _check_length(path, offset + into.numel())
         if self._direct(offset, into):
             self._pread(path, offset, into)
             return
         if self._bounce is None:
             self._bounce = self.allocate(BOUNCE_BYTES)
-        # What is left of the last page of a file is read by the system: direct reads have whole sectors alone.
+        # What is left of the last page of a file is read by the system: direct reads have whole
+        # sectors alone.
         done, whole_pages = 0, path.stat().st_size // PAGE * PAGE
         while done < into.numel() and offset + done < whole_pages:
             first = (offset + done) // PAGE * PAGE
@@ -157,23 +166,26 @@ class DeepNvme:
             into[done : done + count] = self._bounce[offset + done - first :][:count]
             done += count
         if done < into.numel():
+            import torch
+
             with open(path, "rb") as file:
                 file.seek(offset + done)
                 into[done:] = torch.frombuffer(
                     bytearray(file.read(into.numel() - done)), dtype=torch.uint8
                 )
 
-    def _direct(self, offset: int, into: Tensor) -> bool:
+    def _direct(self, offset: int, into: "Tensor") -> bool:
         aligned = not (offset % PAGE or into.numel() % PAGE or into.data_ptr() % PAGE)
         return aligned and bool(self._reader.is_pinned(into))
 
-    def _pread(self, path: Path, offset: int, into: Tensor) -> None:
+    def _pread(self, path: Path, offset: int, into: "Tensor") -> None:
         if self._reader.sync_pread(into, str(path), offset) < 0:
             raise OSError(f"{path} cannot be read by DeepNVMe")
 
-    def write(self, path: Path, data: Tensor) -> None:
-        """Straight to the disk."""
-        # The engine does not look at the results of its writes: room is made sure of here, bytes when they are read.
+    def write(self, path: Path, data: "Tensor") -> None:
+        """Write straight to the disk."""
+        # The engine does not look at the results of its writes: room is made sure of here, bytes
+        # when they are read.
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
         try:
             _reserve(descriptor, data.numel())
@@ -184,7 +196,7 @@ class DeepNvme:
 
 
 def _reserve(descriptor: int, size_bytes: int) -> None:
-    """Have the disk's room before a byte is written."""
+    """Reserve the room on the disk before a byte is written."""
     try:
         os.posix_fallocate(descriptor, 0, size_bytes)
     except OSError as error:
@@ -194,7 +206,10 @@ def _reserve(descriptor: int, size_bytes: int) -> None:
 
 
 def _deepnvme_handle() -> Callable[..., Any]:
-    remedy = "install it with: apt install libaio-dev g++ && pip install -e '.[nvme]', or use memory.disk_engine=mmap"
+    remedy = (
+        "install it with: apt install libaio-dev g++ && pip install -e '.[nvme]', or use "
+        "memory.disk_engine=mmap"
+    )
     hardware.name_accelerator()
     try:
         import logging

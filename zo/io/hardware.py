@@ -1,4 +1,4 @@
-"""Limits of this machine: devices, free memory, lockable memory, room on disks; each number with its source."""
+"""Limits of this machine: devices, free and lockable memory, room on disks."""
 
 import os
 import resource
@@ -17,7 +17,7 @@ CAP_IPC_LOCK = 14
 
 
 def available_host_bytes(root: Path = Path("/")) -> int:
-    """Return the bytes that this process can still get: the system's, or what its control groups leave.
+    """Return the bytes of host memory available to this process and its control groups.
 
     Args:
         root: of the file system that ``proc`` and ``sys`` are mounted in.
@@ -26,10 +26,10 @@ def available_host_bytes(root: Path = Path("/")) -> int:
 
 
 def _left_by_control_groups(root: Path) -> Iterator[int]:
-    """Yield what each control group of this process leaves, v2 or v1, from its own up to the root's.
+    """Yield the bytes left in each control group of this process, v2 or v1, up to the root.
 
-    Usage counts the page cache, which the kernel gives back under pressure. So the inactive part of it is free, as the
-    working set of Docker and the kubelet has it: usage - inactive_file.
+    Usage counts the page cache, which the kernel gives back under pressure. So the inactive part of
+    it is free, as the working set of Docker and the kubelet has it: usage - inactive_file.
     """
     for base, path, names in _control_groups(root):
         limit, usage, inactive = names
@@ -46,7 +46,7 @@ def _left_by_control_groups(root: Path) -> Iterator[int]:
 
 
 def _control_groups(root: Path) -> Iterator[tuple[Path, PurePosixPath, tuple[str, str, str]]]:
-    """Yield mount point, path below it and names of the files of each hierarchy that may limit memory."""
+    """Yield mount point, path and names of files of each hierarchy that may limit memory."""
     mount = root / "sys/fs/cgroup"
     v2, v1 = (
         ("memory.max", "memory.current", "inactive_file"),
@@ -58,7 +58,8 @@ def _control_groups(root: Path) -> Iterator[tuple[Path, PurePosixPath, tuple[str
         lines = ["0::/", "1:memory:/"]
     for line in lines:
         _, controllers, path = line.split(":", 2)
-        # A group outside of a container's own view has "..", and only the mount point is there to be read.
+        # A group outside of a container's own view has "..", and only the mount point is there to
+        # be read.
         inside = PurePosixPath("." if ".." in path else path.lstrip("/") or ".")
         if not controllers:
             yield mount, inside, v2
@@ -67,7 +68,7 @@ def _control_groups(root: Path) -> Iterator[tuple[Path, PurePosixPath, tuple[str
 
 
 def lockable_bytes() -> float:
-    """Memory that this process may lock (``ulimit -l``); infinite with the capability to lock any."""
+    """Return the bytes that this process may lock; infinite with CAP_IPC_LOCK."""
     try:
         held = next(
             line
@@ -91,28 +92,30 @@ def choose_device(asked: str) -> "torch.device":
     Raises:
         UserError: there is no GPU, or there are more ranks than GPUs.
     """
-    import torch  # Not above: commands import this module, and must not wait for torch to say --help.
+    import torch  # Not above: --help must not wait for torch.
 
     if asked == "cpu" or (asked == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
         why = "sees no GPU" if torch.version.cuda else "is built without CUDA"
         raise UserError(
-            f"run.device={asked} needs a GPU, and PyTorch {torch.__version__} {why}; use run.device=cpu, or install "
-            "PyTorch's build for CUDA and check that nvidia-smi lists a GPU"
+            f"run.device={asked} needs a GPU, and PyTorch {torch.__version__} {why}; use "
+            "run.device=cpu, or install PyTorch's build for CUDA and check that nvidia-smi lists a "
+            "GPU"
         )
     gpus, ranks = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if max(ranks, local_rank + 1) > gpus:
         raise UserError(
-            f"run.device={asked}: {ranks} ranks on this node and {gpus} GPU{'s' * (gpus > 1)}, and each rank needs one "
-            f"of its own; start torchrun with --nproc-per-node {gpus}, or use run.device=cpu"
+            f"run.device={asked}: {ranks} ranks on this node and {gpus} GPU{'s' * (gpus > 1)}, and "
+            f"each rank needs one of its own; start torchrun with --nproc-per-node {gpus}, or use "
+            "run.device=cpu"
         )
     return torch.device("cuda", local_rank)
 
 
 def name_accelerator() -> None:
-    """Tell DeepSpeed, which transformers loads where it is installed; it would guess, and say so on stdout.
+    """Set DeepSpeed's accelerator, which it would else guess and print to stdout.
 
     Its disk engine reads into host memory, and as a CPU's it needs no CUDA toolkit to be built.
     """
@@ -120,7 +123,7 @@ def name_accelerator() -> None:
 
 
 def free_disk_bytes(path: Path) -> int:
-    """Room on the disk that a path lies on, or will."""
+    """Return the free bytes on the disk of a path, which need not exist."""
     existing = next(p for p in (path, *path.absolute().parents) if p.exists())
     status = os.statvfs(existing)
     return status.f_bavail * status.f_frsize

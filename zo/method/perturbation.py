@@ -16,11 +16,14 @@ Sources: Spall 1992 and Sadegh & Spall 1998 (SPSA, Rademacher); Box & Muller 195
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from zo.method.passes import DISTRIBUTIONS
+from zo.method.passes import Change as Change
+from zo.method.passes import Pass as Pass
+from zo.method.passes import Probe as Probe
 from zo.method.philox import Purpose, words
 from zo.method.rounding import round_stochastic, rounding_bits
 
@@ -49,63 +52,6 @@ SIN_P = (1.5707963705062866, -0.6459634900093079, 0.07968022674322128, -0.004602
 COS_P = (1.0, -1.2336970567703247, 0.2535986304283142, -0.020408352836966515)
 LN_2 = 0.6931471824645996
 SQRT_HALF_BITS = 0x3F3504F3
-
-
-@dataclass(frozen=True)
-class Change:
-    """One log entry, applied: ``w <- decay * w + sum_k coefficients[k] * z(directions[k])``."""
-
-    step: int
-    """The entry's step, >= 0; names the stream of its stochastic rounding."""
-    directions: tuple[int, ...]
-    coefficients: tuple[float, ...]
-    """One float32 value per direction."""
-    decay: float = 1.0
-    """float32 factor of the weights before the directions are added; 1.0 leaves them alone."""
-
-
-@dataclass(frozen=True)
-class Probe:
-    """One evaluation point of the loss, ``w + scale * z(direction)``; scale 0 is ``w`` itself."""
-
-    direction: int
-    scale: float
-
-
-@dataclass(frozen=True)
-class Pass:
-    """Arithmetic of one pass over memory: the changes, then the probes of the result.
-
-    Hashable and independent of an address, so that a kernel caches its launch table by it for all
-    segments of a step.
-    """
-
-    seed: int
-    """The run's seed, in [0, 2**64)."""
-    distribution: str
-    """``rademacher`` or ``gaussian``."""
-    changes: tuple[Change, ...] = ()
-    """Log entries to apply, oldest first; each is rounded to the stored dtype.
-
-    float32 is exact, the 16-bit dtypes are rounded stochastically.
-    """
-    probes: tuple[Probe, ...] = ()
-    """The probes."""
-
-    def __post_init__(self) -> None:
-        """Check ranges: numbers beyond the counter would wrap differently on each device."""
-        assert 0 <= self.seed < 1 << 64, self.seed
-        numbers = [c.step for c in self.changes] + [d for c in self.changes for d in c.directions]
-        numbers += [probe.direction for probe in self.probes]
-        assert all(0 <= number < 1 << 32 for number in numbers), (min(numbers), max(numbers))
-
-    @cached_property
-    def _hash(self) -> int:
-        return hash((self.seed, self.distribution, self.changes, self.probes))
-
-    def __hash__(self) -> int:
-        """Return the hash, computed once: a long replay has thousands of changes."""
-        return self._hash
 
 
 @dataclass(frozen=True)
@@ -184,7 +130,7 @@ def _horner(coefficients: Sequence[float], t: Tensor) -> Tensor:
     return value
 
 
-Z: dict[str, Callable[..., Tensor]] = {"rademacher": rademacher, "gaussian": gaussian}
+Z: dict[str, Callable[..., Tensor]] = dict(zip(DISTRIBUTIONS, (rademacher, gaussian), strict=True))
 """The distributions of z, by the name that ``estimator.distribution`` takes."""
 
 

@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import nan
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+from zo.method.passes import Probe
 
-from zo.method.perturbation import Probe
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def share(lines: int, axis: int, index: int) -> range:
@@ -44,7 +46,7 @@ class LossTable:
     """One per row."""
     columns: int
     """Number of micro-batches."""
-    values: Tensor | None = None
+    values: "Tensor | None" = None
     """float64 of shape ``[rows, columns, 3]`` once filled.
 
     A cell holds the sum of losses, the number of terms and the number of tokens.
@@ -64,7 +66,7 @@ class LossTable:
         of_cells = self.owners(perturb, data)
         return [divmod(cell, self.columns) for cell, owner in enumerate(of_cells) if owner == rank]
 
-    def fill(self, values: Tensor) -> "LossTable":
+    def fill(self, values: "Tensor") -> "LossTable":
         """Return the table with values, float64 of shape ``[rows * columns, 3]``, row by row."""
         return replace(self, values=values.view(self.rows, self.columns, -1))
 

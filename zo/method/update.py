@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from zo.method.entry import Entry
 from zo.method.estimator import directions_of, float32
-from zo.method.perturbation import Change
+from zo.method.passes import Change
 
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda done: 1.0,

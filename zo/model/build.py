@@ -18,7 +18,7 @@ from transformers import (
 from transformers.core_model_loading import build_glob_alternation
 from transformers.utils import logging
 
-from zo.config.schema import ModelConfig
+from zo.config.schema import TASKS, ModelConfig
 from zo.errors import UserError
 from zo.io import quickstart as assets
 from zo.io.engines import Engine
@@ -29,10 +29,9 @@ from zo.model.source import RandomSource, WeightSource
 # Loading bars would appear between the run's own lines, once per rank.
 logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
-AUTO_CLASS = {
-    "causal-lm": AutoModelForCausalLM,
-    "sequence-classification": AutoModelForSequenceClassification,
-}
+AUTO_CLASS = dict(
+    zip(TASKS, (AutoModelForCausalLM, AutoModelForSequenceClassification), strict=True)
+)
 """transformers' auto classes, by value of ``model.task``."""
 ATTENTION_WORDS = re.compile(
     "attn_implementation|attention implementation|[Ff]lash ?[Aa]ttention|flash_attn|flex"

@@ -20,7 +20,7 @@ from torch.utils.dlpack import from_dlpack
 from transformers.core_model_loading import revert_weight_conversion
 
 from zo.errors import UserError
-from zo.io.atomic import sync_folder
+from zo.io.atomic import replacing
 from zo.io.hardware import name_accelerator
 from zo.io.signals import unfinished
 from zo.run.model_card import Card, model_card, one_line
@@ -160,8 +160,8 @@ class _Content:
 @contextmanager
 def _whole_or_nothing(to: Path, bytes_needed: int, replace: bool) -> Iterator[Path]:
     """Yield an empty folder beside ``to``, which it replaces on success; remove it on an error."""
-    # One fixed name: the next export removes what a killed one left.
-    beside, old = to.with_name(f".{to.name}.unfinished"), to.with_name(f".{to.name}.replaced")
+    # One fixed, hidden name: the next export removes what a killed one left.
+    beside = to.with_name(f".{to.name}.unfinished")
     try:
         if to.exists() and not (to.is_dir() and (replace or not any(to.iterdir()))):
             raise UserError(f"{to} exists and is not an empty folder; choose a new one")
@@ -170,7 +170,7 @@ def _whole_or_nothing(to: Path, bytes_needed: int, replace: bool) -> Iterator[Pa
                 f"{to} is a mount point and cannot be replaced; use a folder in it: {to / 'model'}"
             )
         to.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(beside, ignore_errors=True)  # Before the room is looked at.
         bytes_free = shutil.disk_usage(to.parent).free
         if bytes_free < bytes_needed:
             raise UserError(
@@ -178,19 +178,10 @@ def _whole_or_nothing(to: Path, bytes_needed: int, replace: bool) -> Iterator[Pa
                 f"has {bytes_free} free ({bytes_free / 2**30:.2f} GiB); make room, or choose a "
                 "folder on another disk"
             )
-        beside.mkdir()
-        with unfinished(beside):
+        with replacing(to, beside), unfinished(beside):
+            beside.mkdir()
             yield beside
-        for path in (*beside.rglob("*"), beside):
-            sync_folder(path)  # Files too: fsync is the same.
-        if replace and to.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            os.rename(to, old)
-        os.rename(beside, to)
-        sync_folder(to.parent)
-        shutil.rmtree(old, ignore_errors=True)
     except BaseException as error:
-        shutil.rmtree(beside, ignore_errors=True)
         # The tokenizers library raises a bare Exception with the system's message.
         if isinstance(error, OSError | SafetensorError) or "(os error " in str(error):
             raise UserError(

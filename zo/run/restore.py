@@ -24,14 +24,23 @@ from zo.streaming.disk_store import DiskStore
 from zo.streaming.replica import Replica
 
 
-def restore_snapshot(folder: RunFolder, replica: Replica, log: Log) -> None:
+def restore_snapshot(
+    folder: RunFolder, replica: Replica, log: Log, say: Callable[[str], None]
+) -> None:
     """Load the newest snapshot that a log covers, unless the store is durable.
+
+    ``say`` takes a line for each snapshot that is ignored.
 
     Raises:
         UserError: the snapshot cannot be read, or is corrupt.
     """
     store = replica.store
-    if store.is_durable or (snapshot := folder.snapshot(log.version, store.base)) is None:
+    if store.is_durable:
+        return
+    snapshot, ignored = folder.snapshot(store.base, log)
+    for line in ignored:
+        say(line)
+    if snapshot is None:
         return
     assert not isinstance(store, DiskStore)
     try:
@@ -42,8 +51,8 @@ def restore_snapshot(folder: RunFolder, replica: Replica, log: Log) -> None:
         ) from error
     if fingerprint != snapshot.fingerprint:
         raise UserError(
-            f"{snapshot.path}: corrupt snapshot of step {snapshot.version}; delete it and start "
-            "the command again"
+            f"{snapshot.path} is corrupt: its weights do not have its fingerprint; delete it and "
+            "start the command again"
         )
 
 
@@ -82,7 +91,7 @@ def load_run(path: Path, change: Callable[[Config], Config] = lambda config: con
             f"{found[2]} in config.yaml; restore this run's log"
         )
     log = Log(header, entries)
-    restore_snapshot(folder, replica, log)
+    restore_snapshot(folder, replica, log, Progress(0, 0, mesh.rank == 0).say)
     replica.open(log)
     return FinishedRun(problem, mesh, replica, content, header, len(entries))
 
@@ -150,6 +159,12 @@ def card_of(
         fingerprint: of the weights.
     """
     config = content["config"]
+    for key, kind in (("command", str), ("versions", dict)):
+        if not isinstance(content.get(key), kind):
+            raise UserError(
+                f"the run's config.yaml has no usable {key}: it must hold a {kind.__name__}; put "
+                "the file back that the run wrote"
+            )
     estimator, update = config["estimator"], config["update"]
     method = (
         f"{estimator['name']}, {estimator['directions']} {estimator['distribution']} "
@@ -160,7 +175,7 @@ def card_of(
         base=config["model"]["name"] or "own model",
         base_fingerprint=header["base"],
         data=config["data"]["name"] or "own data",
-        data_checksum=header["data"],
+        data_checksum=header.get("data", "unknown"),
         recipe=config["recipe"],
         command=content["command"],
         seed=config["run"]["seed"],

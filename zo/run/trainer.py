@@ -138,7 +138,7 @@ class Run:
         self.problem = own or build_problem(config)
         self.replica = assemble(self.problem, config, mesh, self.folder.blocks(mesh.rank), say)
         self.log = self._open_log(command)
-        restore_snapshot(self.folder, self.replica, self.log)
+        restore_snapshot(self.folder, self.replica, self.log, say)
         self.replica.open(self.log)
         self.audit = Audit(self.replica) if config.mesh.check_every else None
         self.reporter = Reporter(config, mesh, self.folder, self.log, self.replica)
@@ -291,7 +291,9 @@ class Run:
         if self.replica.store.is_durable:
             return
         if self.is_writer:
-            self.folder.save_snapshot(self.log.version, self.replica, self.replica.store.base)
+            self.folder.save_snapshot(
+                self.log.version, self.replica, self.replica.store.base, self.log
+            )
         elif self.mesh.slices is not None:
             self.replica.fingerprint()  # The writer's pass gathers this rank's slices.
 

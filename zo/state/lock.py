@@ -1,4 +1,4 @@
-"""The lock of a run's folder, which keeps it to one run at a time, also over a network file system."""
+"""Lock of a run's folder, which works over a network file system, too."""
 
 import fcntl
 import json
@@ -11,27 +11,29 @@ from pathlib import Path
 from typing import Any
 
 from zo.errors import UserError
-from zo.io.atomic import sync_folder
+from zo.io.atomic import sync
 
 LOCK_PATIENCE_S = 3.0
 """A process that was just killed may hold its lock a moment longer."""
 
 
 SIGN_PATIENCE_S = 2.0
-"""How long the first rank of a node looks for the sign of rank 0's lock before it takes the folder for its own."""
+"""How long the first rank of a node looks for the sign of rank 0's lock before it takes the folder
+for its own."""
 
 
 class Lock:
-    """Keeps a folder to one run at a time, by an exclusive lock on ``lock`` there, which says who holds it.
+    """Exclusive lock on ``lock`` in a folder; the file names its owner.
 
-    The system lets go of it when its process ends, in whatever way. On a file system without locks there is none.
+    The system lets go of it when its process ends, in whatever way. On a file system without locks
+    there is none.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Take it.
+        """Acquire the lock.
 
         Raises:
-            UserError: a run that goes on has it, or the folder cannot be written.
+            UserError: a running process has it, or the folder cannot be written.
         """
         self._path, self._made = folder / "lock", not folder.exists()
         self.token = uuid.uuid4().hex
@@ -45,7 +47,8 @@ class Lock:
             os.fsync(self._descriptor)  # Other machines see it from here on.
         except OSError as error:
             raise UserError(
-                f"run.dir={folder} cannot be written: {error.strerror}; choose another folder or make room"
+                f"run.dir={folder} cannot be written: {error.strerror}; choose another folder or "
+                "make room"
             ) from error
 
     def _take(self, until: float) -> int:
@@ -58,8 +61,9 @@ class Lock:
                 if time.monotonic() > until:
                     owner = lock_owner(self._path.parent)
                     raise UserError(
-                        f"run.dir={self._path.parent} is in use by a run that goes on (host {owner.get('host')}, "
-                        f"process {owner.get('pid')}); wait for its end, or use another run.dir"
+                        f"run.dir={self._path.parent} is locked by a running process (host "
+                        f"{owner.get('host')}, process {owner.get('pid')}); wait for its end, or "
+                        "use another run.dir"
                     ) from None
                 time.sleep(0.1)
                 continue
@@ -72,7 +76,7 @@ class Lock:
             os.close(descriptor)
 
     def show(self) -> None:
-        """Make the file by which other machines find that this folder is theirs too (see :func:`shares`).
+        """Make the file by which other machines find the same folder (see :func:`shares`).
 
         Raises:
             UserError: it cannot be written.
@@ -85,19 +89,20 @@ class Lock:
             )
             os.fsync(descriptor)
             os.close(descriptor)
-            sync_folder(self._path.parent)
+            sync(self._path.parent)
         except OSError as error:
             raise UserError(
-                f"run.dir={self._path.parent} cannot be written: {error.strerror}; choose another folder or make room"
+                f"run.dir={self._path.parent} cannot be written: {error.strerror}; choose another "
+                "folder or make room"
             ) from error
 
     def hide(self) -> None:
-        """Take away what :meth:`show` made."""
+        """Remove the file that :meth:`show` made."""
         with suppress(OSError):
             _sign(self._path.parent, self.token).unlink()
 
     def release(self) -> None:
-        """Let go of it, and of a folder that nothing came into."""
+        """Release the lock; remove a folder that it made and that is empty."""
         self.hide()
         with suppress(OSError):
             self._path.unlink()
@@ -112,13 +117,15 @@ def _sign(folder: Path, token: str) -> Path:
 
 
 def shares(folder: Path, token: str) -> bool:
-    """Return whether this machine sees, as ``folder``, the one in which the lock of ``token`` was shown.
+    """Return True if ``folder`` is the one that the lock of ``token`` is shown in.
 
-    A network file system keeps what it once read: that a file or the folder is not there, or what a file that another
-    machine holds open had in it. So the sign is a file whose name is new with each lock, made, synced and closed before
-    anyone hears of it: no machine can remember that it is not there. The folder may be remembered as missing, but to
-    make it asks the server; and if that succeeds it is another folder, for the sign's is there. Looked for again and
-    again until ``SIGN_PATIENCE_S`` are over, for file systems that promise less; then the folder is another one.
+    A network file system keeps what it once read: that a file or the folder is not there, or what a
+    file that another machine holds open had in it. So the sign is a file whose name is new with
+    each lock, made, synced and closed before
+    anyone hears of it: no machine can remember that it is not there. The folder may be remembered
+    as missing, but to make it asks the server; and if that succeeds it is another folder, for the
+    sign's is there. Looked for again and again until ``SIGN_PATIENCE_S`` are over, for file systems
+    that promise less; then the folder is another one.
     """
     try:
         folder.mkdir(parents=True)
@@ -142,7 +149,7 @@ def shares(folder: Path, token: str) -> bool:
 
 
 def lock_owner(folder: Path) -> dict[str, Any]:
-    """Host, process and token of whoever has a folder's lock; empty if that cannot be read."""
+    """Return host, process and token of a lock's owner; empty if that cannot be read."""
     try:
         said = json.loads((folder / "lock").read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,16 +1,20 @@
 """The log of scalars is the state of training: theta_t = replay(theta_0, entries 1..t).
 
-A file is a header and fixed-size entries, append-only. An entry is durable before any parameter moves, and carries
-a CRC-32 that continues the checksum of what lies before it, so a torn, altered, lost or reordered entry is noticed.
+A file is a header and fixed-size entries, append-only. An entry is durable before any parameter
+moves, and carries a CRC-32 that continues the checksum of what lies before it, so a torn, altered,
+lost or reordered entry is noticed.
 
     "ZOLOG1" newline | u32 n | n bytes of JSON | u32 checksum | entries
-    entry = u64 step | u64 position | f64 lr | f32 scalars[directions] | u32 checksum          (little-endian)
+    entry = u64 step | u64 position | f64 lr | f32 scalars[directions] | u32 checksum
+    (little-endian)
 
-An invalid entry with nothing valid after it is the end of a write that a crash cut short: it is cut off. One with
-valid entries after it is damage: the log is refused, for cutting there would lose steps that are whole.
+An invalid entry with nothing valid after it is the end of a write that a crash cut short: it is cut
+    off. One with
+valid entries after it is damage: the log is refused, for cutting there would lose steps that are
+    whole.
 
-``python -m zo.log FILE`` prints it, one JSON object a line; ``python -m zo.log FILE --repair`` keeps a copy of a
-damaged log and cuts it before the damage.
+``python -m zo.log FILE`` prints it, one JSON object a line; ``python -m zo.log FILE --repair``
+keeps a copy of a damaged log and cuts it before the damage.
 """
 
 import hashlib
@@ -26,13 +30,13 @@ from pathlib import Path
 from typing import Any, Self
 
 from zo.errors import UserError
-from zo.io.atomic import sync_folder
+from zo.io.atomic import write_whole
 from zo.method.entry import Entry
 from zo.state.log_file import _U32, _header_bytes, _intact, _packer, _read_bytes, repair
 
 
 def read(path: Path) -> tuple[dict[str, Any], list[Entry]]:
-    """Header and whole entries of a log file; the file is not touched.
+    """Return header and whole entries of a log file; the file is not touched.
 
     Raises:
         UserError: the file is missing, is no log, or is damaged before its end.
@@ -42,10 +46,10 @@ def read(path: Path) -> tuple[dict[str, Any], list[Entry]]:
 
 
 class Log:
-    """An open log. Without a path it lives in memory: ranks that do not write hold the same entries."""
+    """Open log; without a path it lives in memory, as on ranks that do not write."""
 
     def __init__(self, header: dict[str, Any], entries: list[Entry] | None = None) -> None:
-        """A log in memory."""
+        """Make a log in memory."""
         self.header = header
         self.entries: list[Entry] = entries or []
         self.cut_bytes = 0
@@ -58,20 +62,15 @@ class Log:
 
     @classmethod
     def create(cls, path: Path, header: dict[str, Any]) -> Self:
-        """Begin a log file; it appears whole or not at all."""
-        log, data, beside = cls(header), _header_bytes(header), path.with_name(path.name + ".new")
-        with open(beside, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.rename(beside, path)
-        sync_folder(path.parent)
+        """Create a log file; it appears whole or not at all."""
+        log, data = cls(header), _header_bytes(header)
+        write_whole(path, data)
         log._attach(path, len(data), zlib.crc32(data[: -_U32.size]))
         return log
 
     @classmethod
     def open(cls, path: Path) -> Self:
-        """Go on with a log file; a torn tail is cut off and counted in ``cut_bytes``.
+        """Open a log file; a torn tail is cut off and counted in ``cut_bytes``.
 
         Raises:
             UserError: the file cannot be read or written, is no log, or is damaged before its end.
@@ -107,11 +106,18 @@ class Log:
 
     @property
     def identity(self) -> str:
-        """Hexadecimal hash of the header: equal for the copies of one run's log, and for no other run's."""
+        """Hexadecimal hash of the header, the same in all copies of one run's log alone."""
         return hashlib.sha256(json.dumps(self.header, sort_keys=True).encode()).hexdigest()[:32]
 
+    def digest(self, version: int) -> str:
+        """Return a hexadecimal hash of the header and the first ``version`` entries."""
+        found = hashlib.sha256(self.identity.encode())
+        for e in self.entries[:version]:
+            found.update(self._packer.pack(e.step, e.position, e.lr, *e.scalars))
+        return found.hexdigest()[:32]
+
     def check_in_place(self) -> None:
-        """See that the file is still the one under its name; a log in memory always is.
+        """Check that the file is still the one under its name; a log in memory always is.
 
         Raises:
             UserError: it was deleted, moved, replaced or written by another program.
@@ -129,13 +135,15 @@ class Log:
                 "restore it from a copy" if held.st_nlink == 0 else "put it back under that name"
             )
             raise UserError(
-                f"{self._path} was {what} while the run went on, so that its steps would be lost; it held "
-                f"{self.version} steps: {remedy} and start the same command again, or begin a new run"
+                f"{self._path} was {what} during the run, so that its steps would be lost; "
+                f"it held {self.version} steps: {remedy} and start the same command again, or "
+                "begin a new run"
             )
         if held.st_size != self._length:
             raise UserError(
-                f"{self._path} was changed by another program: it has {held.st_size} bytes, and the run wrote "
-                f"{self._length}; see that no other program writes there, and start the same command again"
+                f"{self._path} was changed by another program: it has {held.st_size} bytes, and "
+                f"the run wrote {self._length}; see that no other program writes there, and start "
+                "the same command again"
             )
 
     def append(self, entry: Entry) -> None:
@@ -177,8 +185,9 @@ class Log:
             with suppress(OSError):  # What stays is a torn tail, which the next start cuts.
                 self._truncate()
             raise UserError(
-                f"cannot write step {entries[0].step} to the log: {error.strerror}; "
-                f"the {self.version} steps before it are safe: make room and start the same command again"
+                f"cannot write step {entries[0].step} to the log: {error.strerror}; the "
+                f"{self.version} steps before it are safe: make room and start the same command "
+                "again"
             ) from error
         self._length, self._checksum = self._length + len(data), checksum
 
@@ -192,7 +201,7 @@ class Log:
 def difference(
     found: Mapping[str, Any], expected: Mapping[str, Any]
 ) -> tuple[str, Any, Any] | None:
-    """The first key of ``expected`` that a header does not agree with, its value there, and the expected one."""
+    """Return the first differing key, its value in a header, and the expected value."""
     for key, value in expected.items():
         if key not in found or found[key] != value:
             return key, found.get(key), value
@@ -226,8 +235,9 @@ def _repair_said(path: Path) -> str:
     steps, cut_bytes, copy = done
     size = _packer(read(path)[0]["directions"]).size + _U32.size
     return (
-        f"cut {-(-cut_bytes // size)} steps ({cut_bytes} bytes) from {path}, which has {steps} steps now; the damaged "
-        f"log is {copy}. Snapshots of later steps are of the old log: move them away before the run goes on"
+        f"cut {-(-cut_bytes // size)} steps ({cut_bytes} bytes) from {path}, which has {steps} "
+        f"steps now; the damaged log is {copy}. Snapshots and blocks of "
+        "later steps will be ignored"
     )
 
 

@@ -1,4 +1,4 @@
-"""The bytes of a log: writing a header, reading entries, telling a torn tail from damage, repair."""
+"""Log file format: header, entries, torn tails, damage, repair."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from zo.errors import UserError
-from zo.io.atomic import sync_folder
+from zo.io.atomic import write_whole
 from zo.method.entry import Entry
 
 MAGIC = b"ZOLOG1\n"
@@ -61,7 +61,7 @@ class _Scan:
 
 
 def _parse_header(data: bytes, path: Path) -> tuple[dict[str, Any], int, int]:
-    """Header, its bytes with its checksum, and the checksum."""
+    """Return header, its bytes with its checksum, and the checksum."""
     start = len(MAGIC) + _U32.size
     if len(data) < start or not data.startswith(MAGIC):
         raise UserError(f"{path} is not a log of zo: it does not begin with {MAGIC!r}")
@@ -69,7 +69,8 @@ def _parse_header(data: bytes, path: Path) -> tuple[dict[str, Any], int, int]:
     checksum = zlib.crc32(data[:end])
     if len(data) < end + _U32.size or _U32.unpack_from(data, end)[0] != checksum:
         raise UserError(
-            f"{path} has a damaged header; take a copy of the log from elsewhere, or begin a new run"
+            f"{path} has a damaged header; take a copy of the log from elsewhere, or begin a new "
+            "run"
         )
     try:
         header = json.loads(data[start:end])
@@ -78,14 +79,14 @@ def _parse_header(data: bytes, path: Path) -> tuple[dict[str, Any], int, int]:
     wrong = _wrong_in(header)
     if wrong:
         raise UserError(
-            f"{path} has a header that cannot be used: {wrong}; take a copy of the log from elsewhere, or begin a "
-            "new run"
+            f"{path} has a header that cannot be used: {wrong}; take a copy of the log from "
+            "elsewhere, or begin a new run"
         )
     return header, end + _U32.size, checksum
 
 
 def _wrong_in(header: Any) -> str:
-    """The first thing that is wrong in a header, or nothing."""
+    """Return the first thing that is wrong in a header, or nothing."""
     if not isinstance(header, dict):
         return "it is not a JSON object"
     for key, kind in HEADER_TYPES.items():
@@ -122,15 +123,17 @@ def _scan(data: bytes, path: Path) -> _Scan:
 
 
 def _valid_after(data: bytes, packer: struct.Struct, end: int, checksum: int) -> int:
-    """The step of a valid entry after an invalid one at ``end``, or 0: what tells damage from a torn tail.
+    """Return the step of a valid entry after an invalid one at ``end``, or 0.
 
-    An entry's checksum continues the one stored before it, so that an entry can be checked wherever it lies.
+    An entry's checksum continues the one stored before it, so that an entry can be checked wherever
+    it lies.
     """
     size = packer.size + _U32.size
     if len(data) < end + 2 * size:
         return 0
     most = len(data) // size + 1
-    # Where only the invalid entry's own checksum is wrong, the next continues the one that it should have.
+    # Where only the invalid entry's own checksum is wrong, the next continues the one that it
+    # should have.
     before = zlib.crc32(data[end : end + packer.size], checksum)
     if _U32.unpack_from(data, end + 2 * size - _U32.size)[0] == zlib.crc32(
         data[end + size : end + size + packer.size], before
@@ -147,7 +150,7 @@ def _valid_after(data: bytes, packer: struct.Struct, end: int, checksum: int) ->
 
 
 def _intact(data: bytes, path: Path) -> _Scan:
-    """The content of a log that is whole but for a torn tail.
+    """Return the content of a log that is whole but for a torn tail.
 
     Raises:
         UserError: it is damaged before its end.
@@ -155,17 +158,19 @@ def _intact(data: bytes, path: Path) -> _Scan:
     found = _scan(data, path)
     if found.damage:
         raise UserError(
-            f"{path} is damaged: {found.damage}; nothing was changed: put a copy in its place (of another node, or a "
-            f"backup), or cut it after step {len(found.entries)}: python -m zo.log {path} --repair"
+            f"{path} is damaged: {found.damage}; nothing was changed: put a copy in its place (of "
+            f"another node, or a backup), or cut it after step {len(found.entries)}: python -m "
+            f"zo.log {path} --repair"
         )
     return found
 
 
 def repair(path: Path) -> tuple[int, int, Path] | None:
-    """Cut a damaged log before its damage, and keep a copy of it beside it; only while no run goes on.
+    """Cut a damaged log before its damage and keep a copy beside it; not during a run.
 
     Returns:
-        Steps that are left, bytes that were cut, and the copy; ``None`` for a log that is not damaged.
+        Steps that are left, bytes that were cut, and the copy; ``None`` for a log that is not
+        damaged.
 
     Raises:
         UserError: the header is damaged too, or the disk refuses.
@@ -179,11 +184,7 @@ def repair(path: Path) -> tuple[int, int, Path] | None:
     )
     copy = next(name for name in names if not name.exists())
     try:
-        with open(copy, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        sync_folder(copy.parent)
+        write_whole(copy, data)
         with open(path, "rb+") as file:
             file.truncate(found.end)
             os.fsync(file.fileno())

@@ -2,8 +2,8 @@
 
     theta_t = replay(theta_0, entries 1..t)
 
-The entries are applied in one pass over the block's memory, and the probes of the visit that asked for it are
-written in the same pass.
+The entries are applied in one pass over the block's memory, and the probes of the visit that asked
+for it are written in the same pass.
 """
 
 from collections.abc import Sequence
@@ -19,12 +19,13 @@ from zo.model.layout import Block, runs
 from zo.state.log import Log
 
 PASSES_KEPT = 256
-"""Passes that are kept for the next block of a step: two (with decay and without) for each group of probes."""
+"""Passes that are kept for the next block of a step: two (with decay and without) for each group of
+probes."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What, beside the entries, decides a replay's bits; kept in the log's header."""
+    """Settings, beside the entries, that decide a replay's bits; part of the log's header."""
 
     seed: int
     distribution: str
@@ -33,7 +34,7 @@ class Recipe:
 
     @classmethod
     def of(cls, log: Log) -> "Recipe":
-        """The recipe that a log was written with."""
+        """Return the recipe that a log was written with."""
         h = log.header
         return cls(h["seed"], h["distribution"], h["rule"], h["weight_decay"])
 
@@ -49,7 +50,7 @@ class Replay:
     def visit(
         self,
         block: Block,
-        masters: Sequence[Tensor],
+        stored: Sequence[Tensor],
         version: int,
         probes: Sequence[Probe] = (),
         out: Sequence[Tensor] = (),
@@ -59,11 +60,14 @@ class Replay:
 
         Args:
             block: which block.
-            masters: its weights, one flat tensor a segment; *modified in place* if they lag. Frozen ones stay.
-            version: what they stand at.
+            stored: its weights, one flat tensor a segment; *modified in place* if they lag. Frozen
+                ones stay.
+            version: of the weights.
             probes: the probes.
-            out: one tensor a trainable segment, of shape ``[>= len(probes), segment.numel]``; *modified in place*.
-            row_numbers: for a block of one matrix, the only rows of it that will be read of ``out``.
+            out: one tensor a trainable segment, of shape ``[>= len(probes), segment.numel]``;
+                *modified in place*.
+            row_numbers: for a block of one matrix, the only rows of it that will be read of
+                ``out``.
 
         Returns:
             The newest version, at which the weights stand now.
@@ -73,9 +77,7 @@ class Replay:
             work = self._pass(version, newest, segment.decays, tuple(probes))
             if work.changes or probes:
                 rows = None if row_numbers is None else Rows(row_numbers, segment.parts[0].shape[1])
-                replay_and_perturb(
-                    masters[i], segment.start, work, out[i] if probes else None, rows
-                )
+                replay_and_perturb(stored[i], segment.start, work, out[i] if probes else None, rows)
         return newest
 
     def catch_up(self, block: Block, image: Tensor, start: int, version: int, newest: int) -> int:
@@ -83,10 +85,11 @@ class Replay:
 
         Args:
             block: which block.
-            image: its bytes from ``start``, uint8 (see :func:`zo.model.layout.runs`); *modified in place*.
+            image: its bytes from ``start``, uint8 (see :func:`zo.model.layout.runs`); *modified in
+                place*.
             start: a multiple of ``GRAIN``.
-            version: what they stand at.
-            newest: what they are to stand at.
+            version: of the weights.
+            newest: to bring them to.
 
         Returns:
             ``newest``.
@@ -102,7 +105,8 @@ class Replay:
     def changes_anything(self, block: Block, version: int, newest: int) -> bool:
         """Return True if entries ``version + 1 .. newest`` can alter the block's bytes.
 
-        They do not where nothing of it is trained, or where every scalar is zero and nothing decays.
+        They do not where nothing of it is trained, or where every scalar is zero and nothing
+        decays.
         """
         if not block.trainable:
             return False

@@ -14,7 +14,7 @@ Files appear whole or not at all: written beside, synced, renamed.
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,7 +26,7 @@ from torch import Tensor
 from zo.config.redact import without_secrets_in
 from zo.config.schema import Config
 from zo.errors import UserError
-from zo.io.atomic import sync_folder
+from zo.io.atomic import replacing, write_whole
 from zo.io.block_file import BLOCK_FILE, Header
 from zo.io.engines import PAGE
 from zo.model.layout import Block, Layout
@@ -47,7 +47,7 @@ WEIGHTS = re.compile(r"model(-\d{5,}-of-\d{5,})?\.safetensors(\.index\.json)?")
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested groups as dotted keys."""
+    """Return nested groups as dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         flat |= (
@@ -56,21 +56,6 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
             else {f"{prefix}{key}": value}
         )
     return flat
-
-
-def _write_whole(path: Path, text: str) -> None:
-    beside = path.with_name(path.name + ".new")
-    try:
-        with open(beside, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.rename(beside, path)
-    except OSError:
-        with suppress(OSError):
-            beside.unlink()
-        raise
-    sync_folder(path.parent)
 
 
 def manifest(names: Iterable[str]) -> str:
@@ -92,7 +77,8 @@ def check_replaceable(folder: Path) -> None:
         return
     if os.path.ismount(folder):
         raise UserError(
-            f"{folder} is a mount point, which no folder can replace; use a folder in it: {folder / 'model'}"
+            f"{folder} is a mount point, which no folder can replace; use a folder in it: "
+            f"{folder / 'model'}"
         )
     if not folder.is_dir():
         raise UserError(f"{folder} exists and is not an empty folder; choose a new one")
@@ -105,12 +91,13 @@ def check_replaceable(folder: Path) -> None:
         named = path.name in ours or (ours and WEIGHTS.fullmatch(path.name))
         if not named or path.is_symlink() or path.is_dir():
             raise UserError(
-                f"{folder} would be replaced, and zo did not write {path.name} in it; move it elsewhere"
+                f"{folder} would be replaced, and zo did not write {path.name} in it; move it "
+                "elsewhere"
             )
 
 
 class Passing(Protocol):
-    """Weights that pass by a block at a time."""
+    """Weights that are visited a block at a time."""
 
     layout: Layout
 
@@ -120,7 +107,7 @@ class Passing(Protocol):
 
 
 class RunFolder:
-    """Names of a run's files, and what may be done with them."""
+    """Files of a run."""
 
     def __init__(self, path: Path) -> None:
         """Name the folder; nothing is read or written."""
@@ -134,11 +121,11 @@ class RunFolder:
 
     @property
     def holds_run(self) -> bool:
-        """Whether a run was begun here."""
+        """True if a run was started here."""
         return self.config_file.exists()
 
     def read_config(self) -> dict[str, Any]:
-        """What ``config.yaml`` says.
+        """Return the content of ``config.yaml``.
 
         Raises:
             UserError: there is no run here, or the file is damaged.
@@ -147,23 +134,24 @@ class RunFolder:
             content = yaml.safe_load(self.config_file.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             raise UserError(
-                f"run.dir={self.path} holds no run that can be read: {' '.join(str(error).split())}"
+                f"run.dir={self.path} does not hold a readable run: {' '.join(str(error).split())}"
             ) from error
         if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
-            raise UserError(f"run.dir={self.path} holds a damaged config.yaml; use another run.dir")
+            raise UserError(f"run.dir={self.path} holds a corrupt config.yaml; use another run.dir")
         return content
 
     def check(self, config: Config) -> None:
-        """Refuse a folder that is no place for this run; nothing is written.
+        """Raise if a folder cannot take this run; nothing is written.
 
         Raises:
-            UserError: it holds another run (says which keys differ), files that are no run, or links or files where
-                this run would replace or delete some.
+            UserError: it holds another run (says which keys differ), files that are no run, or
+                links or files where this run would replace or delete some.
         """
         if not self.holds_run:
             if foreign := next(self._foreign(), None):
                 raise UserError(
-                    f"run.dir={self.path} is not empty and holds no run ({foreign}); use a new or empty folder"
+                    f"run.dir={self.path} is not empty and does not hold a run ({foreign}); use a "
+                    "new or empty folder"
                 )
             return
         self._check_links()
@@ -179,7 +167,8 @@ class RunFolder:
         differing = [f"{k} ({before.get(k)} -> {now[k]})" for k in keys if before.get(k) != now[k]]
         if differing:
             raise UserError(
-                f"run.dir={self.path} holds another run: {', '.join(differing)}; use another run.dir, or those values"
+                f"run.dir={self.path} holds another run: {', '.join(differing)}; use another "
+                "run.dir, or those values"
             )
 
     def _foreign(self) -> Iterator[str]:
@@ -204,12 +193,12 @@ class RunFolder:
         for place in (*places, *places[0].glob("rank-*"), *places[0].glob("rank-*/*")):
             if place.is_symlink():
                 raise UserError(
-                    f"run.dir={self.path}: {place.relative_to(self.path)} is a symbolic link, and a run deletes files "
-                    "there; move it away, or make run.dir itself the link"
+                    f"run.dir={self.path}: {place.relative_to(self.path)} is a symbolic link, and "
+                    "a run deletes files there; move it away, or make run.dir itself the link"
                 )
 
     def create(self, config: Config, facts: Mapping[str, Any], header: Mapping[str, Any]) -> Log:
-        """Begin a run here, or end its beginning where a crash cut it short.
+        """Create a run here, or complete a creation that a crash cut short.
 
         Raises:
             UserError: the folder cannot be written.
@@ -219,17 +208,17 @@ class RunFolder:
             content = without_secrets_in({"config": asdict(config), **facts}) | {
                 "log_header": dict(header)
             }
-            _write_whole(
-                self.config_file, yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
-            )
+            text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+            write_whole(self.config_file, text.encode())
             return Log.create(self.log_file, dict(header))
         except OSError as error:
             raise UserError(
-                f"run.dir={self.path} cannot be written: {error.strerror}; choose another folder or make room"
+                f"run.dir={self.path} cannot be written: {error.strerror}; choose another folder "
+                "or make room"
             ) from error
 
     def left_by_a_log(self) -> list[str]:
-        """Names of what only a run with a log writes."""
+        """Return names of files that only a run with a log writes."""
         left = [path for path in (self.metrics_file, self.snapshots) if path.exists()]
         for path in self.path.glob("blocks/*/*.block"):
             with open(path, "rb") as file:
@@ -239,30 +228,34 @@ class RunFolder:
                 break
         return [path.name for path in left]
 
-    def save_snapshot(self, step: int, weights: Passing, base: str) -> None:
-        """Keep the weights of one version; the last two snapshots stay. No more than a block is in memory.
+    def save_snapshot(self, step: int, weights: Passing, base: str, log: Log) -> None:
+        """Write the weights of one version, a block at a time; the last two snapshots stay.
+
+        Args:
+            step: the version.
+            weights: at that version.
+            base: fingerprint of the base model.
+            log: of the run; the snapshot is of its first ``step`` entries alone.
 
         Raises:
             UserError: the disk refuses; earlier snapshots and the log are untouched.
         """
         path = self.snapshots / f"step-{step:09d}.safetensors"
-        beside = path.with_suffix(".new")
+        facts = {"version": str(step), "base": base, "log": log.digest(step)}
         try:
             self.snapshots.mkdir(exist_ok=True)
-            with closing(
-                Writer(beside, weights.layout, {"version": str(step), "base": base})
-            ) as writer:
+            with (
+                replacing(path) as beside,
+                closing(Writer(beside, weights.layout, facts)) as writer,
+            ):
                 writer.finish(weights.fingerprint(writer.write))
-            os.rename(beside, path)
-            sync_folder(self.snapshots)
             unfinished = list(self.snapshots.glob("step-*.new"))
             for old in self._snapshot_files()[:-SNAPSHOTS_KEPT] + unfinished:
                 old.unlink()
         except OSError as error:
-            beside.unlink(missing_ok=True)
             raise UserError(
-                f"run.dir={self.path}: snapshot of step {step} cannot be written: {error}; the log is safe: make "
-                "room and start the same command again, or set run.snapshot_every=0"
+                f"run.dir={self.path}: snapshot of step {step} cannot be written: {error}; the log "
+                "is safe: make room and start the same command again, or set run.snapshot_every=0"
             ) from error
 
     def _snapshot_files(self) -> list[Path]:
@@ -270,17 +263,31 @@ class RunFolder:
             path for path in self.snapshots.glob("step-*") if SNAPSHOT.fullmatch(path.name)
         )
 
-    def snapshot(self, newest: int, base: str) -> Snapshot | None:
-        """Return the newest snapshot that a log of ``newest`` entries from this base covers, if there is one."""
+    def snapshot(self, base: str, log: Log) -> tuple[Snapshot | None, list[str]]:
+        """Find the newest snapshot of a run that its log covers.
+
+        Args:
+            base: fingerprint of the base model.
+            log: of the run.
+
+        Returns:
+            The snapshot, if there is one, and a line for each newer one that is ignored.
+        """
+        ignored: list[str] = []
         for path in reversed(self._snapshot_files()):
             try:
                 found = Snapshot(path)
-                if found.base == base and found.version <= newest:
-                    return found
-            except (SafetensorError, OSError, KeyError):
-                continue  # A damaged snapshot is worth nothing: an older one, or the base, and the log are.
-        return None
+            except (SafetensorError, OSError, KeyError, ValueError):
+                ignored.append(f"{path} is ignored: it is corrupt")
+                continue
+            if found.version > log.version:
+                ignored.append(f"{path} is ignored: the log ends at step {log.version}")
+            elif (found.base, found.log) != (base, log.digest(found.version)):
+                ignored.append(f"{path} is ignored: it is of another run")
+            else:
+                return found, ignored
+        return None, ignored
 
     def blocks(self, rank: int) -> Path:
-        """Where a rank's disk store keeps the blocks that it wrote back."""
+        """Return the folder of a rank's disk store."""
         return self.path / "blocks" / f"rank-{rank:05d}"

@@ -1,7 +1,8 @@
-"""A snapshot: the trainable weights of one version as a safetensors file, written and read a block at a time.
+"""Snapshots: trainable weights as a safetensors file, written and read by block.
 
-The header is known from the layout before any weight is, so that every block is written to its place as it passes by
-and no second copy of the model is ever in memory. The header's last field, the fingerprint, comes with the last block.
+The header is known from the layout before any weight is, so that every block is written to its
+place as it passes by and no second copy of the model is ever in memory. The header's last field,
+the fingerprint, comes with the last block.
 """
 
 import json
@@ -23,7 +24,7 @@ _LENGTH = struct.Struct("<Q")
 
 
 class Writer:
-    """A snapshot that is being written; it is a snapshot once :meth:`finish` has returned."""
+    """Snapshot being written; it is complete once :meth:`finish` has returned."""
 
     def __init__(self, path: Path, layout: Layout, facts: Mapping[str, str]) -> None:
         """Begin the file.
@@ -38,7 +39,8 @@ class Writer:
         """
         self._facts, self._entries, end = dict(facts), dict[str, object](), 0
         self._starts: dict[str, int] = {}
-        # The widest first, so that every tensor is on its alignment: the format has no room between tensors.
+        # The widest first, so that every tensor is on its alignment: the format has no room between
+        # tensors.
         for placed in sorted(layout.parameters, key=lambda p: -p.spec.dtype.itemsize):
             begin, end = end, end + placed.spec.size_bytes
             shape, dtype = list(placed.spec.shape), DTYPES[placed.spec.dtype]
@@ -66,13 +68,13 @@ class Writer:
             count = os.pwrite(self._file.fileno(), rest, at)
             at, rest = at + count, rest[count:]
 
-    def write(self, block: Block, masters: Sequence[Tensor]) -> None:
+    def write(self, block: Block, stored: Sequence[Tensor]) -> None:
         """Write the trainable weights of a block, one flat tensor a segment on any device.
 
         Raises:
             OSError: the disk refuses.
         """
-        for part, view in views(block, masters):
+        for part, view in views(block, stored):
             placed = part.parameter
             if not placed.spec.frozen:
                 offset = (part.start - placed.start) * placed.spec.dtype.itemsize
@@ -81,9 +83,8 @@ class Writer:
                 self._write(place, memoryview(values.numpy()))  # type: ignore[arg-type]
 
     def finish(self, fingerprint: str) -> None:
-        """Complete the header, and make the file durable under the name that it has."""
+        """Complete the header."""
         self._write(0, self._header(fingerprint))
-        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file as it is."""
@@ -91,7 +92,7 @@ class Writer:
 
 
 class Snapshot:
-    """A snapshot on disk."""
+    """Snapshot on disk."""
 
     def __init__(self, path: Path) -> None:
         """Read the header.
@@ -103,7 +104,9 @@ class Snapshot:
         """
         with safe_open(path, framework="pt") as file:  # It sees that header and length agree.
             facts = file.metadata() or {}
-        self.path, self.version, self.base = path, int(facts["version"]), facts["base"]
+        self.path, self.version = path, int(facts["version"])
+        self.base, self.log = facts["base"], facts["log"]
+        """Fingerprint of the base model, and digest of the log up to this version."""
         self.fingerprint = facts["fingerprint"]
         """Of the weights."""
         with open(path, "rb") as file:

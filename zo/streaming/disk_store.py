@@ -1,4 +1,4 @@
-"""Store ``disk``: the base, read-only, and over it a file for each block that was written back."""
+"""Store ``disk``: a read-only base, and over it a file for each block written back."""
 
 import os
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from zo.errors import UserError
 from zo.io import hardware
-from zo.io.atomic import sync_folder
+from zo.io.atomic import sync
 from zo.io.block_file import BLOCK_FILE, Header, checksum
 from zo.io.engines import PAGE, Engine
 from zo.io.host_memory import return_memory_at_once
@@ -21,7 +21,7 @@ from zo.streaming.budget import disk_bytes, file_bytes, slot_bytes, within_slot
 
 
 class DiskStore:
-    """The base, read-only, and a file for each block, or slice of one, that was written back since."""
+    """Read-only base, and a file for each block or slice that was written back."""
 
     is_durable = True
 
@@ -34,7 +34,7 @@ class DiskStore:
         writable: bool = True,
         slice: Slice = WHOLE,
     ) -> None:
-        """Read the base once: its fingerprint, and a checksum of each block that later reads are held against.
+        """Read the base once, for its fingerprint and a checksum of each block.
 
         Raises:
             UserError: the disk has too little room, or refuses.
@@ -65,8 +65,9 @@ class DiskStore:
         free = hardware.free_disk_bytes(self._folder)
         if needed - held > free:
             raise UserError(
-                f"memory.store=disk needs {needed - held} bytes ({(needed - held) / 2**30:.2f} GiB) in {self._folder} "
-                f"and its disk has {free} free ({free / 2**30:.2f} GiB); make room, or choose a run.dir on another disk"
+                f"memory.store=disk needs {needed - held} bytes ({(needed - held) / 2**30:.2f} "
+                f"GiB) in {self._folder} and its disk has {free} free ({free / 2**30:.2f} GiB); "
+                "make room, or choose a run.dir on another disk"
             )
 
     def _read_base(self) -> list[str]:
@@ -93,11 +94,12 @@ class DiskStore:
         return checksums
 
     def open(self, newest: int, run: str) -> None:
-        """Go on with the blocks that an earlier process of the same run wrote.
+        """Open the blocks that an earlier process of the same run wrote.
 
         Args:
             newest: entries of the log; a block of a later version is not used.
-            run: identity of the log (:attr:`zo.state.log.Log.identity`); a block of another run is not used.
+            run: identity of the log (:attr:`zo.state.log.Log.identity`); a block of another run is
+                not used.
         """
         self._run = run
         for block in self.layout.blocks:
@@ -121,7 +123,7 @@ class DiskStore:
         return self._folder / f"{block.index:06d}.block"
 
     def _header(self, block: Block) -> Header | None:
-        """What a block's file says, if there is one of this layout."""
+        """Return the header of a block's file, if there is one of this layout."""
         try:
             with open(self._path(block), "rb") as file:
                 header = Header.parse(file.read(PAGE))
@@ -132,7 +134,7 @@ class DiskStore:
         return header if ours else None
 
     def _framed(self, block: Block, slot: Tensor) -> Tensor:
-        """The slice of a block in a slot with the page before it, as a file has them."""
+        """Return the slice of a block in a slot with the page before it, as in its file."""
         start = self.slice.index * self.slice.stride(block)
         return slot[start : start + file_bytes(block, self.slice)]
 
@@ -145,20 +147,21 @@ class DiskStore:
         return None
 
     def fetch(self, block: Block, slot: Tensor) -> int:
-        """See :class:`Store`; a file that is damaged gives way to the base, so to a replay of the whole log."""
+        """Fill a slot (see :class:`Store`); a corrupt file is replaced by base and replay."""
         image, header = within_slot(slot, self.slice.within(block)), self._headers.get(block.index)
         if header is not None:
             framed = self._framed(block, slot)
             try:
                 self._engine.read(self._path(block), 0, framed)
-                # The whole header, as it is now: another block's file may have come to stand under this name.
+                # The whole header, as it is now: another block's file may have come to stand under
+                # this name.
                 if (
                     Header.parse(framed[:PAGE].numpy().tobytes()) == header
                     and checksum(image) == header.checksum
                 ):
                     return header.version
             except OSError:
-                pass  # As good as damaged.
+                pass  # As good as corrupt.
             self._give_up(block)
         self._read_anew(block, image)
         return 0
@@ -175,17 +178,15 @@ class DiskStore:
             # A block that is made, or converted, brings what it was made of.
             self._base.clear_cache()
         except OSError as error:
-            raise UserError(
-                f"the base model cannot be read any more: {error}; restore it"
-            ) from error
+            raise UserError(f"the base model cannot be read: {error}; restore it") from error
         if checksum(image) != self._checksums[block.index]:
             raise UserError(
-                f"the base model changed while the run went on: block {block.name} differs; restore it and start the "
-                "same command again"
+                f"the base model changed during the run: block {block.name} differs; "
+                "restore it and start the same command again"
             )
 
     def keep(self, block: Block, slot: Tensor, version: int) -> None:
-        """See :class:`Store`: written beside, then renamed; over an old file, whose pages need not be found anew."""
+        """Write a block back (see :class:`Store`): beside, then renamed; over a retired file."""
         path, own, framed = self._path(block), self.slice.within(block), self._framed(block, slot)
         if not own:
             self.versions[block.index] = version
@@ -198,7 +199,9 @@ class DiskStore:
         framed[:PAGE] = torch.frombuffer(bytearray(header.page()), dtype=torch.uint8)
         beside = self._file_to_write(block)
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            # Not the run's folder: one that was deleted or moved must not come back, half empty.
+            self._folder.parent.mkdir(exist_ok=True)
+            self._folder.mkdir(exist_ok=True)
             self._engine.write(beside, framed)
             framed[:PAGE] = under
             if block.index in self._headers:
@@ -211,19 +214,26 @@ class DiskStore:
             beside.rename(path)
         except OSError as error:
             beside.unlink(missing_ok=True)
+            if isinstance(error, FileNotFoundError):
+                raise UserError(
+                    f"block {block.name} cannot be written: {self._folder} was deleted or moved; "
+                    "put the run's folder back and start the same command again"
+                ) from error
             raise UserError(
-                f"block {block.name} cannot be written to {self._folder}: {error.strerror or error}; the log is safe: "
-                "make room and start the same command again"
+                f"block {block.name} cannot be written to {self._folder}: "
+                f"{error.strerror or error}; the log is safe: make room and start the same command "
+                "again"
             ) from error
         self._headers[block.index], self.versions[block.index] = header, version
 
     def _file_to_write(self, block: Block) -> Path:
-        """The file to write a block to before it is renamed: a retired one of its size, or a new one."""
+        """Return the file to write before its rename: a retired one of its size, or a new one."""
         spare = self._spare.pop(file_bytes(block, self.slice), None)
         if spare is not None:
             try:
-                # Until the folder is synced, a power cut may bring the old name back, to what is written now.
-                sync_folder(self._folder)
+                # Until the folder is synced, a power cut may bring the old name back, to what is
+                # written now.
+                sync(self._folder)
                 return spare
             except OSError:  # Some file systems cannot sync a folder.
                 spare.unlink(missing_ok=True)

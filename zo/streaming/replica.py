@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from zo.config.schema import MemoryConfig
+from zo.config.schema import STORES, MemoryConfig
 from zo.distributed.slices import Slices
 from zo.io.engines import ENGINES, Engine
 from zo.method.perturbation import Probe
@@ -87,12 +87,12 @@ class Replica:
         """The frozen parameters that no store holds."""
         self.binding = Binding(model, layout, device)
         own = Slice(slices.index, slices.of) if slices else WHOLE
-        stores: dict[str, Callable[[], DeviceStore | HostStore | DiskStore]] = {
-            "device": lambda: DeviceStore(layout, source, device),
-            "host": lambda: HostStore(layout, source, own),
-            "disk": lambda: DiskStore(layout, source, engine, folder, writable, own),
-        }
-        self.store = stores[memory.store]()
+        stores: tuple[Callable[[], DeviceStore | HostStore | DiskStore], ...] = (
+            lambda: DeviceStore(layout, source, device),
+            lambda: HostStore(layout, source, own),
+            lambda: DiskStore(layout, source, engine, folder, writable, own),
+        )
+        self.store = dict(zip(STORES, stores, strict=True))[memory.store]()
         self._found = Fingerprint(layout, self.resident)
         self._found.take_over(self.store.found)
         self._add_resident(source)
