@@ -1,4 +1,4 @@
-"""Cluster files: linted, checked against schemas; the batch script runs with a stand-in for Slurm."""
+"""Cluster files: linted, checked against schemas; the batch script with a stand-in for Slurm."""
 
 import json
 import os
