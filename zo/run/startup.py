@@ -205,6 +205,7 @@ def _matching(folder: RunFolder, header: Mapping[str, Any]) -> Log:
         log.close()
         raise UserError(
             f"{folder.log_file} and config.yaml belong to two runs: {found[0]} is "
-            f"{found[1]} in the log and {found[2]} in config.yaml; put this run's log back, or use another run.dir"
+            f"{found[1]} in the log and {found[2]} in config.yaml; "
+            "put this run's log back, or use another run.dir"
         )
     return log
