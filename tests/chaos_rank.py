@@ -1,6 +1,7 @@
-"""What torchrun starts in place of launch/train.py where a rank is to die: ``CHAOS`` says which, and where.
+"""Stand-in for launch/train.py under torchrun in which the rank given by ``CHAOS`` dies.
 
-CHAOS = {"rank": 1, "at": ["zo.state.log", "Log.append", 3, false]}; it happens to the first group of ranks alone.
+CHAOS = {"rank": 1, "at": ["zo.state.log", "Log.append", 3, false]}, only in
+the first group of ranks.
 """
 
 import json

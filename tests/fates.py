@@ -1,4 +1,4 @@
-"""One run under torchrun whose ranks meet one kill -9, drawn by a seed: who, and when."""
+"""One run under torchrun with one kill -9; a seed draws the rank and the moment."""
 
 import json
 import os
@@ -34,7 +34,7 @@ STEPS = 30
 
 
 def fate(seed):
-    """What happens in the run of a seed."""
+    """Return the rank and moment of a seed."""
     chance = random.Random(seed)
     names = list(MOMENTS)
     # Every second run dies at any time, the others in turn at a moment of interest.
@@ -56,7 +56,7 @@ def fate(seed):
 
 
 def command(overrides, ranks):
-    """A torchrun that restarts its ranks."""
+    """Return the command line of a torchrun that restarts its ranks."""
     torchrun = [
         sys.executable,
         "-m",
@@ -78,7 +78,7 @@ def command(overrides, ranks):
 
 
 def run(overrides, folder, seed):
-    """Run once: the fate, the summary, and how long the log stood still."""
+    """Run once; return the fate, the summary, and true if the ranks were restarted."""
     drawn = fate(seed)
     settings = [
         *overrides,

@@ -1,7 +1,7 @@
-"""Runs in processes of their own: alone, as several ranks with gloo, or with a kill -9 at a chosen moment.
+"""Runs in new processes: one, several ranks with gloo, or with a kill -9 at a chosen moment.
 
-The processes are forked from a server that has imported zo and nothing else has run in, which saves its five seconds of
-imports in each of them.
+The processes are forked from a server that has only imported zo, which saves each of them five
+seconds of imports.
 """
 
 import importlib
@@ -43,7 +43,7 @@ def kill_at(module, function, call, before):
 
 
 def run_rank(overrides, environment, prelude, output, folder):
-    """One rank's whole life: summary or traceback into a file."""
+    """Train as one rank and write the summary or the traceback to a file."""
     os.environ |= environment
     if folder:
         os.chdir(folder)
@@ -63,7 +63,7 @@ def run_rank(overrides, environment, prelude, output, folder):
 
 
 def train(overrides, ranks=1, prelude=(), nodes=1):
-    """Train in new processes: the summary, the same on every rank, or ``KILLED``."""
+    """Train in new processes; return the summary, the same on every rank, or ``KILLED``."""
     results = lives(overrides, ranks, prelude, nodes)
     if KILLED in results:
         return KILLED
@@ -74,14 +74,14 @@ def train(overrides, ranks=1, prelude=(), nodes=1):
 
 
 def lives(overrides, ranks=1, prelude=(), nodes=1, folders=()):
-    """What became of each rank: a summary, the text of what it raised, or ``KILLED``.
+    """Train in new processes; return each rank's summary, traceback text, or ``KILLED``.
 
     Args:
         overrides: of the quickstart; a list for each rank, or one for all.
         ranks: processes.
         prelude: a function and its arguments, called first in each process.
-        nodes: that the ranks believe to be on.
-        folders: for each rank, the folder that it runs in.
+        nodes: number of nodes in the ranks' environment.
+        folders: working directory of each rank.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

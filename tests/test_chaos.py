@@ -1,4 +1,4 @@
-"""Law 2, under torchrun: whoever dies whenever, the run ends with the bits of one that nothing happened to."""
+"""Law 2, under torchrun: a run with a kill -9 ends with the bits of an undisturbed one."""
 
 import fates
 import pytest

@@ -1,4 +1,4 @@
-"""What starts zo on a cluster: linted, held against schemas, and the batch script run with a stand-in of Slurm."""
+"""Cluster files: linted, checked against schemas; the batch script with a stand-in for Slurm."""
 
 import json
 import os
@@ -63,8 +63,8 @@ def test_what_the_manifests_name_is_there():
     words = container["command"][-1].split()
     endpoint = words[words.index("--rdzv-endpoint") + 1]
     assert (
-        endpoint
-        == f"{found['Job']['metadata']['name']}-0.{pod['subdomain']}:{service['spec']['ports'][0]['port']}"
+        endpoint == f"{found['Job']['metadata']['name']}-0.{pod['subdomain']}:"
+        f"{service['spec']['ports'][0]['port']}"
     )
     assert int(words[words.index("--nnodes") + 1]) == job["parallelism"] == job["completions"]
     assert (
@@ -124,7 +124,8 @@ def slurm(tmp_path):
     commands = {
         "srun": f'shift\necho $$ > {tmp_path}/step\nexec "$@"\n',
         "scancel": f'[[ "$*" == "--signal=TERM 7" ]] && kill -TERM "$(cat {tmp_path}/step)"\n',
-        "scontrol": f'if [[ $1 == show ]]; then echo localhost; else echo "$@" >> {tmp_path}/asked; fi\n',
+        "scontrol": "if [[ $1 == show ]]; then echo localhost; "
+        f'else echo "$@" >> {tmp_path}/asked; fi\n',
         "torchrun": f'exec {shlex.quote(sys.executable)} -m torch.distributed.run "$@"\n',
         "python": f'exec {shlex.quote(sys.executable)} "$@"\n',
     }
@@ -188,7 +189,7 @@ def free_port():
 def test_all_pods_end_when_one_is_evicted_and_none_is_complete_before_the_run(
     overrides, slurm, tmp_path
 ):
-    """A pod that exits with 0 is not started again, and one that waits for a lost torchrun does so for 5 minutes."""
+    """A pod that exits with 0 is not restarted; waiting for a lost torchrun takes 5 minutes."""
     environment, _ = slurm
     settings = [*overrides, f"run.dir={tmp_path}/run", "eval.every=0"]
 

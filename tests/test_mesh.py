@@ -310,9 +310,9 @@ def test_idle_ranks_are_counted_and_the_remedy_fills_them(rows_of, ranks, sequen
 def test_idle_ranks_of_a_large_recipe_by_name():
     said = idle_report(Shape(2, 4, 8), SPSA, 1, 16, 16)
     assert said == (
-        "6 of 8 ranks have no cell: the loss table has 2 rows (probes) x 1 column (micro-batches) for 8 ranks; "
-        "batch.micro=4 (8 cells) or estimator.directions=4 (8 cells) gives all ranks the same number (it "
-        "changes the result, so use a new run.dir)"
+        "6 of 8 ranks have no cell: the loss table has 2 rows (probes) x 1 column (micro-batches) "
+        "for 8 ranks; batch.micro=4 (8 cells) or estimator.directions=4 (8 cells) gives all ranks "
+        "the same number (it changes the result, so use a new run.dir)"
     )
 
 
@@ -354,7 +354,7 @@ def test_a_run_says_once_that_ranks_have_no_cell(overrides, tmp_path):
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
 def test_values_are_found_again_in_what_ranks_gathered(ranks):
-    """Against a plain simulation: each rank sends its values in order, padded, and a flag behind them."""
+    """Against a plain simulation: each rank sends its values in order, padded, and a flag."""
     for of_cells in ([i % ranks for i in range(7)], [0] * 5, [ranks - 1, 0, 0], []):
         sent = [[i for i, owner in enumerate(of_cells) if owner == rank] for rank in range(ranks)]
         most, at = places(tuple(of_cells), ranks)
@@ -364,7 +364,7 @@ def test_values_are_found_again_in_what_ranks_gathered(ranks):
 
 
 def test_values_of_a_large_run_are_placed_in_one_pass():
-    """Counting each rank's values by a search compares every rank with every value: 32 million times here."""
+    """A search for each rank's values would compare every rank with every value: 32 million."""
 
     class Counted(int):
         comparisons = 0

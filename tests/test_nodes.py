@@ -1,4 +1,4 @@
-"""Two nodes on one machine: network namespaces that a cable joins, each with a folder of its own and two ranks."""
+"""Two nodes on one machine: network namespaces, each with its own folder and two ranks."""
 
 import json
 import os

@@ -1,8 +1,8 @@
-"""A run's folder on a network file system: what one machine wrote is seen late, and what was not there is remembered.
+"""A run's folder on a network file system: late visibility of writes, and cached missing names.
 
-The system's calls are those of a client with close-to-open consistency: bytes written through a descriptor reach the
-others when it is synced or closed, and a name that was once looked for in vain stays missing for half a minute, unless
-the client itself makes it.
+System calls act as on a client with close-to-open consistency: bytes written through a descriptor
+reach the others when it is synced or closed, and a failed look-up of a name is cached for half a
+minute, unless the client itself creates it.
 """
 
 import io
@@ -17,7 +17,7 @@ REMEMBERED_S = 30
 
 
 def mount(folder):
-    """Let this process see ``folder``, and what lies in it, as a client of a network file system does."""
+    """Let this process access ``folder`` as a client of a network file system does."""
     folder, missing, held = str(folder), {}, {}
     real = {
         name: getattr(os, name)
@@ -92,7 +92,7 @@ def mount(folder):
 
 
 def test_nodes_that_share_a_folder_over_a_network_find_that_they_do(overrides, tmp_path):
-    """Every node but rank 0's took the shared folder for its own and ended with "in use ... host None"."""
+    """Nodes but rank 0's took the shared folder for their own and were refused by its lock."""
     settings = [*overrides, f"run.dir={tmp_path}/run", "eval.every=0"]
     for steps in (2, 4):  # Begun, and gone on with.
         found = lives(

@@ -128,7 +128,7 @@ def test_sigterm_answers_at_once_and_ends_after_the_step(long_run, tmp_path):
 
 
 def test_a_second_sigterm_ends_within_the_step(long_run, tmp_path):
-    """Also where the main thread waits in C and runs no handler, as for a rank that does not come."""
+    """Also while the main thread waits in C and runs no handler, as in a collective."""
     stuck = "import ctypes; from zo.state.log import Log; Log.append = lambda s, e: [" + (
         "ctypes.CDLL(None).sleep(600) for _ in range(600)]"
     )
@@ -160,7 +160,7 @@ def test_in_an_export_nothing_is_left(overrides, tmp_path):
 
 
 def test_under_torchrun_one_rank_speaks(long_run, tmp_path):
-    """One line from rank 0, no traceback of a rank (torchrun prints its own), and no lock is left."""
+    """One line from rank 0, no traceback of a rank (torchrun prints its own), no lock left."""
     torchrun = [
         sys.executable,
         "-m",

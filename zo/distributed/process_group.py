@@ -224,8 +224,8 @@ def _apart(store: Any, rank: int, ranks: int, timeout: timedelta) -> Any:
     """Return a view of the store that no earlier group of ranks has written to.
 
     torchrun keeps one store when nodes leave and join, so a rank could read addresses of dead
-    ranks. Each process writes a new random word; rank 0 publishes the words of all ranks as the name
-    of the group, and a rank accepts a name only if it contains its own word.
+    ranks. Each process writes a new random word; rank 0 publishes the words of all ranks as the
+    name of the group, and a rank accepts a name only if it contains its own word.
     """
     word, until = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
     store.set(f"zo/word/{rank}", word)

@@ -204,7 +204,8 @@ def _matching(folder: RunFolder, header: Mapping[str, Any]) -> Log:
     if begun and (found := difference(log.header, begun)):
         log.close()
         raise UserError(
-            f"{folder.log_file} and config.yaml belong to two runs: {found[0]} is {found[1]} in "
-            f"the log and {found[2]} in config.yaml; put this run's log back, or use another run.dir"
+            f"{folder.log_file} and config.yaml belong to two runs: {found[0]} is "
+            f"{found[1]} in the log and {found[2]} in config.yaml; "
+            "put this run's log back, or use another run.dir"
         )
     return log
