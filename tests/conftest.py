@@ -121,7 +121,7 @@ def overrides(tiny_model, reviews):
 
 @pytest.fixture(scope="session")
 def why_no_deepnvme():
-    """Words of the disk engine where libaio's headers or a compiler are missing for it, else ``""``."""
+    """Return the engine's message where libaio or a compiler is missing for it, else ``""``."""
     from zo.errors import UserError
     from zo.io.engines import ENGINES
 
@@ -134,7 +134,7 @@ def why_no_deepnvme():
 
 @pytest.fixture(autouse=True)
 def skip_without_deepnvme(request):
-    """Skip a case whose parameters name the engine on a machine that lacks what it is compiled with, and say so."""
+    """Skip, with the reason, a case of the engine on a machine that cannot compile it."""
     case = getattr(request.node, "callspec", None)
     if (
         case
@@ -145,9 +145,10 @@ def skip_without_deepnvme(request):
 
 
 def pytest_runtest_logreport(report):
-    """List tests that were skipped for want of a Debian package in the file that ``.ci/run`` names."""
+    """List tests skipped for want of a Debian package in the file that ``.ci/run`` names."""
     listed = os.environ.get("ZO_MISSING_PACKAGES")
-    if listed and report.skipped and isinstance(report.longrepr, tuple):
-        if any(words in report.longrepr[2] for words in ("deepnvme needs", "iproute2")):
-            with open(listed, "a") as file:
-                file.write(report.nodeid + "\n")
+    if not (listed and report.skipped and isinstance(report.longrepr, tuple)):
+        return
+    if any(words in report.longrepr[2] for words in ("deepnvme needs", "iproute2")):
+        with open(listed, "a") as file:
+            file.write(report.nodeid + "\n")
