@@ -1,10 +1,12 @@
-"""Time of a training step as ``launch/train.py`` reports it, over two bare forwards in other processes.
+"""Time of a training step as ``launch/train.py`` reports it, over two bare forwards in other
+processes.
 
     python benchmarks/step_s.py [--shapes 1x32,8x64,1x512] [--dtype float32] [--rounds 3]
 
-OPT-125M's shape with random weights and random tokens. A round is a process of bare forwards, a run of
-``launch/train.py`` with ``run.steps=7``, and bare forwards once more; the run's figure is the median of ``step_s`` in
-``metrics.jsonl`` after the second step, the forwards' the median of both processes. Prints one JSON object a shape.
+OPT-125M's shape with random weights and random tokens. A round is a process of bare forwards, a run
+of ``launch/train.py`` with ``run.steps=7``, and bare forwards once more; the run's figure is the
+median of ``step_s`` in ``metrics.jsonl`` after the second step, the forwards' the median of both
+processes. Prints one JSON object a shape.
 """
 
 import argparse
@@ -31,7 +33,8 @@ with torch.no_grad():
     for _ in range(9):
         begun = time.perf_counter()
         for _ in range(2):
-            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
+            out = model(input_ids=ids, attention_mask=mask, use_cache=False)
+            logits = out.logits[:, :-1].float()
             flat = logits.reshape(-1, logits.shape[-1])
             torch.nn.functional.cross_entropy(flat, ids[:, 1:].reshape(-1), reduction="sum").item()
         times.append(time.perf_counter() - begun)

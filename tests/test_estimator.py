@@ -39,6 +39,7 @@ def filled(rows, losses):
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.slow
 def test_mean_of_estimates_tends_to_the_gradient(name):
     """A biased or wrongly scaled estimator trains something else than the loss."""
     generator = torch.Generator().manual_seed(0)

@@ -35,12 +35,12 @@ class Slices:
     def earliest(self, block: int | None) -> int | None:
         """Return the smallest number that a rank of the group passes; ``None`` if all pass none.
 
-        Ranks agree before each visit, by an all-reduce of 8 bytes, not once a pass: the next
-        block of a rank is known only when its forwards arrive there (a chunk of a vocabulary is
-        visited only if a token of the rank's micro-batches is in it, and a rank without cells
-        visits nothing by itself), so no rank can list its visits when the pass begins. A list from the last pass
-        would have to be corrected by a collective in the middle of a pass, and ranks that found no
-        difference would not join it.
+        Ranks agree before each visit, by an all-reduce of 8 bytes, not once a pass: the next block
+        of a rank is known only when its forwards arrive there (a chunk of a vocabulary is visited
+        only if a token of the rank's micro-batches is in it, and a rank without cells visits
+        nothing by itself), so no rank can list its visits when the pass begins. A list from the
+        last pass would have to be corrected by a collective in the middle of a pass, and ranks that
+        found no difference would not join it.
         """
         none = torch.iinfo(torch.int64).max
         agreed = torch.tensor([none if block is None else block])
