@@ -1,0 +1,121 @@
+"""Random words, and z, for the CPU kernels: compiled by numba, with the bits of the references.
+
+The equations are those of ``philox`` and ``perturbation``. Loops are branch-free, over slices, so
+that LLVM vectorises them.
+"""
+
+import numba
+import numpy as np
+import torch
+
+from zo.method import perturbation as p
+from zo.method.philox import MULTIPLIER_0, MULTIPLIER_1, ROUNDS, WEYL_0, WEYL_1, Purpose
+
+numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]  # type: ignore[attr-defined]
+
+TILE = 4096
+"""Elements per tile; with its words and values it stays in the first two cache levels."""
+PARALLEL_FROM = 1 << 17
+"""Below this many elements a second thread costs more than it gives."""
+
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+BFLOAT16, FLOAT16 = 1, 2
+RADEMACHER, GAUSSIAN, ROUNDING = (
+    np.uint64(v) for v in (Purpose.RADEMACHER, Purpose.GAUSSIAN, Purpose.ROUNDING)
+)
+
+u32, u64, i32, f32 = np.uint32, np.uint64, np.int32, np.float32
+_MUL_0, _MUL_1, _WEYL_0, _WEYL_1 = u64(MULTIPLIER_0), u64(MULTIPLIER_1), u64(WEYL_0), u64(WEYL_1)
+_MASK, _32 = u64(0xFFFFFFFF), u64(32)
+_LOG_P, _SIN_P, _COS_P = (tuple(f32(c) for c in poly) for poly in (p.LOG_P, p.SIN_P, p.COS_P))
+_LN_2 = f32(p.LN_2)
+
+jit = numba.njit(nogil=True, cache=True, fastmath=False, error_model="numpy")
+
+
+@jit
+def fill_words(seed, first_call, direction, purpose, count, words):  # type: ignore[no-untyped-def]
+    """Fill ``words[4, :count]`` (uint32) with calls ``first_call ..`` of one stream."""
+    for i in range(count):
+        call = first_call + u64(i)
+        x0, x1, x2, x3 = call & _MASK, call >> _32, direction & _MASK, purpose
+        k0, k1 = seed & _MASK, seed >> _32
+        for _ in range(ROUNDS):
+            p0, p1 = x0 * _MUL_0, x2 * _MUL_1
+            x0, x1, x2, x3 = (p1 >> _32) ^ x1 ^ k0, p1 & _MASK, (p0 >> _32) ^ x3 ^ k1, p0 & _MASK
+            k0, k1 = (k0 + _WEYL_0) & _MASK, (k1 + _WEYL_1) & _MASK
+        words[0, i], words[1, i], words[2, i], words[3, i] = u32(x0), u32(x1), u32(x2), u32(x3)
+
+
+@jit
+def _horner(poly, t):  # type: ignore[no-untyped-def]
+    value = poly[len(poly) - 1]
+    for k in range(len(poly) - 2, -1, -1):
+        value = value * t + poly[k]
+    return value
+
+
+@jit
+def _box_muller(words, count, u, v, z):  # type: ignore[no-untyped-def]
+    """Fill ``z[:4 * count]`` from ``words[4, :count]``, by the equations of ``perturbation``.
+
+    ``u[count]`` and ``v[4, count]`` are scratch.
+    """
+    u_bits, columns = u.view(np.int32), z.reshape(-1, 4)
+    for pair in range(2):
+        uniform, angle, cosine, sine = (
+            words[2 * pair],
+            words[2 * pair + 1],
+            v[2 * pair],
+            v[2 * pair + 1],
+        )
+        for i in range(count):
+            u[i] = f32(uniform[i]) * f32(2.0**-32) + f32(2.0**-33)
+        for i in range(count):
+            exponent = i32(u_bits[i] - i32(p.SQRT_HALF_BITS)) >> i32(23)
+            u_bits[i] = u_bits[i] - (exponent << i32(23))
+            cosine[i] = f32(exponent)
+        for i in range(count):
+            t = u[i] - f32(1.0)
+            square = t * t
+            log = cosine[i] * _LN_2 + ((_horner(_LOG_P, t) * (square * t) - square * f32(0.5)) + t)
+            u[i] = np.sqrt(f32(-2.0) * log)
+        for i in range(count):
+            word, radius = angle[i], u[i]
+            t = f32(i32(word & u32(0x3FFFFFFF))) * f32(2.0**-30) - f32(0.5)
+            square = t * t
+            sin, cos = _horner(_SIN_P, square) * t, _horner(_COS_P, square)
+            odd, far = (word & u32(0x40000000)) != u32(0), (word & u32(0x80000000)) != u32(0)
+            x = -sin if odd else cos
+            y = cos if odd else sin
+            cosine[i] = radius * (-x if far else x)
+            sine[i] = radius * (-y if far else y)
+    for i in range(count):
+        for j in range(4):
+            columns[i, j] = v[j, i]
+
+
+@jit
+def _signs(words, count, bits_a_word, z):  # type: ignore[no-untyped-def]
+    """Fill ``z[:128 * count]`` from ``words[4, :count]``: a set bit is +1.
+
+    ``bits_a_word`` is 32, but not a constant: LLVM would unroll the inner loop before it could
+    vectorise it, which takes four times as long.
+    """
+    bits = z.view(np.uint32)
+    for i in range(count):
+        for j in range(4):
+            cleared, signs = ~words[j, i], bits[128 * i + 32 * j : 128 * i + 32 * j + 32]
+            for b in range(bits_a_word):
+                signs[b] = u32(0x3F800000) | ((cleared >> u32(b)) << u32(31))
+
+
+@jit
+def fill_z(seed, address, direction, gaussian, bits_a_word, words, u, v, z):  # type: ignore[no-untyped-def]
+    """Fill ``z[:TILE]`` with z(seed, direction, address ..)."""
+    if gaussian:
+        fill_words(seed, address // u64(4), direction, GAUSSIAN, TILE // 4, words)
+        _box_muller(words, TILE // 4, u, v, z)
+    else:
+        fill_words(seed, address // u64(128), direction, RADEMACHER, TILE // 128, words)
+        _signs(words, TILE // 128, bits_a_word, z)
