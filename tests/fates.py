@@ -18,7 +18,7 @@ MOMENTS = {
     "any": None,
     "log's append": ("zo.state.log", "Log._write", False),
     "in the append": ("os", "pwrite", False),
-    "write-back": ("zo.streaming.stores", "{store}.keep", True),
+    "write-back": ("zo.streaming.{module}", "{store}.keep", True),
     "gather": ("zo.distributed.slices", "Slices.gather", True),
     "scalars": ("zo.distributed.process_group", "Mesh.gather", False),
 }
@@ -95,11 +95,20 @@ def run(overrides, folder, seed):
     at = MOMENTS[drawn["moment"]]
     if at is not None:
         module, function, before = at
-        store = {"host": "HostStore", "disk": "DiskStore"}.get(drawn["store"], "")
+        in_disk_store = ("disk_store", "DiskStore")
+        place, store = in_disk_store if drawn["store"] == "disk" else ("stores", "HostStore")
         # Functions that are called at every block are called some ten times a step.
         calls = drawn["step"] * (5 if drawn["moment"] == "gather" else 1)
         environment["CHAOS"] = json.dumps(
-            {"rank": drawn["rank"], "at": [module, function.format(store=store), calls, before]}
+            {
+                "rank": drawn["rank"],
+                "at": [
+                    module.format(module=place),
+                    function.format(store=store),
+                    calls,
+                    before,
+                ],
+            }
         )
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command(settings, drawn["ranks"]), env=environment, **pipes)

@@ -110,4 +110,4 @@ def test_a_sum_is_printed_with_its_terms():
 def test_the_first_lines_of_a_run_show_it(overrides, tmp_path, capsys):
     settings = [*overrides, "memory.store=host", f"run.dir={tmp_path}", "run.steps=1"]
     Trainer(load_config("quickstart", settings)).train()
-    assert " on mesh 1 x 1 x 1; host " in capsys.readouterr().err
+    assert " mesh 1 x 1 x 1; host " in capsys.readouterr().err

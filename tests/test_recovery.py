@@ -102,7 +102,7 @@ def no_room_in(module, function):
 
 @pytest.mark.parametrize(
     "place",
-    [("zo.state.run_folder", "_write_whole"), ("zo.state.log", "Log.create")],
+    [("zo.state.run_folder", "write_whole"), ("zo.state.log", "Log.create")],
     ids=["config", "log"],
 )
 def test_a_start_without_room_starts_again(overrides, tmp_path, place):

@@ -228,7 +228,7 @@ MOMENTS = {
     "after a rename": ("pathlib", "Path.rename", 17, False),
     "while a file is begun": ("zo.io.engines", "_reserve", 11, True),
     "while loading": ("zo.model.checkpoint", "CheckpointSource.read", 7, False),
-    "in a read": ("zo.streaming.stores", "DiskStore.fetch", 60, True),
+    "in a read": ("zo.streaming.disk_store", "DiskStore.fetch", 60, True),
 }
 
 
@@ -288,7 +288,7 @@ def test_blocks_and_log_of_another_run_are_not_taken(overrides, expected, tmp_pa
     for path in block_files(tmp_path / "other"):
         (tmp_path / "run" / "blocks" / "rank-00000" / path.name).write_bytes(path.read_bytes())
     (tmp_path / "run" / "steps.log").write_bytes((tmp_path / "other" / "steps.log").read_bytes())
-    with pytest.raises(UserError, match="is the log of another run"):
+    with pytest.raises(UserError, match="belong to two runs"):
         run(settings, tmp_path / "run")
     (tmp_path / "run" / "steps.log").unlink()
     with pytest.raises(UserError, match=r"steps\.log is missing"):

@@ -59,7 +59,8 @@ class Binding:
         """
         if not segments:
             return
-        key = block.index, segments[0].data_ptr(), len(segments)
+        # Groups and blocks are both numbered from 0: the object tells them apart.
+        key = id(block), segments[0].data_ptr(), len(segments)
         if key not in self._views:
             self._views[key] = [
                 (target, view)

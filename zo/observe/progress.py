@@ -1,11 +1,16 @@
 """Progress of a run on stderr: a bar with the time left on a terminal, plain lines elsewhere."""
 
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from tqdm import tqdm
 
+QUIET_S = 1.0
+"""Seconds that something may take before a line says what it is."""
 PLAIN_LINE_EVERY_S = 5.0
 """Seconds between two lines where stderr is not a terminal."""
 GIB = 2**30
@@ -20,6 +25,17 @@ class Progress:
         self._start = self._last_line = time.monotonic()
         self._terminal = active and sys.stderr.isatty()
         self._bar: tqdm[Any] | None = None
+
+    @contextmanager
+    def phase(self, line: str) -> Iterator[None]:
+        """Print a line if the block takes longer than ``QUIET_S`` seconds."""
+        timer = threading.Timer(QUIET_S, self.say, (line,))
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     def step(self, values: dict[str, Any], scores: dict[str, float]) -> None:
         """Show one step's metrics and the newest scores."""

@@ -1,6 +1,7 @@
 """Assembly of a model for training, scores or export: find and check its blocks, fill its store."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from zo.config.schema import Config
@@ -20,7 +21,7 @@ def assemble(
     config: Config,
     mesh: Mesh,
     folder: Path,
-    say: Callable[[str], None],
+    phase: Callable[[str], AbstractContextManager[None]],
     writable: bool = True,
 ) -> Replica:
     """Check a model against its plain forward and fill its store; every rank calls this.
@@ -30,7 +31,7 @@ def assemble(
         config: of the run.
         mesh: of the ranks; a store keeps this rank's slice.
         folder: of a disk store's blocks.
-        say: prints a line before each step that takes long.
+        phase: shows what is done inside of it, if that takes long.
         writable: whether a disk store may write there.
 
     Returns:
@@ -47,11 +48,11 @@ def assemble(
         [problem.narrow, problem.skeleton] if problem.narrow is not None else [problem.skeleton]
     )
     unit = config.memory.unit
-    say("checking that block-by-block forwards equal plain forwards, bit for bit")
-    merged = self_check(models, forwards, mesh.device, config.estimator.distribution, unit)
+    with phase("checking that block-by-block forwards equal plain forwards, bit for bit"):
+        merged = self_check(models, forwards, mesh.device, config.estimator.distribution, unit)
     layout, model = find_layout(problem.skeleton, unit, merged), problem.build()
-    say(f"loading weights: {sum(b.size_bytes for b in layout.blocks) / 2**20:,.1f} MiB")
-    with mesh.agreed():
+    size = sum(b.size_bytes for b in layout.blocks) / 2**20
+    with phase(f"loading weights: {size:,.1f} MiB"), mesh.agreed():
         replica = Replica(
             model,
             layout,

@@ -117,11 +117,11 @@ def _load(config: Config, blocks: Path) -> tuple[Problem, Mesh, Replica]:
     device = choose_device(config.run.device)
     make_deterministic(device)
     mesh = Mesh(device.type, config.mesh.timeout_s)
-    say = Progress(0, 0, mesh.rank == 0).say
-    say(f"reading model {config.model.name} and data {config.data.name}")
-    problem = build_problem(config)
+    phase = Progress(0, 0, mesh.rank == 0).phase
+    with phase(f"reading model {config.model.name} and data {config.data.name}"):
+        problem = build_problem(config)
     with torch.no_grad(), explain_nondeterminism():
-        return problem, mesh, assemble(problem, config, mesh, blocks, say, writable=False)
+        return problem, mesh, assemble(problem, config, mesh, blocks, phase, writable=False)
 
 
 def adapted(

@@ -132,13 +132,12 @@ class Run:
         self.folder = self._choose_folder()
         self.is_writer = self._lock(resources)
         self._prepare_process()
-        say = Progress(0, 0, mesh.rank == 0).say
-        if own is None:
-            say(f"reading model {config.model.name} and data {config.data.name}")
-        self.problem = own or build_problem(config)
-        self.replica = assemble(self.problem, config, mesh, self.folder.blocks(mesh.rank), say)
+        progress, blocks = Progress(0, 0, mesh.rank == 0), self.folder.blocks(mesh.rank)
+        with progress.phase(f"reading model {config.model.name} and data {config.data.name}"):
+            self.problem = own or build_problem(config)
+        self.replica = assemble(self.problem, config, mesh, blocks, progress.phase)
         self.log = self._open_log(command)
-        restore_snapshot(self.folder, self.replica, self.log, say)
+        restore_snapshot(self.folder, self.replica, self.log, progress.say)
         self.replica.open(self.log)
         self.audit = Audit(self.replica) if config.mesh.check_every else None
         self.reporter = Reporter(config, mesh, self.folder, self.log, self.replica)
