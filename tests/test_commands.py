@@ -158,7 +158,7 @@ def test_a_mistake_ends_in_one_line(command, overrides, tiny_model, tmp_path, mi
     assert code == 2
     *before, last = err.splitlines()
     # Lines of progress may come before it.
-    progress = ("reading ", "checking that forwards ", "loading weights ")
+    progress = ("reading ", "checking that ", "loading weights")
     assert all(line.startswith(progress) for line in before), err
     assert last.startswith("error: ")
     assert said.format(**names) in last
