@@ -6,6 +6,6 @@ lint:
 types:
 	mypy
 fast:
-	pytest -q -m "not slow"
+	pytest -q -m "not slow" -n 2 --dist loadfile
 test:
-	pytest
+	pytest -n 3 --dist loadfile

@@ -149,6 +149,8 @@ def pytest_runtest_logreport(report):
     listed = os.environ.get("ZO_MISSING_PACKAGES")
     if not (listed and report.skipped and isinstance(report.longrepr, tuple)):
         return
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return  # The process that started the workers has every report too.
     if any(words in report.longrepr[2] for words in ("deepnvme needs", "iproute2")):
         with open(listed, "a") as file:
             file.write(report.nodeid + "\n")

@@ -18,6 +18,8 @@ import yaml
 from zo.config.recipes import load_config
 from zo.state.log import read
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 MANIFEST = ROOT / "launch" / "kubernetes.yaml"

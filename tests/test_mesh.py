@@ -28,6 +28,7 @@ MESHES = [(2, 1, 1), (1, 2, 1), (2, 2, 1), (2, 1, 2), (1, 2, 2), (2, 2, 4), (4, 
 @pytest.mark.parametrize(
     "extra", [["estimator.directions=1"], ["estimator.directions=3", "model.dtype=bfloat16"]]
 )
+@pytest.mark.slow
 def test_same_bits_on_any_mesh(overrides, tmp_path, extra):
     """Log, weights, scores: nothing may depend on who computed a cell."""
     alone = train([*overrides, *extra, f"run.dir={tmp_path}/alone"])
@@ -49,6 +50,7 @@ def alone(tmp_path_factory):
 
 @pytest.mark.parametrize("store", ["host", "disk"])
 @pytest.mark.parametrize("mesh", MESHES, ids=lambda mesh: "x".join(map(str, mesh)))
+@pytest.mark.slow
 def test_same_bits_whoever_keeps_a_slice(overrides, alone, tmp_path, mesh, store):
     """The folder of weights too: rank 0 writes it while the others serve their slices."""
     whole, expected = alone
@@ -76,6 +78,7 @@ def test_same_bits_whoever_keeps_a_slice(overrides, alone, tmp_path, mesh, store
     assert folders[0].read_bytes() == folders[1].read_bytes()
 
 
+@pytest.mark.slow
 def test_a_rank_without_a_cell_serves_its_slice(overrides, alone, tmp_path):
     """Four ranks for a table of two cells, in slices of four."""
     settings = [*overrides, "batch.micro=4"]
@@ -84,6 +87,7 @@ def test_a_rank_without_a_cell_serves_its_slice(overrides, alone, tmp_path):
     assert train([*settings, *sliced], ranks=4)["fingerprint"] == expected["fingerprint"]
 
 
+@pytest.mark.slow
 def test_a_slice_is_what_a_rank_reads_and_the_scalars_are_few(overrides, tmp_path):
     settings = [*overrides, "memory.store=host", "eval.every=0", "run.steps=6"]
     moved = {}
@@ -102,6 +106,7 @@ def test_a_slice_is_what_a_rank_reads_and_the_scalars_are_few(overrides, tmp_pat
     assert 0.4 * whole < gathered < 0.7 * whole
 
 
+@pytest.mark.slow
 def test_an_uneven_table_is_shared_whole(overrides, tmp_path):
     """Three ranks on two rows or four columns: no cell is lost or done twice."""
     extra = ["estimator.name=one-sided", "estimator.directions=2", "batch.micro=1"]
@@ -231,6 +236,7 @@ def barrier_and_count(rank, port, found):
 LATE_S = 4
 
 
+@pytest.mark.slow
 def test_a_barrier_waits_for_all_with_few_requests():
     """One rank may write a large model for an hour, while the others share its host and store."""
     with socket.socket() as probe:
@@ -254,6 +260,7 @@ def held_bytes():
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
 
 
+@pytest.mark.slow
 def test_four_ranks_hold_one_copy_together():
     """Each process's own memory, as the system counts it."""
     found = context.Queue()
@@ -316,6 +323,7 @@ def test_idle_ranks_of_a_large_recipe_by_name():
     )
 
 
+@pytest.mark.slow
 def test_a_run_says_once_that_ranks_have_no_cell(overrides, tmp_path):
     """As a user reads it: on stderr, from rank 0 alone."""
     settings = [

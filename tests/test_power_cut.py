@@ -24,6 +24,8 @@ from zo.model.source import ModelSource
 from zo.state.log import Log
 from zo.streaming.replica import Replica
 
+pytestmark = pytest.mark.slow
+
 STEPS, PAGE = 5, 4096
 HEADER = {
     "base": "b",

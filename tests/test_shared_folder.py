@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from ranks import lives
 
+pytestmark = pytest.mark.slow
+
 REMEMBERED_S = 30
 
 

@@ -12,6 +12,8 @@ from zo import Trainer, load_config
 from zo.streaming import cache as caches
 from zo.streaming.transfer import Mark, Queue, Slot, Staging
 
+pytestmark = pytest.mark.slow
+
 BITS = ["model.dtype=bfloat16", "update.weight_decay=0.1", "run.steps=5", "mesh.check_every=2"]
 PLACES = [
     ["memory.store=host", "memory.unit=layer", "memory.slots=2", "memory.lag=1"],

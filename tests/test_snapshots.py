@@ -23,6 +23,8 @@ from zo.state.log import Log, read
 from zo.state.run_folder import RunFolder
 from zo.streaming.replica import Replica
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 HEADER = {
     "directions": 1,
