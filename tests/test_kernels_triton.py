@@ -64,6 +64,7 @@ def compare():
             )
 
 
+@pytest.mark.slow
 def test_the_triton_kernel_has_the_bits_of_the_equation():
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.path.dirname(__file__)}
     command = [sys.executable, "-c", "import test_kernels_triton; test_kernels_triton.compare()"]

@@ -246,6 +246,7 @@ def test_random_weights_are_the_same_however_they_are_cut_and_as_transformers_wo
     assert len({tensor.sum().item() for tensor in found[0].values() if tensor.dim() > 1}) > 3
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not Path("/proc/self/status").exists(), reason="reads the peak of resident memory from /proc"
 )
