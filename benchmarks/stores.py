@@ -42,16 +42,16 @@ def drop_caches():
     Path("/proc/sys/vm/drop_caches").write_text("3")
 
 
-def seconds_of_lanes(trace):
+def seconds_of_tracks(trace):
     events = json.loads(trace.read_text())["traceEvents"]
-    lanes = {
+    tracks = {
         event["tid"]: event["args"]["name"].split()[0] for event in events if event["ph"] == "M"
     }
     seconds = dict.fromkeys(("read", "replay+perturb", "forward", "write-back"), 0.0)
     for event in events:
-        if event["ph"] == "X" and lanes[event["tid"]] in seconds:
-            seconds[lanes[event["tid"]]] += event["dur"] / 1e6
-    return {f"{lane}_s": round(value, 3) for lane, value in seconds.items()}
+        if event["ph"] == "X" and tracks[event["tid"]] in seconds:
+            seconds[tracks[event["tid"]]] += event["dur"] / 1e6
+    return {f"{track}_s": round(value, 3) for track, value in seconds.items()}
 
 
 def run(shape, tokens, steps, setting, folder):
@@ -113,7 +113,7 @@ def run(shape, tokens, steps, setting, folder):
         steps // 2 :
     ]
     median = lambda key: statistics.median(line[key] for line in lines)  # noqa: E731
-    lanes = seconds_of_lanes(run_dir / "timeline.json")
+    tracks = seconds_of_tracks(run_dir / "timeline.json")
     return {
         "shape": shape,
         "tokens": tokens,
@@ -124,7 +124,7 @@ def run(shape, tokens, steps, setting, folder):
         "written_mb_mean": round(statistics.mean(line["written_bytes"] for line in lines) / 1e6),
         "wait_share": round(median("wait_share"), 3),
         "last_step_s": round(lines[-1]["step_s"], 3),
-        **lanes,
+        **tracks,
         "train_s": json.loads(out.splitlines()[-1])["train_s"],
         "fingerprint": json.loads(out.splitlines()[-1])["fingerprint"][:12],
     }

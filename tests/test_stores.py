@@ -436,8 +436,8 @@ def test_metrics_tell_what_was_moved(overrides, tmp_path):
 def test_a_timeline_is_drawn(overrides, tmp_path):
     run([*overrides, *BITS, *DISK], tmp_path / "run", "profile.steps=3..4")
     events = json.loads((tmp_path / "run" / "timeline.json").read_text())["traceEvents"]
-    lanes = [e["args"]["name"] for e in events if e["ph"] == "M"]
-    assert lanes == [
+    tracks = [e["args"]["name"] for e in events if e["ph"] == "M"]
+    assert tracks == [
         "read",
         "wait",
         "replay+perturb",
@@ -445,7 +445,7 @@ def test_a_timeline_is_drawn(overrides, tmp_path):
         "write-back",
     ]
     spans = [e for e in events if e["ph"] == "X"]
-    assert {e["tid"] for e in spans} == set(range(len(lanes)))
+    assert {e["tid"] for e in spans} == set(range(len(tracks)))
     assert all(e["ts"] >= 0 and e["dur"] >= 0 for e in spans)
     assert (tmp_path / "run" / "timeline.png").read_bytes().startswith(b"\x89PNG")
 

@@ -234,7 +234,7 @@ class UpdateConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """How ranks share a step: perturb x data is their number.
+    """Sizes of the mesh axes: perturb x data is the number of ranks.
 
     An empty axis is the first size that fits, perturb first.
     """
@@ -268,8 +268,7 @@ class MemoryConfig:
     """``device``: all weights where the model computes; ``host``: in host memory; ``disk``: in the
     run's folder."""
     unit: str = "layer"
-    """What one visit brings: a ``layer``, or each ``module`` that owns parameters, for the least
-    memory."""
+    """Size of a block: a ``layer``, or each ``module`` with parameters, for the least memory."""
     slots: int = 3
     """Blocks that have room where the model computes: one computes, one comes, one goes; at least
     2."""
@@ -281,7 +280,7 @@ class MemoryConfig:
     pin: bool = True
     """Lock a host store's memory for the GPU's copies; without effect where there is no GPU."""
     activations: str = "device"
-    """Where a forward's hidden states wait while others compute: ``device``, or ``host``."""
+    """Memory of a waiting forward's hidden states: ``device``, or ``host``."""
 
     def __post_init__(self) -> None:
         choice("memory.store", self.store, STORES)

@@ -4,8 +4,8 @@ A second SIGTERM ends the process at once, too.
 
 A process that a signal ends does not unwind: an exception raised by a handler could be swallowed in
 a library, in a destructor or in a greenlet, and a process that waits for another rank in C would
-never see it. It says one line, removes what is unfinished, and exits. The log needs no more: that
-is what ``kill -9`` leaves it, too.
+never see it. It prints one line, removes unfinished folders, and exits. The log is as safe as after
+``kill -9``.
 """
 
 import ctypes
@@ -65,8 +65,8 @@ def end_on_signals() -> None:
     threading.Thread(target=_answer_for_main, daemon=True).start()
 
 
-def go_on_with(remedy: str) -> None:
-    """Set how to go on after a signal ended the process: the end of its last line."""
+def set_remedy(remedy: str) -> None:
+    """Set the end of the line that a process ended by a signal prints: how to resume."""
     _remedy[0] = remedy
 
 
@@ -142,8 +142,8 @@ def end_with_agent() -> None:
     """Have Linux kill this process when the torchrun agent that started it dies.
 
     An agent that is killed by SIGKILL cannot end its ranks: they would train on, unseen, and keep
-    the run folder's lock from the command that is to go on. SIGKILL, for a step may take minutes
-    and none is lost by it. The kernel watches the parent from this call on, so it comes early;
+    the run folder's lock from the command that resumes. SIGKILL, for a step may take minutes and
+    none is lost by it. The kernel watches the parent from this call on, so it comes early;
     without torchrun, or elsewhere than on Linux, nothing is changed.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ or not sys.platform.startswith("linux"):

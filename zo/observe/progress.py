@@ -10,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 QUIET_S = 1.0
-"""Seconds that something may take before a line says what it is."""
+"""Seconds that a phase may take before its line is printed."""
 PLAIN_LINE_EVERY_S = 5.0
 """Seconds between two lines where stderr is not a terminal."""
 GIB = 2**30

@@ -1,6 +1,6 @@
 """Timeline of steps: a trace for Chrome or Perfetto, and a picture of it.
 
-Lanes, one row of the picture each: read, upload, a slice's catch-up and gather, replay+perturb,
+Tracks, one row of the picture each: read, upload, a slice's catch-up and gather, replay+perturb,
 forward of each cell, write-back, and the compute's waits for a block. On a GPU a span on a stream
 is timed by the stream's own events.
 """
@@ -24,7 +24,7 @@ COLOURS = {
     "forward": "#55a868",
     "write-back": "#8172b3",
 }
-"""Lanes from top to bottom, and their colours; a lane of cells has a row for each cell."""
+"""Tracks from top to bottom, and their colours; a track of cells has a row for each cell."""
 
 
 class Clock(Protocol):
@@ -48,7 +48,7 @@ class Clock(Protocol):
 
 
 class Timeline:
-    """Spans by lane, recorded while ``active``."""
+    """Spans by track, recorded while ``active``."""
 
     def __init__(self, clock: Clock) -> None:
         """Begin empty and inactive; ``clock`` times spans on a stream."""
@@ -61,7 +61,7 @@ class Timeline:
         return self._clock.record(self._clock.compute_stream())
 
     @contextmanager
-    def span(self, lane: str, name: str, on_stream: bool = True) -> Iterator[None]:
+    def span(self, track: str, name: str, on_stream: bool = True) -> Iterator[None]:
         """Record the time of the block, on the host or, ``on_stream``, on the compute stream."""
         if not self.active:
             yield
@@ -71,10 +71,10 @@ class Timeline:
         try:
             yield
         finally:
-            self._spans.append((lane, name, start, moment()))
+            self._spans.append((track, name, start, moment()))
 
     def spans(self) -> list[tuple[str, str, float, float]]:
-        """Return lane, name, start and stop of each span by start, in seconds since the first."""
+        """Return track, name, start and stop of each span by start, in seconds since the first."""
 
         def seconds(moment: Any) -> float:
             if isinstance(moment, float):
@@ -83,11 +83,11 @@ class Timeline:
             return self._clock.elapsed_s(self._origin, moment)
 
         found = sorted(
-            ((lane, name, seconds(a), seconds(b)) for lane, name, a, b in self._spans),
+            ((track, name, seconds(a), seconds(b)) for track, name, a, b in self._spans),
             key=lambda s: s[2],
         )
         first = found[0][2] if found else 0.0
-        return [(lane, name, a - first, b - first) for lane, name, a, b in found]
+        return [(track, name, a - first, b - first) for track, name, a, b in found]
 
     def save(self, trace: Path, picture: Path, title: str) -> None:
         """Write both files.
@@ -96,35 +96,35 @@ class Timeline:
             UserError: a file cannot be written.
         """
         spans = self.spans()
-        lanes = sorted({lane for lane, *_ in spans}, key=_row)
+        tracks = sorted({track for track, *_ in spans}, key=_row)
         events: list[dict[str, Any]] = [
-            {"ph": "M", "pid": 1, "tid": i, "name": "thread_name", "args": {"name": lane}}
-            for i, lane in enumerate(lanes)
+            {"ph": "M", "pid": 1, "tid": i, "name": "thread_name", "args": {"name": track}}
+            for i, track in enumerate(tracks)
         ]
         events += [
             {
                 "ph": "X",
                 "pid": 1,
-                "tid": lanes.index(lane),
+                "tid": tracks.index(track),
                 "name": name,
                 "ts": a * 1e6,
                 "dur": (b - a) * 1e6,
             }
-            for lane, name, a, b in spans
+            for track, name, a, b in spans
         ]
         try:
             trace.write_text(
                 json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}), encoding="utf-8"
             )
-            _draw(spans, lanes, picture, title)
+            _draw(spans, tracks, picture, title)
         except OSError as error:
             raise UserError(
                 f"cannot write {trace}: {error.strerror}; make room, or unset profile.steps"
             ) from error
 
 
-def _row(lane: str) -> tuple[int, int]:
-    kind, _, number = lane.partition(" ")
+def _row(track: str) -> tuple[int, int]:
+    kind, _, number = track.partition(" ")
     return list(COLOURS).index(kind), int(number or 0)
 
 
@@ -144,19 +144,19 @@ def check_drawable() -> None:
 
 
 def _draw(
-    spans: list[tuple[str, str, float, float]], lanes: list[str], picture: Path, title: str
+    spans: list[tuple[str, str, float, float]], tracks: list[str], picture: Path, title: str
 ) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(14, 1.4 + 0.45 * len(lanes)), layout="constrained")
+    figure = Figure(figsize=(14, 1.4 + 0.45 * len(tracks)), layout="constrained")
     axes = figure.subplots()
-    for i, lane in enumerate(lanes):
-        bars = [(a, max(b - a, 1e-6)) for found, _, a, b in spans if found == lane]
+    for i, track in enumerate(tracks):
+        bars = [(a, max(b - a, 1e-6)) for found, _, a, b in spans if found == track]
         busy = sum(width for _, width in bars)
-        axes.broken_barh(bars, (i - 0.38, 0.76), facecolors=COLOURS[lane.partition(" ")[0]])
+        axes.broken_barh(bars, (i - 0.38, 0.76), facecolors=COLOURS[track.partition(" ")[0]])
         axes.text(1.005, i, f"{busy:.2f} s", transform=axes.get_yaxis_transform(), va="center")
-    axes.set_yticks(range(len(lanes)), lanes)
-    axes.set_ylim(len(lanes) - 0.5, -0.5)
+    axes.set_yticks(range(len(tracks)), tracks)
+    axes.set_ylim(len(tracks) - 0.5, -0.5)
     axes.set_xlim(0, max((stop for *_, stop in spans), default=1.0))
     axes.set_xlabel("seconds")
     axes.set_title(title, loc="left")

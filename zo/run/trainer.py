@@ -26,7 +26,7 @@ from zo.distributed.process_group import Mesh
 from zo.errors import UserError
 from zo.io.determinism import explain_nondeterminism, make_deterministic
 from zo.io.hardware import choose_device
-from zo.io.signals import go_on_with, termination
+from zo.io.signals import set_remedy, termination
 from zo.method import estimator
 from zo.method.entry import Entry
 from zo.method.table import LossTable
@@ -168,7 +168,7 @@ class Run:
             self.folder.check(self.config)
         is_writer = acquire_run_folder(self.mesh, self.folder, resources)
         resumes = f"the same command with run.dir={self.folder.path} resumes the run"
-        go_on_with(f"no completed step is lost: {resumes}")
+        set_remedy(f"no completed step is lost: {resumes}")
         return is_writer
 
     def _prepare_process(self) -> None:

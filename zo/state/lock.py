@@ -18,8 +18,8 @@ LOCK_PATIENCE_S = 3.0
 
 
 SIGN_PATIENCE_S = 2.0
-"""How long the first rank of a node looks for the sign of rank 0's lock before it takes the folder
-for its own."""
+"""Seconds that the first rank of a node looks for the sign of rank 0's lock before it takes the
+folder for its own."""
 
 
 class Lock:
@@ -132,7 +132,7 @@ def shares(folder: Path, token: str) -> bool:
     except FileExistsError:
         pass
     except OSError:
-        return False  # Taking the lock says why.
+        return False  # Taking the lock raises the reason.
     else:
         with suppress(OSError):
             folder.rmdir()

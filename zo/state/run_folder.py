@@ -1,11 +1,11 @@
-"""A run's folder: what a run is, its log, its snapshots; made once, opened again to resume.
+"""The folder of a run: configuration, log and snapshots; created once, opened again to resume.
 
     config.yaml     resolved configuration, versions, base model and its fingerprint
     steps.log       the log
     metrics.jsonl   one object a step and an evaluation
     snapshots/      weights at some versions, the last two
     blocks/         what a disk store wrote back, a folder a rank
-    lock            held while a run goes on here
+    lock            held by a running process
     model/          the Hugging Face folder at the end
 
 Files appear whole or not at all: written beside, synced, renamed.
@@ -37,7 +37,7 @@ RESULT_KEYS = ("model", "data", "batch", "estimator", "update", "run.seed")
 """Groups and keys that decide a run's bits, so that a resumed run must have the same."""
 SNAPSHOTS_KEPT = 2
 UNFINISHED = {"lock", "blocks", "config.yaml.new", "steps.log.new"}
-"""What a run that ended before its first step may leave."""
+"""Files that a run may leave if it ended before its first step."""
 OWN_FOLDERS = ("blocks", "snapshots", "model")
 RANK_FOLDER, SNAPSHOT = re.compile(r"rank-\d{5,}"), re.compile(r"step-\d{9,}\.safetensors")
 """Names that a run gives: a rank's blocks, a snapshot."""
@@ -144,8 +144,8 @@ class RunFolder:
         """Raise if a folder cannot take this run; nothing is written.
 
         Raises:
-            UserError: it holds another run (says which keys differ), files that are no run, or
-                links or files where this run would replace or delete some.
+            UserError: it holds another run (naming the keys that differ), files that are not a
+                run, or links or files where this run would replace or delete some.
         """
         if not self.holds_run:
             if foreign := next(self._foreign(), None):

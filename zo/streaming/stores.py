@@ -1,8 +1,7 @@
-"""Where the parameters live between visits: in the device's memory, the host's, or on disk.
+"""Stores of the weights between visits: in the device's memory, the host's, or on disk.
 
-A store owns the master weights and knows each block's version, the last log entry applied to it.
-Stores differ in how a block comes to where it is computed with, and how it goes back; nothing else
-of a run depends on which one it is.
+A store owns the weights and the version of each block, the last log entry applied to it. Stores
+differ in how a block is fetched and kept; nothing else of a run depends on which one it is.
 
     device   every block in its place            visits read and write it there
     host     every block's bytes in host memory  copied to a slot, and back
@@ -31,13 +30,13 @@ ReadTrainable = Callable[[Placed, int, Tensor], None]
 
 
 class Store(Protocol):
-    """What visits need of a store whose blocks come and go."""
+    """Store whose blocks are fetched to slots and kept from them."""
 
     layout: Layout
     slice: Slice
-    """What of every block is stored here."""
+    """The part of every block that is stored here."""
     base: str
-    """Fingerprint of the weights at version 0, once :class:`zo.streaming.replica.Weights` has it of
+    """Fingerprint of the weights at version 0, once :class:`zo.streaming.replica.Replica` has it of
     all ranks.
     """
     found: Fingerprint
