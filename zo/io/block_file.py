@@ -46,7 +46,7 @@ class Header:
     """XXH3-64 of the bytes, hexadecimal."""
 
     def page(self) -> bytes:
-        """The header's page."""
+        """Return the header's page."""
         text = json.dumps(asdict(self)).encode()
         body = MAGIC + _U32.pack(len(text)) + text
         page = body + _U32.pack(zlib.crc32(body))

@@ -71,7 +71,7 @@ class DiskStore:
             )
 
     def _read_base(self) -> list[str]:
-        """One pass over the base; blocks that are slow to make are kept on disk at version 0."""
+        """Read the base once, and keep blocks that are slow to make on disk at version 0."""
         checksums: list[str] = []
         self.base, self.found = "", Fingerprint(self.layout)
         slot = self._engine.allocate(

@@ -117,7 +117,7 @@ class Ring:
         return next((s for s in self._slots[self._small[block]] if self._held[s] == block), None)
 
     def _coming(self) -> Iterator[int]:
-        """The next blocks that the slots have room for beside the one in use, large and small."""
+        """Yield the next blocks that fit the slots beside the one in use, large and small."""
         room, seen = dict.fromkeys((True, False), self._count - 1), set[int]()
         horizon = HORIZON * self._count
         # After the last block of a pass the first ones of the next.
@@ -129,12 +129,12 @@ class Ring:
                 yield block
 
     def _fitting(self, block: int) -> list[int]:
-        """Slots that can take a block, without the one in use; the one used longest ago first."""
+        """Return slots for a block, without the one in use; the one used longest ago first."""
         slots = self._slots[self._small[block]]
         return [s for s in slots if s != self._current and self.capacities[s] >= self._sizes[block]]
 
     def _free_slot(self, block: int) -> int | None:
-        """The smallest slot that holds nothing needed soon and is not busy."""
+        """Return the smallest slot that holds nothing needed soon and is not busy."""
         soon = set(self._coming())
         ready = [
             s for s in self._fitting(block) if self._held[s] not in soon and not self._is_busy(s)

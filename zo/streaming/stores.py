@@ -99,7 +99,7 @@ class DeviceStore:
         return_freed_memory()
 
     def _within(self, block: Block) -> list[Tensor]:
-        """The block's segments as parts of its group's."""
+        """Return the block's segments as parts of its group's."""
         found, group = [], self.layout.group_of[block.index]
         for segment in block.segments:
             for outer, flat in zip(group.segments, self.groups[group.index], strict=True):

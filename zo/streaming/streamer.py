@@ -135,7 +135,7 @@ class Streamer:
                 self._cache.release(block, version)
 
     def _rows_read(self, block: Block, row_numbers: Sequence[Tensor | None]) -> Tensor | None:
-        """The rows that a lookup in a block of one embedding reads; ``None`` where it may read all.
+        """Return the rows that a lookup in a block reads; ``None`` if it may read all.
 
         A large, tied embedding is visited twice a step, for the lookup and for the head: this saves
         most of the first.
