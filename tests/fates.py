@@ -118,7 +118,8 @@ def run(overrides, folder, seed):
     if process.returncode:
         raise AssertionError(f"{drawn}: {said}")
     summary = json.loads(out.strip().splitlines()[-1])
-    restarted = "resuming" in said or "restart" in said.lower()
+    # The agent reports a worker that failed; a run that had no step yet is not resumed.
+    restarted = "resuming" in said or "failed (exitcode" in said
     return drawn, summary, restarted
 
 

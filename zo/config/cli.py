@@ -90,6 +90,7 @@ HOST_MEMORY_WORDS = (
     "Cannot allocate memory",
     "std::bad_alloc",
     "unable to mmap",
+    "can't start new thread",
 )
 """Words of torch's and the system's errors when the host has no memory left."""
 
