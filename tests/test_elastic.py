@@ -85,6 +85,29 @@ def test_a_rank_that_hangs_is_named_when_time_is_up(overrides, tmp_path):
     assert len(read(tmp_path / "run" / "steps.log")[1]) == 1
 
 
+def gather_late():
+    """Each block's slice is brought up to date and gathered 20 ms after its transfer began."""
+    from zo.streaming.cache import SlotCache
+
+    original = SlotCache._exchange
+
+    def exchange_late(cache, *arguments):
+        time.sleep(0.02)
+        return original(cache, *arguments)
+
+    SlotCache._exchange = exchange_late
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_blocks_loaded_ahead_of_a_step_are_of_one_version_on_every_rank(
+    overrides, expected, tmp_path, late
+):
+    """A slice that is read before the step's entry and gathered after it is not replayed twice."""
+    settings = [*overrides, *SLICED, "run.steps=6", "memory.lag=2", f"run.dir={tmp_path}/run"]
+    found = train(settings, ranks=2, prelude=(on_rank, late, gather_late))
+    assert found["fingerprint"] == expected["fingerprint"]
+
+
 def flip_bits(step):
     """After a step, one bit of every block that this rank stores is another."""
     from zo.run import trainer

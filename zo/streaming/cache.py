@@ -229,7 +229,9 @@ class SlotCache:
         filled = self._upload.submit(partial(self._fill, block, memory), after)
         if self._gather is None:
             return filled
-        return self._gather.submit(partial(self._exchange, block, memory, filled), [filled])
+        # The version of now: the queue may reach this job a step later on one rank than on another.
+        exchange = partial(self._exchange, block, memory, filled, self._replay.log.version)
+        return self._gather.submit(exchange, [filled])
 
     def _fill(self, block: Block, memory: Tensor) -> int:
         """Queue the copy of a block's slice to a slot, and return its version."""
@@ -252,13 +254,12 @@ class SlotCache:
             staged.used_by(self._upload.mark())
         return version
 
-    def _exchange(self, block: Block, memory: Tensor, filled: Transfer[int]) -> int:
-        """Bring the slice in a slot up to date, then gather the other slices beside it."""
+    def _exchange(self, block: Block, memory: Tensor, filled: Transfer[int], newest: int) -> int:
+        """Bring the slice in a slot to version ``newest``, then gather the others beside it."""
         assert self._slices is not None
         own, stride = self._store.slice.within(block), self._store.slice.stride(block)
         version = filled.queued()
         with self._timeline.span("catch-up", block.name):
-            newest = self._replay.log.version
             version = self._replay.catch_up(
                 block, within_slot(memory, own), own.start, version, newest
             )
