@@ -4,7 +4,8 @@ Between visits a streamed parameter is a single NaN expanded to its shape: it ta
 the right dtype and device, and makes every loss NaN if a weight is read outside its visit.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from math import nan
 
 import torch
@@ -80,6 +81,24 @@ class Binding:
             if part.rows is None:
                 for target in self._targets[part.parameter.name]:
                     target.data = self._placeholders[part.parameter.name]
+
+    def stored(self, parameter: Placed) -> Tensor:
+        """Return the weights that a parameter is bound to."""
+        return self._targets[parameter.name][0].data
+
+    @contextmanager
+    def replaced(self, parameters: Sequence[Placed], values: Sequence[Tensor]) -> Iterator[None]:
+        """Bind parameters to other weights for a time."""
+        targets = [target for p in parameters for target in self._targets[p.name]]
+        new = [v for p, v in zip(parameters, values, strict=True) for _ in self._targets[p.name]]
+        before = [target.data for target in targets]
+        try:
+            for target, value in zip(targets, new, strict=True):
+                target.data = value
+            yield
+        finally:
+            for target, value in zip(targets, before, strict=True):
+                target.data = value
 
     def fill(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Point parameters, by first name, at these tensors."""

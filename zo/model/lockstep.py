@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from zo.model.binding import Binding
-from zo.model.layout import Block
+from zo.model.layout import Block, Part
+from zo.model.probing import Probing
 
 T = TypeVar("T")
 
@@ -56,23 +57,36 @@ class BlockProvider(Protocol):
 class Lockstep:
     """Hooks on a model's blocks; forwards outside :meth:`run` pass through them untouched."""
 
-    def __init__(self, binding: Binding, offload: bool = False, fixed_shapes: bool = False) -> None:
+    def __init__(
+        self,
+        binding: Binding,
+        offload: bool = False,
+        fixed_shapes: bool = False,
+        probing: Probing | None = None,
+    ) -> None:
         """Attach the hooks.
 
         Args:
             binding: the model's parameters.
+            probing: computes with probes that are not written, if there are any.
             offload: keep the hidden states of waiting forwards in host memory.
             fixed_shapes: look up a vocabulary in chunks on the CPU as on a GPU, where the host must
                 not wait for the number of ids in a chunk.
         """
-        self._fixed_shapes = fixed_shapes
+        self._fixed_shapes, self._probing = fixed_shapes, probing
         model, self._binding, self._offload = binding.model, binding, offload
         self._waiting: dict[greenlet, int | None] = {}
         self._row_numbers: dict[greenlet, Tensor | None] = {}
-        self._hooks = [
-            model.get_submodule(name).register_forward_pre_hook(self._hook(block.index))
+        self._hub = getcurrent()
+        self._greenlets: dict[int, greenlet] = {}
+        self._started: list[int] = []
+        self._suspend = {
+            model.get_submodule(name): self._hook(block.index)
             for block in binding.layout.blocks
             for name in block.modules
+        }
+        self._hooks = [
+            module.register_forward_pre_hook(hook) for module, hook in self._suspend.items()
         ]
         self._patched: list[nn.Module] = []
         chunks = [block for block in binding.layout.blocks if block.parts[0].rows is not None]
@@ -87,6 +101,11 @@ class Lockstep:
             self._enter(block, hidden if plain_lookup else None, hidden)
 
         return suspend
+
+    def enter(self, module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        """Suspend the current forward as a call of the module with these arguments would."""
+        if module in self._suspend:
+            self._suspend[module](module, arguments)
 
     def _enter(
         self, block: int, row_numbers: Tensor | None = None, hidden: Tensor | None = None
@@ -141,7 +160,7 @@ class Lockstep:
         if len(inside):
             rows = ids[inside] - first
             self._enter(chunk.index, rows)
-            found[inside] = functional.embedding(rows, self._binding.chunks[chunk.index])
+            found[inside] = self._look_up_rows(chunk, rows, inside, len(ids))
 
     def _look_up_all(self, chunk: Block, ids: Tensor, found: Tensor) -> None:
         """Do the same for all ids, in or out of the chunk: no shape depends on their values.
@@ -151,9 +170,16 @@ class Lockstep:
         first, stop = chunk.parts[0].rows or (0, 0)
         rows = (ids - first).clamp(0, stop - first - 1)
         self._enter(chunk.index, rows)
-        values = functional.embedding(rows, self._binding.chunks[chunk.index])
+        places = torch.arange(len(ids), device=ids.device)
+        values = self._look_up_rows(chunk, rows, places, len(ids))
         inside = ((ids >= first) & (ids < stop)).unsqueeze(1)
         torch.where(inside, values, found, out=found)
+
+    def _look_up_rows(self, chunk: Block, rows: Tensor, places: Tensor, of: int) -> Tensor:
+        found = functional.embedding(rows, self._binding.chunks[chunk.index])
+        if self._probing is None:
+            return found
+        return self._probing.embedding(chunk.parts[0], rows, found, places, of)
 
     def _head(self, chunks: list[Block]) -> Callable[[Tensor], Tensor]:
         def forward(x: Tensor) -> Tensor:
@@ -162,52 +188,80 @@ class Lockstep:
             for chunk in chunks:
                 first, stop = chunk.parts[0].rows or (0, 0)
                 self._enter(chunk.index)
-                logits[..., first:stop] = functional.linear(x, self._binding.chunks[chunk.index])
+                product = self._probing.linear if self._probing else _plain_product
+                logits[..., first:stop] = product(
+                    chunk.parts[0], x, self._binding.chunks[chunk.index]
+                )
             return logits
 
         return forward
 
-    def run(self, forwards: Sequence[Callable[[], T]], provider: BlockProvider) -> list[T]:
+    def run(
+        self,
+        forwards: Sequence[Callable[[], T]],
+        provider: BlockProvider,
+        numbers: Sequence[int] | None = None,
+    ) -> list[T]:
         """Run every forward to its end and return their results in order.
+
+        Args:
+            forwards: functions that call the model.
+            provider: serves the blocks.
+            numbers: of the forwards, by which the provider knows them; 0, 1, ... by default.
 
         Raises:
             Exception: whatever a forward or the provider raises; the others are ended.
         """
-        greenlets = [greenlet(forward) for forward in forwards]
-        self._waiting = dict.fromkeys(greenlets)
-        results: list[Any] = [None] * len(forwards)
-
-        def resume(number: int) -> None:
-            self._waiting[greenlets[number]] = None
-            result = greenlets[number].switch()
-            if greenlets[number].dead:
-                results[number] = result
-
+        numbers = range(len(forwards)) if numbers is None else numbers
+        results: dict[int, Any] = {}
+        self._hub = getcurrent()
         try:
-            for number in range(len(forwards)):
-                resume(number)
-            while True:
-                # The earliest block first: forwards that skipped one wait for the others.
-                earliest = min((b for b in self._waiting.values() if b is not None), default=None)
-                lookup = any(
-                    self._row_numbers[g] is not None
-                    for g, b in self._waiting.items()
-                    if b == earliest
-                )
-                block = provider.next(earliest, earliest is not None and lookup)
-                if block is None:
-                    break
-                here = [i for i, g in enumerate(greenlets) if self._waiting[g] == block]
-                rows = [self._row_numbers[greenlets[i]] for i in here]
+            for number, forward in zip(numbers, forwards, strict=True):
+                self.start(number, forward)
+            self._resume_started(results)
+            while (waiting := self._next(provider)) is not None:
+                block, here = waiting
+                rows = [self._row_numbers[self._greenlets[number]] for number in here]
                 with closing(provider.serve(block, here, rows)) as served:  # type: ignore[type-var]
                     for number in served:
-                        resume(number)
+                        self._started.append(number)
+                        self._resume_started(results)
         finally:
+            left, self._greenlets, self._started = list(self._greenlets.values()), {}, []
             self._waiting, self._row_numbers = {}, {}
-            for g in greenlets:
+            for g in left:
                 if not g.dead:
                     g.throw()
-        return results
+        return [results[number] for number in numbers]
+
+    def start(self, number: int, forward: Callable[[], Any]) -> None:
+        """Add a forward; during :meth:`run` one may take the place of an ended one's number."""
+        self._greenlets[number] = greenlet(forward, self._hub)
+        self._started.append(number)
+
+    def _resume_started(self, results: dict[int, Any]) -> None:
+        while self._started:
+            number = self._started.pop(0)
+            current = self._greenlets[number]
+            self._waiting[current] = None
+            result = current.switch()
+            if current.dead:
+                results[number] = result
+
+    def _next(self, provider: BlockProvider) -> tuple[int, list[int]] | None:
+        """Return the block to serve next, and the numbers of the forwards that wait for it."""
+        waiting = {n: b for n, g in self._greenlets.items() if (b := self._waiting[g]) is not None}
+        # The earliest block first: forwards that skipped one wait for the others.
+        earliest = min(waiting.values(), default=None)
+        lookup = any(
+            self._row_numbers[self._greenlets[number]] is not None
+            for number, block in waiting.items()
+            if block == earliest
+        )
+        block = provider.next(earliest, earliest is not None and lookup)
+        if block is None:
+            return None
+        return block, sorted(number for number, waits_for in waiting.items() if waits_for == block)
 
     def detach(self) -> None:
         """Remove the hooks and restore the forwards that were replaced."""
@@ -215,6 +269,10 @@ class Lockstep:
             hook.remove()
         while self._patched:
             del self._patched.pop().forward
+
+
+def _plain_product(part: Part, x: Tensor, weight: Tensor) -> Tensor:
+    return functional.linear(x, weight)
 
 
 def _offload_activation(tensor: Tensor) -> Callable[[], None]:

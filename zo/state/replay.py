@@ -6,16 +6,19 @@ The entries are applied in one pass over the block's memory, and the probes of t
 for it are written in the same pass.
 """
 
+from bisect import bisect_right, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from threading import Lock
 
 from torch import Tensor
 
+from zo.method.entry import Entry
 from zo.method.kernels import replay_and_perturb
 from zo.method.perturbation import Pass, Probe, Rows
 from zo.method.update import RULES
-from zo.model.layout import Block, runs
+from zo.model.layout import Block, Layout, runs
 from zo.state.log import Log
 
 PASSES_KEPT = 256
@@ -42,9 +45,12 @@ class Recipe:
 class Replay:
     """Applies a log to blocks, wherever their weights are."""
 
-    def __init__(self, log: Log) -> None:
-        """Replay ``log``; entries appended later are seen."""
+    def __init__(self, log: Log, layout: Layout) -> None:
+        """Replay ``log`` on blocks of ``layout``; entries appended later are seen."""
         self.log, self.recipe = log, Recipe.of(log)
+        order = log.header.get("order") or range(len(layout.groups))
+        self._position = layout.positions(order)
+        self._entries = _EntriesByPosition(log)
         self._pass = lru_cache(PASSES_KEPT)(self._make_pass)
 
     def visit(
@@ -74,7 +80,7 @@ class Replay:
         """
         newest = self.log.version
         for i, segment in enumerate(block.trainable):
-            work = self._pass(version, newest, segment.decays, tuple(probes))
+            work = self._pass(*self._range(block, version), segment.decays, tuple(probes))
             if work.changes or probes:
                 rows = None if row_numbers is None else Rows(row_numbers, segment.parts[0].shape[1])
                 replay_and_perturb(stored[i], segment.start, work, out[i] if probes else None, rows)
@@ -94,12 +100,12 @@ class Replay:
         Returns:
             ``newest``.
         """
-        if version < newest:
+        entries = self._range(block, version, newest)
+        if entries[1] < entries[2]:
             for segment, first, flat in runs(block, image, start):
                 if not segment.frozen:
-                    replay_and_perturb(
-                        flat, segment.start + first, self._pass(version, newest, segment.decays)
-                    )
+                    work = self._pass(*entries, segment.decays)
+                    replay_and_perturb(flat, segment.start + first, work)
         return newest
 
     def changes_anything(self, block: Block, version: int, newest: int) -> bool:
@@ -111,13 +117,59 @@ class Replay:
         if not block.trainable:
             return False
         decays = any(segment.decays for segment in block.trainable)
-        changes = self._pass(version, newest, decays).changes
+        changes = self._pass(*self._range(block, version, newest), decays).changes
         return any(any(change.coefficients) or change.decay != 1.0 for change in changes)
 
+    def _range(
+        self, block: Block, version: int, newest: int | None = None
+    ) -> tuple[int, int, int]:
+        """Return the entries after a version that reach a block.
+
+        As a key of the entries' parts, and the first and last of them among the ones of that key.
+        """
+        newest = self.log.version if newest is None else newest
+        return self._entries.range(self._position[block.index], version, newest)
+
     def _make_pass(
-        self, version: int, newest: int, decays: bool, probes: tuple[Probe, ...] = ()
+        self, key: int, first: int, last: int, decays: bool, probes: tuple[Probe, ...] = ()
     ) -> Pass:
         rule, weight_decay = RULES[self.recipe.rule], self.recipe.weight_decay
-        changes = [rule(entry, weight_decay) for entry in self.log.entries[version:newest]]
+        changes = [rule(entry, weight_decay) for entry in self._entries.some(key, first, last)]
         seen = changes if decays else [replace(change, decay=1.0) for change in changes]
         return Pass(self.recipe.seed, self.recipe.distribution, tuple(seen), probes)
+
+
+class _EntriesByPosition:
+    """The entries of a log that reach each position; found once, as the log grows.
+
+    Positions that the same entries reach share a key: the largest part of an entry up to theirs.
+    """
+
+    def __init__(self, log: Log) -> None:
+        self._log, self._seen = log, 0
+        self._lock = Lock()  # Slices catch up in the thread that gathers them.
+        self._parts: list[int] = []
+        self._steps: dict[int, list[int]] = {}
+
+    def range(self, position: int, version: int, newest: int) -> tuple[int, int, int]:
+        with self._lock:
+            self._read_on()
+            place = bisect_right(self._parts, position)
+            if not place:
+                return -1, 0, 0
+            key = self._parts[place - 1]
+            steps = self._steps[key]
+        return key, bisect_right(steps, version), bisect_right(steps, newest)
+
+    def some(self, key: int, first: int, last: int) -> Sequence[Entry]:
+        return [self._log.entries[step - 1] for step in self._steps.get(key, [])[first:last]]
+
+    def _read_on(self) -> None:
+        for entry in self._log.entries[self._seen :]:
+            if entry.part not in self._steps:
+                insort(self._parts, entry.part)
+                lower = self._parts[: self._parts.index(entry.part)]
+                self._steps[entry.part] = list(self._steps[lower[-1]]) if lower else []
+            for part in self._parts[self._parts.index(entry.part) :]:
+                self._steps[part].append(entry.step)
+        self._seen = len(self._log.entries)

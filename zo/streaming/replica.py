@@ -17,8 +17,11 @@ from zo.method.perturbation import Probe
 from zo.model.binding import Binding
 from zo.model.blocks import tied
 from zo.model.fingerprint import Fingerprint
+from zo.model.folds import ALONE, Cell, Folds, Together
+from zo.model.form import Form
 from zo.model.layout import WHOLE, Block, Layout, Part, Placed, Slice, Spec, views
 from zo.model.lockstep import Lockstep
+from zo.model.probing import Probing
 from zo.model.source import WeightSource
 from zo.observe.timeline import Timeline
 from zo.state.log import Log
@@ -28,13 +31,9 @@ from zo.streaming.cache import BlockCache, ResidentCache, SlotCache, Traffic
 from zo.streaming.device import device_of
 from zo.streaming.disk_store import DiskStore
 from zo.streaming.stores import DeviceStore, HostStore
-from zo.streaming.streamer import Streamer
+from zo.streaming.streamer import UNPERTURBED, Streamer
 
 T = TypeVar("T")
-UNPERTURBED = Probe(0, 0.0)
-"""The probe at the parameters themselves."""
-
-
 class Replica:
     """A model's weights, at version 0 until :meth:`open` gives them a log."""
 
@@ -118,7 +117,7 @@ class Replica:
 
     def open(self, log: Log) -> None:
         """Follow a log; a block catches up with it at each visit."""
-        self.log, replay, store = log, Replay(log), self.store
+        self.log, replay, store = log, Replay(log, self.layout), self.store
         store.open(log.version, log.identity)
         self.cache = (
             ResidentCache(store)
@@ -127,10 +126,21 @@ class Replica:
         )
         self.is_resident = self.cache.is_resident
         self.cache.bind_at_rest(self.binding)
+        self._form = form = Form.of(log.header, self.layout)
+        self._probing = Probing(self.binding, form) if form.corrects else None
         self.streamer = Streamer(
-            self.binding, replay, self.cache, self.device, self.timeline, self.slices
+            self.binding,
+            replay,
+            self.cache,
+            self.device,
+            self.timeline,
+            self.slices,
+            corrects=form.corrects,
+            positions=form.positions,
         )
-        self._lockstep = Lockstep(self.binding, offload=self._memory.activations == "host")
+        offload = self._memory.activations == "host"
+        self._lockstep = Lockstep(self.binding, offload=offload, probing=self._probing)
+        self._folds = Folds(self.binding, self._lockstep, self._probing, form)
 
     def budget(self) -> Budget:
         """Return the memory that this rank allocated."""
@@ -142,7 +152,11 @@ class Replica:
         return budget(self.layout, memory.store, memory.slots, self.store.slice, on_host, buffers)
 
     def table(
-        self, probes: Sequence[Probe], rows: Sequence[int], forwards: Sequence[Callable[[], T]]
+        self,
+        probes: Sequence[Probe],
+        rows: Sequence[int],
+        forwards: Sequence[Callable[[], T]],
+        together: Together = ALONE,
     ) -> list[T]:
         """Run forwards of a loss table, all of them in one pass over the model.
 
@@ -150,16 +164,25 @@ class Replica:
 
         Args:
             probes: the table's rows.
-            rows: for each forward its row, non-decreasing.
+            rows: for each forward its row.
             forwards: of the model.
+            together: which of them are computed together.
 
         Returns:
             The results, in order.
         """
         if not forwards and self.slices is None:
             return []
-        self.streamer.begin(probes, rows)
-        return self._lockstep.run(forwards, self.streamer)
+        self.streamer.begin(probes, rows, together.part)
+        if not together.folds:
+            return self._lockstep.run(forwards, self.streamer)
+        cells = [
+            Cell(forward, probes[row], column, fold)
+            for row, forward, column, fold in zip(
+                rows, forwards, together.columns, together.folds, strict=True
+            )
+        ]
+        return self._folds.run(cells, self.streamer, together.part)
 
     def plain(self, forwards: Sequence[Callable[[], T]], at_once: int, passes: int) -> list[T]:
         """Run forwards of the unperturbed model, ``at_once`` in each of ``passes``."""
@@ -241,7 +264,10 @@ class Replica:
             give_back: let the model hold its weights, in host memory where the store is not
                 ``device``.
         """
+        self._folds.detach()
         self._lockstep.detach()
+        if self._probing is not None:
+            self._probing.detach()
         self.cache.bind_at_rest(self.binding)
         if give_back and not self.is_resident:
             self.binding.fill(

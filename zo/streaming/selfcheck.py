@@ -7,6 +7,7 @@ forwards, and the losses are compared with ``torch.equal``.
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from zo.model.layout import Layout
 from zo.model.source import ModelSource
 from zo.state.log import Log
 from zo.state.replay import Replay
+from zo.streaming.probe_check import choose_meeting
 from zo.streaming.replica import Replica
 from zo.streaming.stores import DeviceStore
 
@@ -76,14 +78,30 @@ def _kinds_seen(members: nn.ModuleList) -> int:
     return max(2, 1 + max(kinds.index(kind) for kind in kinds))
 
 
+@dataclass(frozen=True)
+class Checked:
+    """What a self-check found."""
+
+    merged: frozenset[str]
+    """Modules that are one block with their descendants (see
+    :func:`zo.model.blocks.find_layout`)."""
+    first_visits: tuple[str, ...]
+    """Modules that enter blocks, in the order of the forward."""
+    meet: str = ""
+    """See :class:`zo.model.form.Form`."""
+    written: frozenset[str] = frozenset()
+    """See :class:`zo.model.form.Form`."""
+
+
 def self_check(
     models: Sequence[nn.Module],
     forwards: Sequence[Forward],
     device: torch.device,
     distribution: str,
     unit: str = "layer",
-) -> frozenset[str]:
-    """Choose the blocks of a model and check them.
+    wide: Sequence[Forward] | None = None,
+) -> Checked:
+    """Choose the blocks of a model and the form of its probes, and check them.
 
     Args:
         models: the model to train, after narrower ones of the same structure if there are any; they
@@ -92,22 +110,19 @@ def self_check(
         device: the device to compute on.
         distribution: of the directions.
         unit: ``layer`` or ``module``.
-
-    Returns:
-        The merged modules: each one block with its descendants (see
-        :func:`zo.model.blocks.find_layout`).
+        wide: the same micro-batches for a model in float64.
 
     Raises:
         UserError: a trainable parameter is read outside its layer, which no visit can serve.
     """
     for model in models[:-1]:
         try:
-            return _check(miniature(model), forwards, device, distribution, unit)
+            return _check(miniature(model), forwards, device, distribution, unit, wide)
         except UserError:
             raise
         except (RuntimeError, ValueError, IndexError):
             continue  # Not every narrow model can run; the full width decides.
-    return _check(miniature(models[-1]), forwards, device, distribution, unit)
+    return _check(miniature(models[-1]), forwards, device, distribution, unit, wide)
 
 
 def _check(
@@ -116,20 +131,25 @@ def _check(
     device: torch.device,
     distribution: str,
     unit: str,
-) -> frozenset[str]:
+    wide: Sequence[Forward] | None,
+) -> Checked:
     merged: frozenset[str] = frozenset()
     lists = layer_lists(small)
     move_resident(small, device, everything=True)
     while True:
         layout = find_layout(small, unit, merged)
-        outside = set() if unit == "layer" else _out_of_block_reads(small, layout, forwards)
-        if outside:
-            merged |= {_merge_up(small, layout, name, merged) for name in outside}
+        if unit == "module" and (outside := _merged_for_reads(small, layout, forwards, merged)):
+            merged |= outside
             continue
         visited, same = _compare(small, layout, forwards, device, distribution)
         unvisited = next((b for b in layout.blocks if b.index not in visited and b.trainable), None)
         if unvisited is None and same:
-            return merged
+            entered = tuple(m for b in visited for m in layout.blocks[b].modules)
+            if distribution != "rank-one":
+                return Checked(merged, entered)
+            written = _read_outside_their_module(small, forwards)
+            meet = choose_meeting(small, wide or forwards, device, written, entered)
+            return Checked(merged, entered, meet, written if meet else frozenset())
         owners = {
             n.rpartition(".")[0]
             for b in layout.blocks
@@ -155,6 +175,22 @@ def _check(
             "the model's loss in lockstep differs from its plain forward: a weight is read outside "
             "the module that owns it; this model cannot be trained block by block"
         )
+
+
+def _read_outside_their_module(small: nn.Module, forwards: Sequence[Forward]) -> frozenset[str]:
+    """Return the modules, as patterns, that contain a read of a descendant's parameter."""
+    found: frozenset[str] = frozenset()
+    while more := _merged_for_reads(small, find_layout(small, "module", found), forwards, found):
+        found |= more
+    return found
+
+
+def _merged_for_reads(
+    small: nn.Module, layout: Layout, forwards: Sequence[Forward], merged: frozenset[str]
+) -> frozenset[str]:
+    """Return the modules to merge for the reads that are outside of their blocks."""
+    outside = _out_of_block_reads(small, layout, forwards)
+    return frozenset(_merge_up(small, layout, name, merged) for name in outside)
 
 
 class _Watch(TorchFunctionMode):
@@ -245,11 +281,12 @@ def _compare(
     forwards: Sequence[Forward],
     device: torch.device,
     distribution: str,
-) -> tuple[set[int], bool]:
+) -> tuple[list[int], bool]:
     """Compare lockstep with plain forwards for two probes.
 
     Returns:
-        The indices of the blocks that lockstep visited; True if all losses are equal in bits.
+        The indices of the blocks that lockstep visited, in the order of their first visits; True if
+        all losses are equal in bits.
     """
     header = {
         "directions": 1,
@@ -279,14 +316,14 @@ def _compare(
     same = all(
         torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(plain, in_lockstep, strict=True)
     )
-    return replica.streamer.visited, same
+    return list(replica.streamer.visited), same
 
 
 def _write_probe(replica: Replica, probe: Probe) -> None:
     """Bind every parameter to a perturbed copy of its stored weights, group by group."""
     store = replica.store
     assert isinstance(store, DeviceStore)
-    replay = Replay(replica.log)
+    replay = Replay(replica.log, replica.layout)
     for group, stored in zip(replica.layout.groups, store.groups, strict=True):
         trainable = stored[: len(group.trainable)]
         copies = [torch.empty(1, w.numel(), dtype=w.dtype, device=w.device) for w in trainable]

@@ -22,6 +22,10 @@ from zo.streaming.budget import PROBES_AT_ONCE, scratch_bytes
 from zo.streaming.cache import BlockCache
 
 
+UNPERTURBED = Probe(0, 0.0)
+"""The probe at the parameters themselves."""
+
+
 class Streamer:
     """The :class:`zo.model.lockstep.BlockProvider` of a model."""
 
@@ -33,16 +37,32 @@ class Streamer:
         device: torch.device,
         timeline: Timeline,
         slices: Slices | None = None,
+        corrects: bool = False,
+        positions: Sequence[int] = (),
     ) -> None:
-        """Allocate the scratch memory (see :func:`zo.streaming.budget.scratch_bytes`)."""
+        """Allocate the scratch memory (see :func:`zo.streaming.budget.scratch_bytes`).
+
+        Args:
+            binding: of the model.
+            replay: brings blocks up to date and writes probes.
+            cache: holds the blocks.
+            device: that computes.
+            timeline: records the visits.
+            slices: the ranks that keep the rest of every block, if any do.
+            corrects: True if forwards make their probes of the stored weights, so that none are
+                written here.
+            positions: of the blocks in the order of the forward.
+        """
         self._binding, self._replay, self._cache, self._timeline = binding, replay, cache, timeline
         self._blocks = binding.layout.blocks
-        self._memory = allocate(scratch_bytes(self._blocks), device)
+        self._corrects, self._positions, self._part = corrects, positions, 0
+        self._memory = allocate(0 if corrects else scratch_bytes(self._blocks), device)
         self._slices, self._lookup = slices, False
         self._probes: list[Probe] = []
         self._rows: list[int] = []
-        self.visited: set[int] = set()
-        """Blocks entered since the streamer was made; a block that never is cannot be trained."""
+        self.visited: dict[int, None] = {}
+        """Blocks entered since the streamer was made, in the order of their first visits; a block
+        that never is cannot be trained."""
 
     def _scratch(self, block: Block, copies: int) -> list[Tensor]:
         """Return scratch memory, ``[copies, numel]`` for each trainable segment of a block."""
@@ -53,9 +73,9 @@ class Streamer:
             start = stop
         return carved
 
-    def begin(self, probes: Sequence[Probe], rows: Sequence[int]) -> None:
-        """Set the probes of a table and the row of each forward (non-decreasing)."""
-        self._probes, self._rows = list(probes), list(rows)
+    def begin(self, probes: Sequence[Probe], rows: Sequence[int], part: int = 0) -> None:
+        """Set the probes of a table, the row of each forward, and the position they reach from."""
+        self._probes, self._rows, self._part = list(probes), list(rows), part
         self._cache.begin()
 
     def next(self, block: int | None, lookup: bool) -> int | None:
@@ -71,12 +91,15 @@ class Streamer:
     def serve(
         self, block: int, forwards: Sequence[int], row_numbers: Sequence[Tensor | None]
     ) -> Iterator[int]:
-        """Yield the forwards in order, each when the block's weights are its probe's."""
+        """Yield the forwards row by row, each when the block's weights are its probe's."""
         here = self._blocks[block]
-        self.visited.add(block)
+        self.visited[block] = None
+        is_clean = self._corrects or (self._part and self._positions[block] < self._part)
         by_row = [
-            (self._probes[row], list(group))
-            for row, group in groupby(forwards, key=self._rows.__getitem__)
+            (UNPERTURBED if is_clean else self._probes[row], list(group))
+            for row, group in groupby(
+                sorted(forwards, key=self._rows.__getitem__), key=self._rows.__getitem__
+            )
         ]
         weights, version = self._cache.acquire(here, lookup=self._lookup)
         self._binding.bind(here, weights)

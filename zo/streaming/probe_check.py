@@ -1,0 +1,149 @@
+"""Choose how the cells of a fold are computed together, and check it against written probes.
+
+A small copy of the model runs in float64: corrected and stacked, and by plain forwards of weights
+that hold the probes. Only here may bits differ; the losses must agree within ``TOLERANCE``.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from zo.config.schema import MemoryConfig
+from zo.method.kernels import replay_and_perturb
+from zo.method.passes import Pass, Probe
+from zo.model.blocks import find_layout
+from zo.model.folds import Together
+from zo.model.form import MEETINGS, forward_order, layer_positions
+from zo.model.layout import Layout
+from zo.model.source import ModelSource
+from zo.state.log import Log
+from zo.streaming.replica import Replica
+from zo.streaming.stores import DeviceStore
+
+TOLERANCE = 1e-5
+"""Relative: losses are summed in float64, but tasks compute each in float32."""
+PROBES = (Probe(0, 0.0625), Probe(0, -0.0625), Probe(1, 0.0625))
+"""Far larger than any eps, so that a probe that is missing changes every loss."""
+SEED = 1
+
+Forward = Callable[[nn.Module], Tensor]
+
+
+def choose_meeting(
+    small: nn.Module,
+    forwards: Sequence[Forward],
+    device: torch.device,
+    written: frozenset[str],
+    first_visits: Sequence[str],
+) -> str:
+    """Return where cells meet (see :class:`zo.model.form.Form`): the fastest way that is right.
+
+    Args:
+        small: a small model with weights.
+        forwards: micro-batches, for a model in float64.
+        device: the device to compute on.
+        written: modules whose probes are written with what is inside of them.
+        first_visits: modules that enter blocks, in the order of the forward.
+
+    Returns:
+        Empty if no way is right, so that all probes must be written.
+    """
+    model = copy.deepcopy(small).double()
+    layout = find_layout(model, "layer")
+    order = forward_order(layout, model, first_visits)
+    layers = layer_positions(layout, model, order)
+    parts = [0, layers[-1]] if layers else [0]
+    with torch.no_grad():
+        expected = [_written_losses(model, layout, forwards, order, part) for part in parts]
+        for meet in MEETINGS:
+            header = {"order": list(order), "written": sorted(written), "meet": meet}
+            try:
+                found = [
+                    _corrected_losses(model, layout, forwards, device, header, part)
+                    for part in parts
+                ]
+            except (RuntimeError, ValueError, IndexError, TypeError):
+                continue  # What does not stack: the next way assumes less.
+            if all(map(_agree, found, expected)):
+                return meet
+    return ""
+
+
+def _agree(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
+    return all(
+        torch.allclose(a.nan_to_num(), b.nan_to_num(), rtol=TOLERANCE, atol=TOLERANCE)
+        for a, b in zip(found, expected, strict=True)
+    )
+
+
+def _corrected_losses(
+    model: nn.Module,
+    layout: Layout,
+    forwards: Sequence[Forward],
+    device: torch.device,
+    header: dict[str, object],
+    part: int,
+) -> list[Tensor]:
+    replica = _replica(model, layout, device)
+    replica.open(Log(_header() | header))
+    cells = [(column, row) for column in range(len(forwards)) for row in range(len(PROBES))]
+    columns = [column for column, _ in cells]
+    try:
+        return replica.table(
+            PROBES,
+            [row for _, row in cells],
+            [lambda forward=forwards[c]: forward(model) for c in columns],  # type: ignore[misc]
+            Together(columns, columns, part),
+        )
+    finally:
+        replica.close()
+
+
+def _written_losses(
+    model: nn.Module,
+    layout: Layout,
+    forwards: Sequence[Forward],
+    order: Sequence[int],
+    part: int,
+) -> list[Tensor]:
+    device = next(model.parameters()).device
+    replica = _replica(model, layout, device)
+    replica.open(Log(_header()))
+    by_row = []
+    for probe in PROBES:
+        _write(replica, probe, {group for group in order[part:]})
+        by_row.append([forward(model) for forward in forwards])
+    replica.close()
+    return [losses[column] for column in range(len(forwards)) for losses in by_row]
+
+
+def _write(replica: Replica, probe: Probe, reached: set[int]) -> None:
+    """Bind the groups that a probe reaches to float64 copies of it, the others to their weights."""
+    store, work = replica.store, Pass(SEED, "rank-one", (), (probe,))
+    assert isinstance(store, DeviceStore)
+    for group, stored in zip(replica.layout.groups, store.groups, strict=True):
+        written = list(stored)
+        for i, segment in enumerate(group.trainable if group.index in reached else ()):
+            zero = torch.zeros_like(stored[i], dtype=torch.float32)
+            z = zero.new_empty(1, zero.numel())
+            replay_and_perturb(zero, segment.start, work, z, None, segment.matrices)
+            written[i] = stored[i] + z[0]
+        replica.binding.bind(group, written)
+
+
+def _replica(model: nn.Module, layout: Layout, device: torch.device) -> Replica:
+    source = ModelSource(model)
+    return Replica(model, layout, lambda engine: source, MemoryConfig(), device, Path())
+
+
+def _header() -> dict[str, object]:
+    return {
+        "directions": 1,
+        "seed": SEED,
+        "distribution": "rank-one",
+        "rule": "sgd",
+        "weight_decay": 0.0,
+    }
