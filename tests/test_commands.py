@@ -192,6 +192,7 @@ def test_a_run_from_start_to_hub_folder(command, overrides, tmp_path):
         "device_peak_bytes",
         "host_rss_bytes",
     }
+    keys |= {"padded_tokens", "pair_spread", "pair_resolution"}
     keys |= {"read_bytes", "written_bytes", "gathered_bytes", "scalar_bytes", "wait_share"}
     assert [line["step"] for line in lines if "eval" not in line] == [1, 2, 3, 4]
     assert [line["step"] for line in lines if "eval" in line] == [0, 2, 4]

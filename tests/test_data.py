@@ -10,13 +10,13 @@ import torch
 from conftest import WORDS, make_llama
 from transformers import BertConfig, BertForSequenceClassification
 
+from zo.config.checks import check_threads
 from zo.config.schema import (
     BatchConfig,
     Config,
     DataConfig,
     EstimatorConfig,
     RunConfig,
-    check_threads,
 )
 from zo.data import tasks
 from zo.data.batches import Data, build_data, sequence_numbers

@@ -91,10 +91,13 @@ def test_the_pair_of_a_direction_stands_side_by_side():
 
 
 def test_rows_are_means_over_terms_not_over_micro_batches():
+    # Two rows of two columns, column by column; the second row has no terms.
     table = torch.tensor(
-        [[[10.0, 1, 5], [2.0, 5, 9]], [[0.0, 0, 0], [0.0, 0, 0]]], dtype=torch.float64
+        [[10.0, 1, 5, 6], [0.0, 0, 0, 0], [2.0, 5, 9, 9], [0.0, 0, 0, 0]], dtype=torch.float64
     )
-    first, empty = LossTable([None, None], 2, table).row_losses()
+    found = LossTable([None, None], 2).fill(table)
+    first, empty = found.row_losses()
+    assert (found.tokens, found.padded_tokens) == (14, 15)
     assert first == 2.0
     assert math.isnan(empty)
 

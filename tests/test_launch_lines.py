@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from zo.config.recipes import load_config
-from zo.distributed.mesh import fit, idle_report
-from zo.method.estimator import ESTIMATORS
+from zo.distributed.mesh import fit
+from zo.run.reporter import idle_of
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ["README.md", "launch/slurm.sbatch", "launch/kubernetes.yaml", "docker/Dockerfile"]
@@ -69,12 +69,6 @@ def test_a_launch_line_leaves_no_rank_idle(line):
         recipe, [key for key in keys if not key.startswith(("recipe=", "data.template"))]
     )
     nodes, local = worlds(words)
-    scales = ESTIMATORS[config.estimator.name].scales
-
-    def rows_of(directions):
-        return len(scales(directions))
-
     for count in nodes:
-        q, batch = config.estimator.directions, config.batch
-        shape = fit(config.mesh, count * local, rows_of(q), batch.columns, local)
-        assert idle_report(shape, rows_of, q, batch.sequences, batch.micro) is None, count
+        shape = fit(config.mesh, count * local, config.grid, local)
+        assert idle_of(config, shape) is None, count

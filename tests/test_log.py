@@ -23,7 +23,7 @@ HEADER = {"directions": 2, "seed": 1, "base": "abc"}
 
 
 def entry(step):
-    return Entry(step, step * 16, 1e-4 / step, (0.5 * step, -0.25))
+    return Entry(step, step * 16, 1e-4 / step, (0.5 * step, -0.25), part=step % 3)
 
 
 def written(path, count):
@@ -152,7 +152,7 @@ def test_a_header_that_no_run_writes_is_one_line(tmp_path, changes):
 def test_numbers_that_are_not_finite_are_damage(tmp_path):
     path = tmp_path / "steps.log"
     data = written(path, 1)
-    body = struct.pack("<QQd2f", 2, 32, 1.0, float("nan"), 0.0)
+    body = struct.pack("<QQdI2f", 2, 32, 1.0, 0, float("nan"), 0.0)
     path.write_bytes(
         data + body + struct.pack("<I", zlib.crc32(body, struct.unpack("<I", data[-4:])[0]))
     )
@@ -177,7 +177,7 @@ def test_whatever_the_bytes_are_a_log_is_read_or_refused(tmp_path):
         assert found == expected[: len(found)]
 
 
-@pytest.mark.parametrize("content", [b"", b"hello", b"ZOLOG1\n\xff\xff\xff\x7f{}"])
+@pytest.mark.parametrize("content", [b"", b"hello", b"ZOLOG1\n", b"ZOLOG2\n\xff\xff\xff\x7f{}"])
 def test_what_is_no_log_is_refused_in_one_line(tmp_path, content, capsys):
     path = tmp_path / "x"
     path.write_bytes(content)
@@ -197,7 +197,13 @@ def test_printed_as_one_json_object_a_line(tmp_path):
     )
     lines = [json.loads(line) for line in run.stdout.splitlines()]
     assert lines[0] == HEADER
-    assert lines[2] == {"step": 2, "position": 32, "lr": 5e-5, "scalars": [1.0, -0.25]}
+    assert lines[2] == {
+        "step": 2,
+        "position": 32,
+        "lr": 5e-5,
+        "scalars": [1.0, -0.25],
+        "part": 2,
+    }
 
 
 def test_a_full_disk_loses_nothing(tmp_path):

@@ -17,7 +17,7 @@ from ranks import context, lives, train
 from zo.config.schema import MeshConfig
 from zo.distributed.mesh import Shape, fit, idle_report, places
 from zo.errors import UserError
-from zo.method.table import owners, share
+from zo.method.table import Grid, owners, share
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -148,7 +148,7 @@ def test_cells_are_balanced_on_any_mesh(rows, columns):
     ],
 )
 def test_an_empty_mesh_is_filled_in(config, ranks, rows, columns, expected):
-    assert fit(config, ranks, rows, columns) == expected
+    assert fit(config, ranks, Grid(rows, columns)) == expected
 
 
 @pytest.mark.parametrize(
@@ -157,14 +157,14 @@ def test_an_empty_mesh_is_filled_in(config, ranks, rows, columns, expected):
 )
 def test_a_mesh_that_does_not_fit_is_refused_with_what_would(config, ranks):
     with pytest.raises(UserError, match=r"use mesh.perturb=\d mesh.data=\d|start at most 4 ranks"):
-        fit(config, ranks, 2, 2)
+        fit(config, ranks, Grid(2, 2))
 
 
 def test_slices_do_not_reach_over_nodes():
     with pytest.raises(
         UserError, match=r"mesh.slice=4 does not divide the 2 ranks of a node.*use 1, 2$"
     ):
-        fit(MeshConfig(slice=4), 4, 4, 1, local_ranks=2)
+        fit(MeshConfig(slice=4), 4, Grid(4, 1), local_ranks=2)
 
 
 def test_slices_of_a_device_store_are_refused(overrides, tmp_path):

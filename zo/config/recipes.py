@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from itertools import pairwise
@@ -14,7 +15,6 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from zo.config import schema as schema
 from zo.config.schema import Config
 from zo.errors import UserError
 
@@ -134,7 +134,7 @@ def keys() -> Iterator[tuple[str, Any, str]]:
 
 def _sentences(dataclass: type) -> dict[str, str]:
     """Return the string under each field of a dataclass in its source."""
-    tree = ast.parse(inspect.getsource(schema))
+    tree = ast.parse(inspect.getsource(sys.modules[dataclass.__module__]))
     body = next(
         n.body for n in tree.body if isinstance(n, ast.ClassDef) and n.name == dataclass.__name__
     )

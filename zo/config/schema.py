@@ -8,82 +8,21 @@ value, constraint, remedy.
 
 import math
 import re
-import string
 from dataclasses import dataclass, field
-from typing import Any
 
+from zo.config.checks import MAX_THREADS, at_least, at_most, choice, template_columns
+from zo.config.table import BatchConfig as BatchConfig
+from zo.config.table import EstimatorConfig as EstimatorConfig
+from zo.config.table import check_table, directions, grid
 from zo.errors import UserError
 from zo.io.engines import ENGINES
-from zo.method.estimator import ESTIMATORS
-from zo.method.passes import DISTRIBUTIONS
+from zo.method.table import Grid
 from zo.method.update import RULES, SCHEDULES
 
 TASKS = ("causal-lm", "sequence-classification")
 """Names of :data:`zo.model.build.AUTO_CLASS`, which imports transformers."""
 STORES = ("device", "host", "disk")
 """Names of the stores that :mod:`zo.streaming.replica` makes, which imports torch."""
-
-
-def choice(key: str, value: str, choices: Any) -> None:
-    """Raise :class:`UserError` unless ``value`` is one of ``choices``."""
-    if value not in choices:
-        raise UserError(f"{key}={value!r} is not known; use one of {', '.join(sorted(choices))}")
-
-
-MAX_CELLS = 2**20
-"""Directions, sequences, and directions times micro-batches of a step, at most. Every cell is one
-forward and three float64 numbers that each rank gathers: a table of that many rows has 24 MiB, and
-a step of it takes days."""
-MAX_THREADS, THREADS_A_CORE = 1024, 4
-"""More threads than cores gain nothing, and some tens of thousands end the process."""
-
-
-def at_most(key: str, value: int, maximum: int) -> None:
-    """Raise :class:`UserError` unless ``value`` is <= ``maximum``."""
-    if value > maximum:
-        raise UserError(f"{key}={value} is out of range; use a number of at most {maximum}")
-
-
-def check_threads(threads: int, cores: int) -> None:
-    """Raise :class:`UserError` if there are too many threads for a machine's cores."""
-    if threads > cores * THREADS_A_CORE:
-        raise UserError(
-            f"run.threads={threads} is too many for the {cores} cores of this machine; use at most "
-            f"{cores * THREADS_A_CORE}, or leave it empty"
-        )
-
-
-def template_columns(template: str) -> list[str]:
-    """Return the columns that a prompt's template names.
-
-    Raises:
-        UserError: a single brace, an empty or numbered field, or a field with a format.
-    """
-    wrong = None
-    try:
-        found = [part[1:] for part in string.Formatter().parse(template) if part[1] is not None]
-    except ValueError as error:
-        found, wrong = [], str(error)
-    columns = []
-    for name, form, conversion in found:
-        if form or conversion or not name or name.isdigit() or set(name) & set(".[]"):
-            wrong = (
-                wrong
-                or f"{{{name}{f'!{conversion}' if conversion else ''}{f':{form}' if form else ''}}}"
-            )
-        columns.append(str(name))
-    if wrong:
-        raise UserError(
-            f"data.template={template!r} is not understood ({wrong}); write {{column}} for a "
-            f"column's text, and {{{{{{{{ or }}}}}}}} for a brace"
-        )
-    return columns
-
-
-def at_least(key: str, value: float, minimum: float) -> None:
-    """Raise :class:`UserError` unless ``value`` is a finite number >= ``minimum``."""
-    if (isinstance(value, float) and not math.isfinite(value)) or value < minimum:
-        raise UserError(f"{key}={value} is out of range; use a number of at least {minimum}")
 
 
 @dataclass(frozen=True)
@@ -154,62 +93,6 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class BatchConfig:
-    """The columns of the loss table."""
-
-    sequences: int = 16
-    """Sequences a step."""
-    micro: int = 8
-    """Sequences that one forward sees."""
-    max_tokens: int = 512
-    """Tokens a sequence at most; a longer one loses the start of its prompt."""
-
-    def __post_init__(self) -> None:
-        for key in ("sequences", "micro"):
-            at_least(f"batch.{key}", getattr(self, key), 1)
-        at_most("batch.sequences", self.sequences, MAX_CELLS)
-        at_least("batch.max_tokens", self.max_tokens, 2)
-        if self.sequences % self.micro:
-            fits = ", ".join(
-                str(d) for d in range(1, self.sequences + 1) if self.sequences % d == 0
-            )
-            raise UserError(
-                f"batch.micro={self.micro} does not divide batch.sequences={self.sequences}; use "
-                f"{fits}"
-            )
-
-    @property
-    def columns(self) -> int:
-        """Micro-batches a step."""
-        return self.sequences // self.micro
-
-
-@dataclass(frozen=True)
-class EstimatorConfig:
-    """The rows of the loss table."""
-
-    name: str = "spsa"
-    """``spsa`` (two-sided) or ``one-sided``."""
-    directions: int = 1
-    """Directions a step."""
-    eps: float = 1e-3
-    """Length of the step along a direction."""
-    distribution: str = "rademacher"
-    """``rademacher`` or ``gaussian``."""
-
-    def __post_init__(self) -> None:
-        choice("estimator.name", self.name, ESTIMATORS)
-        at_least("estimator.directions", self.directions, 1)
-        at_most("estimator.directions", self.directions, MAX_CELLS)
-        choice("estimator.distribution", self.distribution, DISTRIBUTIONS)
-        if not (math.isfinite(self.eps) and self.eps > 0):
-            raise UserError(
-                f"estimator.eps={self.eps} must be a number above 0; MeZO uses 1e-3 for full "
-                "fine-tuning"
-            )
-
-
-@dataclass(frozen=True)
 class UpdateConfig:
     """Update of the weights from scalars."""
 
@@ -224,12 +107,20 @@ class UpdateConfig:
     """Steps over which the rate rises linearly from 0."""
     weight_decay: float = 0.0
     """Decay a step is lr times this; none on parameters of fewer than two dims (biases, norms)."""
+    clip: float | None = None
+    """Limit of a projected gradient, in root mean squares of those of the last 16 steps; none by
+    default."""
 
     def __post_init__(self) -> None:
         choice("update.name", self.name, RULES)
         choice("update.schedule", self.schedule, SCHEDULES)
         for key in ("lr", "warmup_steps", "weight_decay"):
             at_least(f"update.{key}", getattr(self, key), 0)
+        if self.clip is not None and not (math.isfinite(self.clip) and self.clip > 0):
+            raise UserError(
+                f"update.clip={self.clip} must be a number above 0, such as 2; leave it empty for "
+                "no limit"
+            )
 
 
 @dataclass(frozen=True)
@@ -385,14 +276,19 @@ class Config:
     profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     def __post_init__(self) -> None:
-        if (cells := self.estimator.directions * self.batch.columns) > MAX_CELLS:
-            raise UserError(
-                f"estimator.directions={self.estimator.directions} on {self.batch.columns} "
-                f"micro-batches (batch.sequences / batch.micro) are {cells} pairs a step; use at "
-                f"most {MAX_CELLS}"
-            )
+        check_table(self.batch, self.estimator)
         if self.mesh.slice > 1 and self.memory.store == "device":
             raise UserError(
                 f"mesh.slice={self.mesh.slice} cuts weights that come to the device at every "
                 "visit; use memory.store=host or disk, or mesh.slice=1"
             )
+
+    @property
+    def directions(self) -> int:
+        """Directions a step."""
+        return directions(self.batch, self.estimator)
+
+    @property
+    def grid(self) -> Grid:
+        """Folds of a step's loss table, as the mesh deals them out."""
+        return grid(self.batch, self.estimator)

@@ -8,7 +8,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from zo.config.schema import template_columns
+from zo.config.checks import template_columns
 from zo.data.rows import Origin, Row, Rows, label_index, read_label
 from zo.data.tasks import Example
 from zo.errors import UserError

@@ -14,3 +14,5 @@ class Entry:
     lr: float
     scalars: tuple[float, ...]
     """Projected gradients, one per direction; float32 values."""
+    part: int = 0
+    """First position, in the model's order of layers, that the directions reach; 0: all of it."""

@@ -3,6 +3,10 @@
 ``spsa``, two-sided: rows (z_k, +1), (z_k, -1) for each k;   g_k = (l(+) - l(-)) / (2 eps)
 ``one-sided``:       row (theta), then (z_k, +1);            g_k = (l(+) - l(theta)) / eps
 
+l is the mean loss of the batch where every probe sees it (cover ``full``). Where direction k sees
+one micro-batch alone (``diagonal``), l is the sum of that micro-batch's losses over the mean number
+of terms of a micro-batch, so that the mean of g_k z_k estimates the gradient of the same mean loss.
+
 Both estimate z_k . grad; a rule of ``update`` turns them into a step. Pure functions.
 Sources: Spall 1992 (SPSA); Malladi et al. 2023 (MeZO).
 """
@@ -10,11 +14,15 @@ Sources: Spall 1992 (SPSA); Malladi et al. 2023 (MeZO).
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import inf, isfinite
+from functools import lru_cache
+from math import inf, isfinite, nan, sqrt
 
 from zo.errors import UserError
 from zo.method.passes import Probe
-from zo.method.table import LossTable
+from zo.method.table import Grid, LossTable
+
+UNIT_ROUNDOFF = 2.0**-24
+"""Of float32: the relative error of a loss that a model computes."""
 
 
 def float32(value: float) -> float:
@@ -34,25 +42,23 @@ class Estimator:
 
     scales: Callable[[int], list[tuple[int, float]]]
     """Number of directions q -> the rows, as (k < q, c) of the probe theta + c eps z_k."""
-    scalars: Callable[[LossTable, float], list[float]]
-    """A filled table and eps -> projected gradients, one per direction."""
-
-
-def _two_sided(table: LossTable, eps: float) -> list[float]:
-    losses = table.row_losses()
-    return [
-        (plus - minus) / (2 * eps) for plus, minus in zip(losses[::2], losses[1::2], strict=True)
-    ]
-
-
-def _one_sided(table: LossTable, eps: float) -> list[float]:
-    clean, *losses = table.row_losses()
-    return [(plus - clean) / eps for plus in losses]
+    pairs: Callable[[int], list[tuple[int, int]]]
+    """Number of rows -> for each direction the two rows whose losses are subtracted."""
+    span: float
+    """Distance between the two along z_k, in eps."""
 
 
 ESTIMATORS = {
-    "spsa": Estimator(lambda q: [(k, c) for k in range(q) for c in (1.0, -1.0)], _two_sided),
-    "one-sided": Estimator(lambda q: [(0, 0.0), *((k, 1.0) for k in range(q))], _one_sided),
+    "spsa": Estimator(
+        lambda q: [(k, c) for k in range(q) for c in (1.0, -1.0)],
+        lambda rows: [(row, row + 1) for row in range(0, rows, 2)],
+        2.0,
+    ),
+    "one-sided": Estimator(
+        lambda q: [(0, 0.0), *((k, 1.0) for k in range(q))],
+        lambda rows: [(row, 0) for row in range(1, rows)],
+        1.0,
+    ),
 }
 """The estimators, by the name that ``estimator.name`` takes."""
 
@@ -83,7 +89,7 @@ def directions_of(step: int, directions: int) -> tuple[int, ...]:
 
 
 def rows_of(name: str) -> Callable[[int], int]:
-    """Return a function from the number of directions to the number of rows of a table."""
+    """Return a function from a number of directions to the number of rows that they have."""
     return lambda directions: len(ESTIMATORS[name].scales(directions))
 
 
@@ -93,11 +99,84 @@ def probes(name: str, step: int, directions: int, eps: float) -> list[Probe]:
     return [Probe(numbers[k], float32(c * eps)) for k, c in ESTIMATORS[name].scales(directions)]
 
 
+@lru_cache(maxsize=8)
+def diagonal_cells(name: str, directions: int, columns: int) -> tuple[tuple[int, int], ...]:
+    """Return row and column of the cells of a diagonal table, column by column.
+
+    Direction k sees micro-batch ``k // (directions / columns)`` alone, and the unperturbed row all.
+    """
+    assert directions % columns == 0, (directions, columns)
+    width = directions // columns
+    rows: list[list[int]] = [[] for _ in range(columns)]
+    for row, (k, scale) in enumerate(ESTIMATORS[name].scales(directions)):
+        for column in range(columns) if scale == 0.0 else (k // width,):
+            rows[column].append(row)
+    return tuple((row, column) for column in range(columns) for row in rows[column])
+
+
+def empty_table(name: str, step: int, directions: int, eps: float, grid: Grid) -> LossTable:
+    """Return the table of a step, from 1, before its cells are filled.
+
+    Args:
+        name: of the estimator.
+        step: from 1.
+        directions: of the step; with a diagonal grid a multiple of its columns.
+        eps: length of the step along a direction.
+        grid: the sizes of the table.
+    """
+    diagonal, columns = grid.cover == "diagonal", grid.columns
+    cells = diagonal_cells(name, directions, columns) if diagonal else ()
+    return LossTable(probes(name, step, directions, eps), columns, cells, grid.fold)
+
+
+def _differences(name: str, table: LossTable) -> list[tuple[float, float]]:
+    """Return for each direction a difference of two losses, and the terms that each of them sums.
+
+    In a full table they are mean losses of the batch, of one term so to speak; in a diagonal one,
+    sums over the direction's own micro-batch.
+    """
+    pairs = ESTIMATORS[name].pairs(table.rows)
+    if table.is_full:
+        losses = table.row_losses()
+        return [(losses[one] - losses[other], 1.0) for one, other in pairs]
+    of_cells = dict(zip(table.cells, table.cell_values(), strict=True))
+    width, found = len(pairs) // table.columns, []
+    for k, (one, other) in enumerate(pairs):
+        first, second = (of_cells[row, k // width] for row in (one, other))
+        found.append((first[0] - second[0] if first[1] else 0.0, first[1]))
+    return found
+
+
 def estimate(name: str, table: LossTable, eps: float) -> tuple[tuple[float, ...], int]:
     """Return the projected gradients of a filled table, and the number that were not finite.
 
-    They are float32 values; those that were not finite are zero.
+    They are float32 values; those that were not finite are zero. A direction whose micro-batch has
+    no terms has a projected gradient of zero.
     """
-    raw = [float32(g) for g in ESTIMATORS[name].scalars(table, eps)]
+    mean_terms = 1.0 if table.is_full else sum(table.column_terms()) / table.columns
+    length = ESTIMATORS[name].span * eps
+    raw = [
+        float32(difference / length / mean_terms) if mean_terms else nan
+        for difference, _ in _differences(name, table)
+    ]
     kept = tuple(g if isfinite(g) else 0.0 for g in raw)
     return kept, sum(not isfinite(g) for g in raw)
+
+
+def spread(name: str, table: LossTable) -> tuple[float, float]:
+    """Return how far the losses of a table's pairs are apart, and how far rounding puts them.
+
+    Returns:
+        Root mean square of the difference of a pair's mean losses, and the unit roundoff of float32
+        times the mean absolute loss; over the losses that are finite, not-a-number where none is.
+    """
+    apart = [d / terms for d, terms in _differences(name, table) if terms and isfinite(d)]
+    losses = [
+        abs(cell[0] / cell[1])
+        for cell in table.cell_values()
+        if cell[1] and isfinite(cell[0] / cell[1])
+    ]
+    return (
+        sqrt(sum(d * d for d in apart) / len(apart)) if apart else nan,
+        UNIT_ROUNDOFF * sum(losses) / len(losses) if losses else nan,
+    )

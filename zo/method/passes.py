@@ -22,6 +22,8 @@ class Change:
     """One float32 value per direction."""
     decay: float = 1.0
     """float32 factor of the weights before the directions are added; 1.0 leaves them alone."""
+    part: int = 0
+    """First position, in the model's order of layers, that is changed; 0: all of it."""
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ class Purpose(enum.IntEnum):
     ROUNDING = 2
     SHUFFLE = 3
     TOKENS = 4
+    PART = 7
 
 
 def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> Tensor:

@@ -4,7 +4,7 @@ import time
 from typing import Any
 
 from zo.config.schema import Config
-from zo.distributed.mesh import idle_report
+from zo.distributed.mesh import Shape, idle_report
 from zo.distributed.process_group import Mesh
 from zo.errors import UserError
 from zo.method import estimator
@@ -18,6 +18,19 @@ from zo.streaming.replica import Replica
 
 FIRST_ORDER_LR = 1e-5
 """Full fine-tuning by Gaussian directions diverges from about here; MeZO uses 1e-7 to 1e-6."""
+
+LEAST_SPREAD = 8
+"""Times the rounding of a loss that the two of a pair should be apart."""
+
+
+def idle_of(config: Config, shape: Shape) -> str | None:
+    """Return the warning of :func:`zo.distributed.mesh.idle_report` for a configuration."""
+    settings, batch, grid = config.estimator, config.batch, config.grid
+    count = config.directions if settings.cover == "full" else settings.probes
+    rows_of = estimator.rows_of(settings.name)
+    return idle_report(
+        shape, rows_of, count, batch.sequences, batch.micro, grid.fold, settings.cover
+    )
 
 
 class Reporter:
@@ -41,7 +54,7 @@ class Reporter:
         self.metrics = (
             MetricsFile(folder.metrics_file, log.version, say) if mesh.rank == 0 else None
         )
-        self._skipped_in_a_row = 0
+        self._skipped_in_a_row, self._said_rounding = 0, False
         self._started, self._before, self._sent = 0.0, Traffic(), 0
 
     def say_first(self, table: LossTable) -> None:
@@ -53,9 +66,7 @@ class Reporter:
             f"store {config.memory.store}, table {table.rows} x {table.columns}, "
             f"mesh {shape.perturb} x {shape.data} x {shape.slice}; {self.replica.budget()}"
         )
-        settings, batch = config.estimator, config.batch
-        rows_of = estimator.rows_of(settings.name)
-        if idle := idle_report(shape, rows_of, settings.directions, batch.sequences, batch.micro):
+        if idle := idle_of(config, shape):
             self.progress.say(idle)
         if config.estimator.distribution == "gaussian" and config.update.lr >= FIRST_ORDER_LR:
             self.progress.say(
@@ -79,8 +90,13 @@ class Reporter:
             self.mesh.scalar_bytes,
         )
 
-    def end_step(self, loss: float, skipped: int, tokens: int) -> None:
+    def end_step(self, table: LossTable, skipped: int, clipped: int) -> None:
         """Record a step; warn if it changed nothing.
+
+        Args:
+            table: of the step, filled.
+            skipped: directions that had no finite estimate.
+            clipped: projected gradients that ``update.clip`` limited.
 
         Raises:
             UserError: no step of the last ``run.max_skipped`` had a finite loss.
@@ -90,14 +106,18 @@ class Reporter:
             self.replica.traffic(),
             self.log.entries[-1],
         )
+        spread, resolution = estimator.spread(self.config.estimator.name, table)
         values: dict[str, Any] = {
             "step": entry.step,
-            "loss": loss,
+            "loss": table.loss,
             "scalars": list(entry.scalars),
             "lr": entry.lr,
             "step_s": round(step_s, 6),
-            "tokens": tokens,
-            "tokens_per_s": round(tokens / step_s, 3),
+            "tokens": table.tokens,
+            "padded_tokens": table.padded_tokens,
+            "tokens_per_s": round(table.tokens / step_s, 3),
+            "pair_spread": spread,
+            "pair_resolution": resolution,
             "read_bytes": now.read_bytes - self._before.read_bytes,
             "written_bytes": now.written_bytes - self._before.written_bytes,
             "gathered_bytes": now.gathered_bytes - self._before.gathered_bytes,
@@ -105,10 +125,13 @@ class Reporter:
             "wait_share": round((now.wait_s - self._before.wait_s) / step_s, 4),
             **memory(self.mesh.device),
         }
+        values |= {"skipped": skipped} if skipped else {}
+        values |= {} if self.config.update.clip is None else {"clipped": clipped}
         if self.metrics:
-            self.metrics.write(values | ({"skipped": skipped} if skipped else {}))
+            self.metrics.write(values)
         self.progress.step(values, self.scores)
         self._warn(entry.step, entry.scalars, skipped)
+        self._warn_of_rounding(entry.step, spread, resolution)
         for name in self.replica.corrupt():
             self.progress.say(
                 f"block {name} was corrupt on disk and was rebuilt from the base and the log"
@@ -134,6 +157,16 @@ class Reporter:
                 f"no finite loss in {self._skipped_in_a_row} steps in a row (run.max_skipped), the "
                 f"last is step {step}: the run has diverged or overflows; start another run with a "
                 "smaller update.lr, or with model.dtype=float32 or bfloat16 instead of float16"
+            )
+
+    def _warn_of_rounding(self, step: int, spread: float, resolution: float) -> None:
+        """Say once that a step's pairs differ by little more than the rounding of their losses."""
+        # Where no pair differs, the step has no projected gradient, which is said already.
+        if not self._said_rounding and 0.0 < spread < LEAST_SPREAD * resolution:
+            self._said_rounding = True
+            self.progress.say(
+                f"step {step}: the probes' losses differ by {spread:.1e}, less than {LEAST_SPREAD} "
+                f"times their rounding of {resolution:.1e}: raise estimator.eps"
             )
 
     def known_scores(self, step: int) -> dict[str, float] | None:

@@ -167,7 +167,7 @@ def card_of(
             )
     estimator, update = config["estimator"], config["update"]
     method = (
-        f"{estimator['name']}, {estimator['directions']} {estimator['distribution']} "
+        f"{estimator['name']}, {header['directions']} {estimator['distribution']} "
         f"direction(s) a step, eps {estimator['eps']}; "
         f"{update['name']}, lr {update['lr']}, {update['schedule']}"
     )

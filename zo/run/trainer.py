@@ -1,8 +1,8 @@
 """The training loop.
 
-table   = LossTable(probes, columns)             # rows: probes; columns: micro-batches
-values  = mesh.gather(forwards of this rank's cells)
-scalars = estimator.estimate(table.fill(values))
+table   = LossTable(probes, columns, cells)      # rows: probes; columns: micro-batches
+values  = mesh.gather(forwards of this rank's folds of cells)
+scalars = clip(estimator.estimate(table.fill(values)))
 log.append(Entry(step, lr, scalars))             # durable; blocks catch up when next visited
 """
 
@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zo.config.schema import Config, check_threads
+from zo.config.checks import check_threads
+from zo.config.schema import Config
 from zo.data.tasks import Batch
 from zo.distributed.mesh import fit
 from zo.distributed.process_group import Mesh
@@ -30,7 +31,7 @@ from zo.io.signals import set_remedy, termination
 from zo.method import estimator
 from zo.method.entry import Entry
 from zo.method.table import LossTable
-from zo.method.update import learning_rate
+from zo.method.update import clip, learning_rate
 from zo.observe.metrics import finite_or_none
 from zo.observe.progress import Progress
 from zo.observe.timeline import check_drawable
@@ -127,7 +128,7 @@ class Run:
             resources: takes the lock of the folder, which the caller releases.
         """
         self.config, self.mesh = config, mesh
-        estimator.check_directions(config.run.steps, config.estimator.directions)
+        estimator.check_directions(config.run.steps, config.directions)
         self._arrange_mesh()
         self.folder = self._choose_folder()
         self.is_writer = self._lock(resources)
@@ -144,8 +145,8 @@ class Run:
 
     def _arrange_mesh(self) -> None:
         """Size the axes of the mesh to the table, which has the same shape in every step."""
-        mesh, table = self.mesh, self._table(1)
-        mesh.arrange(fit(self.config.mesh, mesh.ranks, table.rows, table.columns, mesh.local_ranks))
+        mesh, config = self.mesh, self.config
+        mesh.arrange(fit(config.mesh, mesh.ranks, config.grid, mesh.local_ranks))
 
     def _choose_folder(self) -> RunFolder:
         """Return the run's folder, the same on every rank.
@@ -185,7 +186,7 @@ class Run:
         header = {
             "base": base,
             "data": self.problem.data_checksum,
-            "directions": config.estimator.directions,
+            "directions": config.directions,
             "distribution": config.estimator.distribution,
             "rule": config.update.name,
             "seed": config.run.seed,
@@ -207,10 +208,9 @@ class Run:
             self._evaluate()
             while self.log.version < config.run.steps and not stops:
                 self.reporter.begin_step()
-                table, skipped, stops = self.step(asked.is_set())
-                losses = table.row_losses()
-                loss = sum(losses) / len(losses)
-                self.reporter.end_step(loss, skipped, table.tokens)
+                table, skipped, clipped, stops = self.step(asked.is_set())
+                loss = table.loss
+                self.reporter.end_step(table, skipped, clipped)
                 self._after_step()
                 # Several ranks agree on it in a step's collective.
                 stops = stops or (self.mesh.ranks == 1 and asked.is_set())
@@ -226,55 +226,62 @@ class Run:
             self.log.close()
         return self._finish(loss, time.monotonic() - begun)
 
-    def step(self, asked: bool = False) -> tuple[LossTable, int, bool]:
+    def step(self, asked: bool = False) -> tuple[LossTable, int, int, bool]:
         """Fill one table, and log its scalars; replay moves the weights at their next visits.
 
         Returns:
-            The filled table, how many directions had no finite estimate, and whether any rank was
-            ``asked`` to stop.
+            The filled table, how many directions had no finite estimate, how many projected
+            gradients were limited, and whether any rank was ``asked`` to stop.
         """
         config, step, axes = self.config, self.log.version + 1, self.mesh.shape
         table = self._table(step)
-        results = self._forwards(step, table, table.cells(self.mesh.rank, axes.perturb, axes.data))
+        folds = table.folds(self.mesh.rank, axes.perturb, axes.data)
+        results = self._forwards(step, table, [cell for fold in folds for cell in fold])
         owners = table.owners(axes.perturb, axes.data)
-        values, stops = self.mesh.gather(results, owners, width=3, flag=asked)
+        values, stops = self.mesh.gather(results, owners, width=4, flag=asked)
         table = table.fill(values)
-        scalars, skipped = estimator.estimate(config.estimator.name, table, config.estimator.eps)
+        raw, skipped = estimator.estimate(config.estimator.name, table, config.estimator.eps)
+        limit = config.update.clip
+        scalars = raw if limit is None else clip(raw, self.log.entries, limit)
         self.log.append(Entry(step, step * config.batch.sequences, self._lr(step), scalars))
-        return table, skipped, stops
+        clipped = sum(before != after for before, after in zip(raw, scalars, strict=True))
+        return table, skipped, clipped, stops
 
     def _table(self, step: int) -> LossTable:
         """Return the empty table of a step, from 1."""
-        settings = self.config.estimator
-        probes = estimator.probes(settings.name, step, settings.directions, settings.eps)
-        return LossTable(probes, self.config.batch.columns)
+        config, settings = self.config, self.config.estimator
+        return estimator.empty_table(
+            settings.name, step, config.directions, settings.eps, config.grid
+        )
 
     def _lr(self, step: int) -> float:
         """Return the learning rate of a step, from 1."""
         u = self.config.update
         return learning_rate(step, self.config.run.steps, u.lr, u.schedule, u.warmup_steps)
 
-    def _forwards(
-        self, step: int, table: LossTable, cells: Sequence[tuple[int, int]]
-    ) -> Sequence[Tensor]:
-        """Return the result of each cell, a row and a column, as :meth:`_forward` has it."""
+    def _forwards(self, step: int, table: LossTable, numbers: Sequence[int]) -> list[Tensor]:
+        """Return the result of each cell, given by its number, as :meth:`_forward` has it."""
+        cells = [table.cells[number] for number in numbers]
         batches = {
             column: to_device(self.problem.batches(step - 1, column), self.mesh)
             for column in sorted({column for _, column in cells})
         }
-        forwards = [partial(self._forward, batches[column]) for _, column in cells]
-        return self.replica.table(table.probes, [row for row, _ in cells], forwards)
+        by_row = sorted(range(len(cells)), key=lambda i: cells[i][0])
+        forwards = [partial(self._forward, batches[cells[i][1]]) for i in by_row]
+        rows = [cells[i][0] for i in by_row]
+        found = dict(zip(by_row, self.replica.table(table.probes, rows, forwards), strict=True))
+        return [found[i] for i in range(len(cells))]
 
     def _forward(self, batch: Batch) -> Tensor:
-        """Return the sum of losses, the number of terms, the number of tokens; float64 ``[3]``."""
+        """Return sum of losses, number of terms, of tokens, and that with padding; float64."""
         result = self.problem.objective(self.replica.model, batch).to(torch.float64)
+        mask, ids = batch.get("attention_mask"), batch.get("input_ids")
         # Filled by a kernel: copying a number to a GPU would wait for the device.
-        tokens = result.new_zeros(1)
-        if (mask := batch.get("attention_mask")) is not None:
-            tokens = mask.sum().to(tokens).view(1)
-        elif (ids := batch.get("input_ids")) is not None:
-            tokens = tokens.fill_(ids.numel())
-        return torch.cat((result.view(2), tokens))
+        padded = result.new_zeros(1)
+        if (shaped := mask if ids is None else ids) is not None:
+            padded.fill_(shaped.numel())
+        tokens = padded if mask is None else mask.sum().to(padded).view(1)
+        return torch.cat((result.view(2), tokens, padded))
 
     def _after_step(self) -> None:
         """Save a snapshot, audit and evaluate where that is due."""
@@ -305,8 +312,7 @@ class Run:
             return
         scores = known = self.reporter.known_scores(step)
         if scores is None:
-            table = self._table(1)
-            at_once = table.rows * table.columns
+            at_once = len(self._table(1).cells)
             scores = evaluate(self.replica, problem.task, problem.dev_batches, self.mesh, at_once)
         self.reporter.evaluated(step, scores, is_new=known is None)
 

@@ -4,8 +4,8 @@ A file is a header and fixed-size entries, append-only. An entry is durable befo
 moves, and carries a CRC-32 that continues the checksum of what lies before it, so a torn, altered,
 lost or reordered entry is noticed.
 
-    "ZOLOG1" newline | u32 n | n bytes of JSON | u32 checksum | entries
-    entry = u64 step | u64 position | f64 lr | f32 scalars[directions] | u32 checksum
+    "ZOLOG2" newline | u32 n | n bytes of JSON | u32 checksum | entries
+    entry = u64 step | u64 position | f64 lr | u32 part | f32 scalars[directions] | u32 checksum
     (little-endian)
 
 An invalid entry with nothing valid after it is the end of a write that a crash cut short: it is cut
@@ -32,7 +32,7 @@ from typing import Any, Self
 from zo.errors import UserError
 from zo.io.atomic import write_whole
 from zo.method.entry import Entry
-from zo.state.log_file import _U32, _header_bytes, _intact, _packer, _read_bytes, repair
+from zo.state.log_file import _U32, _header_bytes, _intact, _packed, _packer, _read_bytes, repair
 
 
 def read(path: Path) -> tuple[dict[str, Any], list[Entry]]:
@@ -113,7 +113,7 @@ class Log:
         """Return a hexadecimal hash of the header and the first ``version`` entries."""
         found = hashlib.sha256(self.identity.encode())
         for e in self.entries[:version]:
-            found.update(self._packer.pack(e.step, e.position, e.lr, *e.scalars))
+            found.update(_packed(self._packer, e))
         return found.hexdigest()[:32]
 
     def check_in_place(self) -> None:
@@ -173,7 +173,7 @@ class Log:
         self.check_in_place()
         data, checksum = b"", self._checksum
         for entry in entries:
-            body = self._packer.pack(entry.step, entry.position, entry.lr, *entry.scalars)
+            body = _packed(self._packer, entry)
             checksum = zlib.crc32(body, checksum)
             data += body + _U32.pack(checksum)
         try:

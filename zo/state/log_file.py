@@ -13,7 +13,7 @@ from zo.errors import UserError
 from zo.io.atomic import write_whole
 from zo.method.entry import Entry
 
-MAGIC = b"ZOLOG1\n"
+MAGIC = b"ZOLOG2\n"
 
 
 _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
@@ -36,7 +36,11 @@ HEADER_TYPES: dict[str, type | tuple[type, ...]] = {
 
 
 def _packer(directions: int) -> struct.Struct:
-    return struct.Struct(f"<QQd{directions}f")
+    return struct.Struct(f"<QQdI{directions}f")
+
+
+def _packed(packer: struct.Struct, entry: Entry) -> bytes:
+    return packer.pack(entry.step, entry.position, entry.lr, entry.part, *entry.scalars)
 
 
 def _header_bytes(header: dict[str, Any]) -> bytes:
@@ -109,13 +113,13 @@ def _scan(data: bytes, path: Path) -> _Scan:
         following = zlib.crc32(body, checksum)
         if _U32.unpack_from(data, end + packer.size)[0] != following:
             break
-        step, position, lr, *scalars = packer.unpack(body)
+        step, position, lr, part, *scalars = packer.unpack(body)
         if step != len(entries) + 1:
             break
         if not (isfinite(lr) and all(map(isfinite, scalars))):
             damage = f"step {step} has a number that is not finite"
             break
-        entries.append(Entry(step, position, lr, tuple(scalars)))
+        entries.append(Entry(step, position, lr, tuple(scalars), part))
         end, checksum = end + packer.size + _U32.size, following
     if not damage and (later := _valid_after(data, packer, end, checksum)):
         damage = f"step {len(entries) + 1} is damaged and steps after it are whole ({later} is)"
