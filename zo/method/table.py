@@ -148,6 +148,8 @@ class LossTable:
     column by row. Every cell by default."""
     fold: int = 1
     """Consecutive cells that are computed together; one of :func:`folds_that_fit`."""
+    part: int = 0
+    """Position of the first block that the probes reach."""
     values: "Tensor | None" = None
     """float64 of shape ``[len(cells), k]`` once filled.
 

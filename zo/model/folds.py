@@ -22,6 +22,7 @@ from zo.model.binding import Binding
 from zo.model.form import Form
 from zo.model.layout import Layout
 from zo.model.lockstep import BlockProvider, Lockstep
+from zo.model.patches import Patches
 from zo.model.probing import Probing
 from zo.model.stacking import Call, split, stack
 
@@ -71,13 +72,14 @@ class Folds:
         self._lockstep, self._probing = lockstep, probing
         self.stacks = form.meet in ("layer", "module")
         self._cells: set[greenlet] = set()
+        self._patches = Patches()
         self._inner: dict[str, Callable[..., Any]] = {}
         self._meet_at = _meeting_points(binding.layout, probing, form)
         """Names of the modules to meet at, and their positions in the order of the forward."""
         self._modules = {name: binding.model.get_submodule(name) for name in self._meet_at}
         for name, module in self._modules.items():
             self._inner[name] = module.forward
-            module.forward = self._meet(name)
+            self._patches.replace(module, self._meet(name))
 
     def _meet(self, name: str) -> Callable[..., Any]:
         inner = self._inner[name]
@@ -118,8 +120,7 @@ class Folds:
 
     def detach(self) -> None:
         """Restore the forwards that were replaced."""
-        for name, module in self._modules.items():
-            module.forward = self._inner[name]
+        self._patches.restore()
 
 
 def _meeting_points(layout: Layout, probing: Probing | None, form: Form) -> dict[str, int]:

@@ -37,7 +37,9 @@ class Form:
         order = tuple(header.get("order") or range(len(layout.groups)))
         place = {group: position for position, group in enumerate(order)}
         of_parameter = {
-            part.parameter.name: place[group.index] for group in layout.groups for part in group.parts
+            part.parameter.name: place[group.index]
+            for group in layout.groups
+            for part in group.parts
         }
         return cls(
             header["seed"],
@@ -71,7 +73,9 @@ def forward_order(
         ranks.setdefault(pattern(module, lists), len(ranks))
 
     def place(index: int) -> tuple[int, int]:
-        known = [ranks[p] for m in layout.groups[index].modules if (p := pattern(m, lists)) in ranks]
+        known = [
+            ranks[p] for m in layout.groups[index].modules if (p := pattern(m, lists)) in ranks
+        ]
         return min(known, default=len(ranks)), index
 
     return tuple(sorted(range(len(layout.groups)), key=place))

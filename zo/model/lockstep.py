@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from zo.model.binding import Binding
 from zo.model.layout import Block, Part
+from zo.model.patches import Patches
 from zo.model.probing import Probing
 
 T = TypeVar("T")
@@ -88,7 +89,7 @@ class Lockstep:
         self._hooks = [
             module.register_forward_pre_hook(hook) for module, hook in self._suspend.items()
         ]
-        self._patched: list[nn.Module] = []
+        self._patches = Patches()
         chunks = [block for block in binding.layout.blocks if block.parts[0].rows is not None]
         for _, of_one in groupby(chunks, key=lambda block: block.parts[0].parameter.name):
             self._patch(model, list(of_one))
@@ -132,8 +133,7 @@ class Lockstep:
         for name in chunks[0].parts[0].parameter.spec.names:
             module = model.get_submodule(name.rpartition(".")[0])
             make = self._lookup if isinstance(module, nn.Embedding) else self._head
-            module.forward = make(chunks)
-            self._patched.append(module)
+            self._patches.replace(module, make(chunks))
 
     def _lookup(self, chunks: list[Block]) -> Callable[[Tensor], Tensor]:
         def forward(ids: Tensor) -> Tensor:
@@ -267,8 +267,7 @@ class Lockstep:
         """Remove the hooks and restore the forwards that were replaced."""
         for hook in self._hooks:
             hook.remove()
-        while self._patched:
-            del self._patched.pop().forward
+        self._patches.restore()
 
 
 def _plain_product(part: Part, x: Tensor, weight: Tensor) -> Tensor:

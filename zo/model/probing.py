@@ -29,6 +29,7 @@ from zo.model.binding import Binding
 from zo.model.blocks import layer_lists, pattern
 from zo.model.form import Form
 from zo.model.layout import Part, Placed, Segment
+from zo.model.patches import Patches
 from zo.model.stacking import Call, split, stack
 
 WRITTEN_AT_ONCE = 1 << 22
@@ -106,7 +107,7 @@ class Probing:
         self._position_of = form.of_parameter
         self._module_position: dict[str, int] = {}
         self._active: dict[greenlet, tuple[Probe, ...]] = {}
-        self._patched: list[nn.Module] = []
+        self._patches = Patches()
         self._placed: dict[str, Placed] = {
             name: part.parameter
             for group in binding.layout.groups
@@ -126,9 +127,7 @@ class Probing:
         for name, module in binding.model.named_modules():
             self._patch(name, module, whole, in_chunks)
 
-    def _patch(
-        self, name: str, module: nn.Module, written: set[str], in_chunks: set[str]
-    ) -> None:
+    def _patch(self, name: str, module: nn.Module, written: set[str], in_chunks: set[str]) -> None:
         if any(_is_inside(name, outer) for outer in written - {name}):
             return
         names = [
@@ -145,11 +144,10 @@ class Probing:
         if name not in written and is_plain(module) and self._is_trained(name, "weight"):
             make = self._embedding if isinstance(module, nn.Embedding) else self._linear
             self.corrected.append(name)
-            module.forward = make(name, module)
+            self._patches.replace(module, make(name, module))
         else:
             self.written.append(name)
-            module.forward = self._written(module, own)
-        self._patched.append(module)
+            self._patches.replace(module, self._written(module, own))
 
     def positions(self) -> dict[str, int]:
         """Return the modules with trainable parameters, and the position of each."""
@@ -199,9 +197,7 @@ class Probing:
         a, b, scales = self._factors(part, probes, x)
         return correct_linear(x, weight, a * scales, b)
 
-    def embedding(
-        self, part: Part, ids: Tensor, found: Tensor, places: Tensor, of: int
-    ) -> Tensor:
+    def embedding(self, part: Part, ids: Tensor, found: Tensor, places: Tensor, of: int) -> Tensor:
         """Return rows that were looked up with their probes.
 
         Args:
@@ -285,8 +281,7 @@ class Probing:
 
     def detach(self) -> None:
         """Restore the forwards that were replaced."""
-        while self._patched:
-            del self._patched.pop().forward
+        self._patches.restore()
 
 
 def _join(module: str, leaf: str) -> str:

@@ -1,7 +1,8 @@
 """Stack the arguments of equal calls of a module in the batch dim, and split what comes of it.
 
-A tensor of two or more dims has the batch in its dim 0; one of fewer dims, and what is no tensor,
-is the same for all. Whether that holds for a model is for the self-check to prove.
+A tensor of two or more dims has the batch in its dim 0, or one row that stands for all of it; one
+of fewer dims, and what is no tensor, is the same for all. Whether that holds for a model is for the
+self-check to prove.
 """
 
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ def stack(calls: Sequence[Any]) -> Any | None:
     flat = [tree_flatten(call) for call in calls]
     if any(structure != flat[0][1] for _, structure in flat):
         return None
+    batch = next((x.shape[0] for x in flat[0][0] if _has_batch(x)), 1)
     stacked = []
     for leaves in zip(*(leaves for leaves, _ in flat), strict=True):
         first = leaves[0]
@@ -39,13 +41,20 @@ def stack(calls: Sequence[Any]) -> Any | None:
             stacked.append(first)
         elif any(not isinstance(leaf, Tensor) or leaf.shape != first.shape for leaf in leaves):
             return None
-        elif first.dim() >= 2:
+        elif _has_batch(first) and first.shape[0] == batch:
             stacked.append(concatenate(leaves))
         elif all(leaf is first or torch.equal(leaf, first) for leaf in leaves):
             stacked.append(first)
+        elif _has_batch(first):
+            rows = batch if first.shape[0] == 1 else first.shape[0]
+            stacked.append(torch.cat([x.expand(rows, *x.shape[1:]) for x in leaves]))
         else:
             return None
     return tree_unflatten(stacked, flat[0][1])
+
+
+def _has_batch(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.dim() >= 2
 
 
 def concatenate(pieces: Sequence[Tensor]) -> Tensor:

@@ -2,18 +2,48 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
 
 from zo.config.schema import Config
 from zo.data.tasks import Batch
 from zo.distributed.process_group import Mesh
 from zo.model.blocks import find_layout
+from zo.model.form import forward_order, layer_positions
+from zo.model.layout import Layout
 from zo.run.problem import Problem
 from zo.streaming.replica import Replica
-from zo.streaming.selfcheck import move_resident, self_check
+from zo.streaming.selfcheck import Checked, move_resident, self_check
 
 CHECKED_BATCHES = 2
 """Micro-batches of the first step that the self-check runs, at most."""
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Facts of a model that decide what a step computes; part of the log's header."""
+
+    order: tuple[int, ...]
+    """Groups of its layout in the order of the forward."""
+    layers: tuple[int, ...]
+    """Positions of its layers in that order."""
+    meet: str
+    written: frozenset[str]
+    """See :class:`zo.model.form.Form`."""
+
+    @classmethod
+    def of(cls, layout: Layout, model: nn.Module, checked: Checked) -> "Structure":
+        """Return the facts of a model that was checked on a smaller copy."""
+        order = forward_order(layout, model, checked.first_visits)
+        layers = tuple(layer_positions(layout, model, order))
+        return cls(order, layers, checked.meet, checked.written)
+
+    def header(self) -> dict[str, Any]:
+        """Return what the log's header says of it."""
+        return {"order": list(self.order), "meet": self.meet, "written": sorted(self.written)}
 
 
 def assemble(
@@ -23,7 +53,7 @@ def assemble(
     folder: Path,
     phase: Callable[[str], AbstractContextManager[None]],
     writable: bool = True,
-) -> Replica:
+) -> tuple[Replica, Structure]:
     """Check a model against its plain forward and fill its store; every rank calls this.
 
     Args:
@@ -35,7 +65,8 @@ def assemble(
         writable: whether a disk store may write there.
 
     Returns:
-        The weights at version 0; :meth:`zo.streaming.replica.Replica.open` gives them a log.
+        The weights at version 0, which :meth:`zo.streaming.replica.Replica.open` gives a log, and
+        what was found of the model.
 
     Raises:
         UserError: the model cannot be split into blocks, its weights cannot be read, or there is
@@ -43,14 +74,16 @@ def assemble(
     """
     columns = range(min(CHECKED_BATCHES, config.batch.columns))
     batches = [to_device(problem.batches(0, column), mesh) for column in columns]
-    forwards = [lambda model, batch=batch: problem.objective(model, batch) for batch in batches]
+    forwards, wide = ([_forward(problem, b) for b in of] for of in (batches, map(_widen, batches)))
     models = (
         [problem.narrow, problem.skeleton] if problem.narrow is not None else [problem.skeleton]
     )
     unit = config.memory.unit
     with phase("checking that block-by-block forwards equal plain forwards, bit for bit"):
-        merged = self_check(models, forwards, mesh.device, config.estimator.distribution, unit)
-    layout, model = find_layout(problem.skeleton, unit, merged), problem.build()
+        distribution = config.estimator.distribution
+        checked = self_check(models, forwards, mesh.device, distribution, unit, wide)
+    layout, model = find_layout(problem.skeleton, unit, checked.merged), problem.build()
+    structure = Structure.of(layout, problem.skeleton, checked)
     size = sum(b.size_bytes for b in layout.blocks) / 2**20
     with phase(f"loading weights: {size:,.1f} MiB"), mesh.agreed():
         replica = Replica(
@@ -66,7 +99,15 @@ def assemble(
     if mesh.slices is not None:
         replica.exchange_digests()
     move_resident(model, mesh.device)
-    return replica
+    return replica, structure
+
+
+def _forward(problem: Problem, batch: Batch) -> Callable[[nn.Module], Tensor]:
+    return lambda model: problem.objective(model, batch)
+
+
+def _widen(batch: Batch) -> Batch:
+    return {key: v.double() if v.is_floating_point() else v for key, v in batch.items()}
 
 
 def to_device(batch: Batch, mesh: Mesh) -> Batch:

@@ -121,7 +121,8 @@ def _load(config: Config, blocks: Path) -> tuple[Problem, Mesh, Replica]:
     with phase(f"reading model {config.model.name} and data {config.data.name}"):
         problem = build_problem(config)
     with torch.no_grad(), explain_nondeterminism():
-        return problem, mesh, assemble(problem, config, mesh, blocks, phase, writable=False)
+        replica, _ = assemble(problem, config, mesh, blocks, phase, writable=False)
+    return problem, mesh, replica
 
 
 def adapted(

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -30,8 +31,10 @@ from zo.io.hardware import choose_device
 from zo.io.signals import set_remedy, termination
 from zo.method import estimator
 from zo.method.entry import Entry
+from zo.method.part import layers_reached
 from zo.method.table import LossTable
 from zo.method.update import clip, learning_rate
+from zo.model.folds import ALONE, Together
 from zo.observe.metrics import finite_or_none
 from zo.observe.progress import Progress
 from zo.observe.timeline import check_drawable
@@ -136,7 +139,8 @@ class Run:
         progress, blocks = Progress(0, 0, mesh.rank == 0), self.folder.blocks(mesh.rank)
         with progress.phase(f"reading model {config.model.name} and data {config.data.name}"):
             self.problem = own or build_problem(config)
-        self.replica = assemble(self.problem, config, mesh, blocks, progress.phase)
+        self.replica, self.structure = assemble(self.problem, config, mesh, blocks, progress.phase)
+        self._check_structure()
         self.log = self._open_log(command)
         restore_snapshot(self.folder, self.replica, self.log, progress.say)
         self.replica.open(self.log)
@@ -180,6 +184,20 @@ class Run:
         if self.config.profile.range:
             check_drawable()
 
+    def _check_structure(self) -> None:
+        """Check what the estimator asks of the model.
+
+        Raises:
+            UserError: the model has too few layers, or no matrix.
+        """
+        self._part(1)
+        settings, parameters = self.config.estimator, self.replica.layout.parameters
+        if settings.distribution == "rank-one" and all(len(p.spec.shape) < 2 for p in parameters):
+            raise UserError(
+                "estimator.distribution=rank-one is of matrices, and the model trains none; use "
+                "estimator.distribution=rademacher"
+            )
+
     def _open_log(self, command: str) -> Log:
         """Check that all ranks have the same weights and data, and create or open the log."""
         config, base = self.config, self.replica.store.base
@@ -191,6 +209,7 @@ class Run:
             "rule": config.update.name,
             "seed": config.run.seed,
             "weight_decay": config.update.weight_decay,
+            **self.structure.header(),
         }
         check_alike(self.mesh, base, self.problem.data_checksum)
         facts = {
@@ -243,34 +262,44 @@ class Run:
         raw, skipped = estimator.estimate(config.estimator.name, table, config.estimator.eps)
         limit = config.update.clip
         scalars = raw if limit is None else clip(raw, self.log.entries, limit)
-        self.log.append(Entry(step, step * config.batch.sequences, self._lr(step), scalars))
+        position = step * config.batch.sequences
+        self.log.append(Entry(step, position, self._lr(step), scalars, table.part))
         clipped = sum(before != after for before, after in zip(raw, scalars, strict=True))
         return table, skipped, clipped, stops
 
     def _table(self, step: int) -> LossTable:
         """Return the empty table of a step, from 1."""
         config, settings = self.config, self.config.estimator
-        return estimator.empty_table(
+        table = estimator.empty_table(
             settings.name, step, config.directions, settings.eps, config.grid
         )
+        return replace(table, part=self._part(step))
+
+    def _part(self, step: int) -> int:
+        """Return the position of the first block that a step's directions reach."""
+        layers = self.structure.layers
+        setting, seed = self.config.estimator.part, self.config.run.seed
+        reached = layers_reached(setting, step, seed, len(layers))
+        return 0 if reached is None else layers[-reached]
 
     def _lr(self, step: int) -> float:
         """Return the learning rate of a step, from 1."""
         u = self.config.update
         return learning_rate(step, self.config.run.steps, u.lr, u.schedule, u.warmup_steps)
 
-    def _forwards(self, step: int, table: LossTable, numbers: Sequence[int]) -> list[Tensor]:
+    def _forwards(self, step: int, table: LossTable, numbers: Sequence[int]) -> Sequence[Tensor]:
         """Return the result of each cell, given by its number, as :meth:`_forward` has it."""
         cells = [table.cells[number] for number in numbers]
         batches = {
             column: to_device(self.problem.batches(step - 1, column), self.mesh)
             for column in sorted({column for _, column in cells})
         }
-        by_row = sorted(range(len(cells)), key=lambda i: cells[i][0])
-        forwards = [partial(self._forward, batches[cells[i][1]]) for i in by_row]
-        rows = [cells[i][0] for i in by_row]
-        found = dict(zip(by_row, self.replica.table(table.probes, rows, forwards), strict=True))
-        return [found[i] for i in range(len(cells))]
+        forwards = [partial(self._forward, batches[column]) for _, column in cells]
+        rows, together = [row for row, _ in cells], ALONE
+        if self.structure.meet or table.part:
+            folds = [number // table.fold for number in numbers]
+            together = Together([column for _, column in cells], folds, table.part)
+        return self.replica.table(table.probes, rows, forwards, together)
 
     def _forward(self, batch: Batch) -> Tensor:
         """Return sum of losses, number of terms, of tokens, and that with padding; float64."""

@@ -120,9 +120,7 @@ class Replay:
         changes = self._pass(*self._range(block, version, newest), decays).changes
         return any(any(change.coefficients) or change.decay != 1.0 for change in changes)
 
-    def _range(
-        self, block: Block, version: int, newest: int | None = None
-    ) -> tuple[int, int, int]:
+    def _range(self, block: Block, version: int, newest: int | None = None) -> tuple[int, int, int]:
         """Return the entries after a version that reach a block.
 
         As a key of the entries' parts, and the first and last of them among the ones of that key.

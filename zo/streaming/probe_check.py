@@ -23,8 +23,8 @@ from zo.state.log import Log
 from zo.streaming.replica import Replica
 from zo.streaming.stores import DeviceStore
 
-TOLERANCE = 1e-5
-"""Relative: losses are summed in float64, but tasks compute each in float32."""
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}
+"""Of losses, by the dtype of the model: tasks compute each loss in float32."""
 PROBES = (Probe(0, 0.0625), Probe(0, -0.0625), Probe(1, 0.0625))
 """Far larger than any eps, so that a probe that is missing changes every loss."""
 SEED = 1
@@ -35,6 +35,7 @@ Forward = Callable[[nn.Module], Tensor]
 def choose_meeting(
     small: nn.Module,
     forwards: Sequence[Forward],
+    wide: Sequence[Forward],
     device: torch.device,
     written: frozenset[str],
     first_visits: Sequence[str],
@@ -43,7 +44,8 @@ def choose_meeting(
 
     Args:
         small: a small model with weights.
-        forwards: micro-batches, for a model in float64.
+        forwards: micro-batches to try.
+        wide: the same for a model in float64.
         device: the device to compute on.
         written: modules whose probes are written with what is inside of them.
         first_visits: modules that enter blocks, in the order of the forward.
@@ -51,7 +53,25 @@ def choose_meeting(
     Returns:
         Empty if no way is right, so that all probes must be written.
     """
-    model = copy.deepcopy(small).double()
+    for dtype, of in ((torch.float64, wide), (torch.float32, forwards)):
+        model = copy.deepcopy(small).to(dtype)
+        try:
+            return _choose(model, of, device, written, first_visits, TOLERANCE[dtype])
+        except RuntimeError:
+            if dtype == torch.float32:
+                raise
+            # Some operations (grouped products of experts) have no float64.
+    raise AssertionError
+
+
+def _choose(
+    model: nn.Module,
+    forwards: Sequence[Forward],
+    device: torch.device,
+    written: frozenset[str],
+    first_visits: Sequence[str],
+    tolerance: float,
+) -> str:
     layout = find_layout(model, "layer")
     order = forward_order(layout, model, first_visits)
     layers = layer_positions(layout, model, order)
@@ -67,14 +87,14 @@ def choose_meeting(
                 ]
             except (RuntimeError, ValueError, IndexError, TypeError):
                 continue  # What does not stack: the next way assumes less.
-            if all(map(_agree, found, expected)):
+            if all(_agree(a, b, tolerance) for a, b in zip(found, expected, strict=True)):
                 return meet
     return ""
 
 
-def _agree(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
+def _agree(found: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float) -> bool:
     return all(
-        torch.allclose(a.nan_to_num(), b.nan_to_num(), rtol=TOLERANCE, atol=TOLERANCE)
+        torch.allclose(a.nan_to_num(), b.nan_to_num(), rtol=tolerance, atol=tolerance)
         for a, b in zip(found, expected, strict=True)
     )
 
@@ -114,7 +134,7 @@ def _written_losses(
     replica.open(Log(_header()))
     by_row = []
     for probe in PROBES:
-        _write(replica, probe, {group for group in order[part:]})
+        _write(replica, probe, set(order[part:]))
         by_row.append([forward(model) for forward in forwards])
     replica.close()
     return [losses[column] for column in range(len(forwards)) for losses in by_row]

@@ -34,6 +34,8 @@ from zo.streaming.stores import DeviceStore, HostStore
 from zo.streaming.streamer import UNPERTURBED, Streamer
 
 T = TypeVar("T")
+
+
 class Replica:
     """A model's weights, at version 0 until :meth:`open` gives them a log."""
 

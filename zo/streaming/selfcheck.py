@@ -148,7 +148,7 @@ def _check(
             if distribution != "rank-one":
                 return Checked(merged, entered)
             written = _read_outside_their_module(small, forwards)
-            meet = choose_meeting(small, wide or forwards, device, written, entered)
+            meet = choose_meeting(small, forwards, wide or forwards, device, written, entered)
             return Checked(merged, entered, meet, written if meet else frozenset())
         owners = {
             n.rpartition(".")[0]

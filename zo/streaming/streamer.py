@@ -21,7 +21,6 @@ from zo.state.replay import Replay
 from zo.streaming.budget import PROBES_AT_ONCE, scratch_bytes
 from zo.streaming.cache import BlockCache
 
-
 UNPERTURBED = Probe(0, 0.0)
 """The probe at the parameters themselves."""
 
@@ -112,22 +111,35 @@ class Streamer:
                 yield from self._each([forward for group in unperturbed for forward in group], here)
             if not forwards:
                 version = self._visit(here, weights, version)
-            fits = self._memory.numel() // max(1, here.trainable_bytes)
-            copies = min(PROBES_AT_ONCE, fits) if here.trainable else PROBES_AT_ONCE
-            scratch, read = self._scratch(here, copies), self._rows_read(here, row_numbers)
-            for first in range(0, len(perturbed), copies):
-                together = perturbed[first : first + copies]
-                probes = [probe for probe, _ in together]
-                version = self._visit(here, weights, version, probes, scratch, read)
-                for copy, (_, group) in enumerate(together):
-                    self._binding.bind(here, [segment[copy] for segment in scratch])
-                    yield from self._each(group, here)
+            if perturbed:
+                yield from self._written(here, weights, version, perturbed, row_numbers)
+                version = self._replay.log.version
         finally:
             if self._cache.is_resident:
                 self._binding.bind(here, weights)
             else:
                 self._binding.release(here)
             self._cache.release(here, version)
+
+    def _written(
+        self,
+        here: Block,
+        weights: Sequence[Tensor],
+        version: int,
+        perturbed: Sequence[tuple[Probe, list[int]]],
+        row_numbers: Sequence[Tensor | None],
+    ) -> Iterator[int]:
+        """Write probes to scratch memory and yield the forwards of each."""
+        fits = self._memory.numel() // max(1, here.trainable_bytes)
+        copies = min(PROBES_AT_ONCE, fits) if here.trainable else PROBES_AT_ONCE
+        scratch, read = self._scratch(here, copies), self._rows_read(here, row_numbers)
+        for first in range(0, len(perturbed), copies):
+            together = perturbed[first : first + copies]
+            probes = [probe for probe, _ in together]
+            version = self._visit(here, weights, version, probes, scratch, read)
+            for copy, (_, group) in enumerate(together):
+                self._binding.bind(here, [segment[copy] for segment in scratch])
+                yield from self._each(group, here)
 
     def _visit(
         self,
