@@ -120,6 +120,29 @@ MISTAKES = {
         ["batch.micro=3"],
         "batch.micro=3 does not divide batch.sequences=4; use 1, 2, 4",
     ),
+    "directions that do not match the cover": (
+        ["estimator.cover=diagonal", "estimator.directions=3"],
+        "estimator.directions=3 does not match estimator.cover=diagonal, where 2 micro-batches",
+    ),
+    "probes of a full table": (
+        ["estimator.probes=2"],
+        "use estimator.cover=diagonal, or estimator.directions=2",
+    ),
+    "fold larger than the table": (
+        ["batch.fold=64"],
+        "batch.fold=64 is larger than the loss table of 4 cells; use 1, 2, 4",
+    ),
+    "fold that does not divide": (
+        ["batch.fold=3"],
+        "batch.fold=3 does not cut 2 columns of 2 cells evenly; use 1, 2, 4",
+    ),
+    "fold without a common product": (
+        ["batch.fold=2"],
+        "estimator.distribution=rademacher cannot; use batch.fold=1",
+    ),
+    "part of no layer": (["estimator.part=top:0"], "use top:1 or more, or all"),
+    "unknown part": (["estimator.part=foo"], "estimator.part='foo' is not known; use all, sampled"),
+    "clip below zero": (["update.clip=-1"], "update.clip=-1.0 must be a number above 0"),
     "eps of zero": (["estimator.eps=0"], "estimator.eps=0.0 must be a number above 0"),
     "eps that is no number": (["estimator.eps=nan"], "estimator.eps=nan must be a number above 0"),
     "steps below zero": (["run.steps=-1"], "run.steps=-1 is out of range"),

@@ -42,6 +42,29 @@ def test_same_bits_on_any_mesh(overrides, tmp_path, extra):
         assert same_log(folder / "steps.log", tmp_path / "alone" / "steps.log")
 
 
+DIAGONAL = ["estimator.cover=diagonal", "estimator.directions=null", "batch.micro=1"]
+
+
+@pytest.mark.parametrize(
+    "extra", [["estimator.probes=2"], ["estimator.name=one-sided", "model.dtype=bfloat16"]]
+)
+@pytest.mark.slow
+def test_same_bits_on_any_mesh_where_each_micro_batch_has_its_own_directions(
+    overrides, tmp_path, extra
+):
+    settings = [*overrides, *DIAGONAL, *extra, "update.clip=1.0"]
+    alone = train([*settings, f"run.dir={tmp_path}/alone"])
+    sliced = ["memory.store=host", "mesh.slice=2"]
+    for perturb, data, more in ((2, 1, []), (1, 2, sliced), (2, 2, [])):
+        folder = tmp_path / f"{perturb}x{data}"
+        mesh = [f"mesh.perturb={perturb}", f"mesh.data={data}", f"run.dir={folder}", *more]
+        found = train([*settings, *mesh], ranks=perturb * data)
+        assert found["fingerprint"] == alone["fingerprint"]
+        assert found["eval"] == alone["eval"]
+        assert found["loss"] == alone["loss"]
+        assert same_log(folder / "steps.log", tmp_path / "alone" / "steps.log")
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     """Folder and summary of one process with two directions, once for all."""

@@ -45,6 +45,21 @@ def test_a_killed_run_goes_on_to_the_same_bits(overrides, uninterrupted, tmp_pat
     assert all(name.endswith(".safetensors") for name in kept)
 
 
+@pytest.mark.parametrize("moment", ["before the log's append", "in the middle of the log's append"])
+def test_a_killed_run_of_a_diagonal_table_goes_on_to_the_same_bits(overrides, tmp_path, moment):
+    """Its projected gradients are limited by those that the log kept."""
+    settings = [*overrides, "run.steps=5", "batch.micro=1", "estimator.cover=diagonal"]
+    settings += ["estimator.directions=null", "estimator.probes=2", "update.clip=1.0"]
+    expected = train([*settings, f"run.dir={tmp_path}/whole"])
+    settings.append(f"run.dir={tmp_path}/run")
+    assert train(settings, prelude=(kill_at, *MOMENTS[moment])) == KILLED
+    found = train(settings)
+    assert found["fingerprint"] == expected["fingerprint"]
+    assert found["eval"] == expected["eval"]
+    assert same_log(tmp_path / "run" / "steps.log", tmp_path / "whole" / "steps.log")
+    assert len(read(tmp_path / "run" / "steps.log")[1][0].scalars) == 8
+
+
 STARTS = {
     f"{'before' if before else 'after'} {function} {call}": ("os", function, call, before)
     for function, calls in (("fsync", 4), ("rename", 2))
