@@ -350,7 +350,7 @@ def simulated(seed):
 
         return noted
 
-    def note_replay(device, weights, address, work, out=None, rows=None):
+    def note_replay(device, weights, address, work, out=None, rows=None, matrices=()):
         device.access(weights, bool(work.changes), "replay")
 
     def read(device, engine, path, offset, into):

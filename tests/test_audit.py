@@ -55,9 +55,9 @@ def replayed_elements(steps, monkeypatch):
         monkeypatch.setattr(replay, "replay_and_perturb", original)
         go_on(replica, 2)
 
-        def counting(weights, address, work, *rest):
+        def counting(weights, address, work, *rest, **options):
             counted.append(weights.numel() * len(work.changes))
-            original(weights, address, work, *rest)
+            original(weights, address, work, *rest, **options)
 
         counted.clear()
         monkeypatch.setattr(replay, "replay_and_perturb", counting)

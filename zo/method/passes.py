@@ -7,13 +7,47 @@ the names of distributions, estimators and rules without the seconds that takes.
 from dataclasses import dataclass
 from functools import cached_property
 
-DISTRIBUTIONS = ("rademacher", "gaussian")
+DISTRIBUTIONS = ("rademacher", "gaussian", "rank-one")
 """Names of the distributions of z, as ``estimator.distribution`` takes them."""
+
+
+GROUP = 4
+"""Directions of a change that are summed before their sum is added to the weights."""
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """A parameter with two or more dims, ``[..., rows, width]``: matrices one after the other.
+
+    Row i of matrix e has the number ``e * rows + i``, column j of it ``e * width + j``.
+    """
+
+    start: int
+    """Address of the first element."""
+    numel: int
+    """Elements of all its matrices."""
+    rows: int
+    """Rows of each matrix, >= 1."""
+    width: int
+    """Columns of each matrix, >= 1."""
+
+    def __post_init__(self) -> None:
+        """Check that the elements are whole matrices."""
+        assert self.start >= 0 and self.rows >= 1 and self.width >= 1, self
+        assert self.numel >= 1 and self.numel % (self.rows * self.width) == 0, self
+
+    @property
+    def stop(self) -> int:
+        """Address after the last element."""
+        return self.start + self.numel
 
 
 @dataclass(frozen=True)
 class Change:
-    """One log entry, applied: ``w <- decay * w + sum_k coefficients[k] * z(directions[k])``."""
+    """One log entry, applied: ``w <- decay * w + sum_k coefficients[k] * z(directions[k])``.
+
+    The sum is taken in groups of ``GROUP`` directions (see ``perturbation``).
+    """
 
     step: int
     """The entry's step, >= 0; names the stream of its stochastic rounding."""
@@ -45,7 +79,7 @@ class Pass:
     seed: int
     """The run's seed, in [0, 2**64)."""
     distribution: str
-    """``rademacher`` or ``gaussian``."""
+    """One of ``DISTRIBUTIONS``."""
     changes: tuple[Change, ...] = ()
     """Log entries to apply, oldest first; each is rounded to the stored dtype.
 

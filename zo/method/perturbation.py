@@ -6,6 +6,14 @@ pending log entries in place and writes the probes beside them, in one pass over
     for each change:  w <- round(decay * w + sum_k coefficient_k * z(direction_k))   (stored dtype)
     for each probe:   out_p = nearest(w + scale_p * z(direction_p))
 
+The sum takes the directions in order, in groups of four (the last may be shorter): for each group
+``w <- w + (((c_0 z_0 + c_1 z_1) + c_2 z_2) + c_3 z_3)``, terms with ``c = 0`` left out. The sum of
+a group with signs for z has one value for each pattern of signs, which a kernel can tabulate.
+
+``rank-one`` directions are matrices of rank one: z_ij = a_i * b_j with signs a of the rows and b of
+the columns. E[z z^T] = I as for independent signs, and m + n bits make m * n of them. Whatever is
+not a matrix (vectors, padding) has independent signs.
+
 This file has the equation in plain torch (any device, slow); ``kernels`` has the fast versions with
 the same bits. Every floating-point operation is a separate IEEE float32 operation: nothing is
 contracted, so devices agree.
@@ -16,12 +24,14 @@ Sources: Spall 1992 and Sadegh & Spall 1998 (SPSA, Rademacher); Box & Muller 195
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial, reduce
 
 import torch
 from torch import Tensor
 
-from zo.method.passes import DISTRIBUTIONS
+from zo.method.passes import DISTRIBUTIONS, GROUP
 from zo.method.passes import Change as Change
+from zo.method.passes import Matrices as Matrices
 from zo.method.passes import Pass as Pass
 from zo.method.passes import Probe as Probe
 from zo.method.philox import Purpose, words
@@ -71,11 +81,70 @@ def rademacher(
 
     Address a takes bit ``a % 32`` of word ``a % 128 // 32`` of call ``a // 128``; a set bit is +1.
     """
-    first = address // 128
-    calls = torch.arange(first, (address + count + 127) // 128, dtype=torch.int64, device=device)
-    w = words(seed, calls, direction, Purpose.RADEMACHER)
+    return factor_signs_reference(
+        seed, (direction,), address, count, Purpose.RADEMACHER, torch.float32, device
+    )[0]
+
+
+def factor_signs_reference(
+    seed: int,
+    directions: Sequence[int],
+    start: int,
+    count: int,
+    purpose: Purpose,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Compute :func:`zo.method.kernels.factors.factor_signs` in plain torch, on any device."""
+    first = start // 128
+    calls = torch.arange(first, (start + count + 127) // 128, dtype=torch.int64, device=device)
+    streams = torch.tensor(directions, dtype=torch.int64, device=device)
+    shape = len(directions), len(calls)
+    w = words(seed, calls.expand(shape), streams[:, None].expand(shape), purpose)
     bits = (w[..., None] >> torch.arange(32, device=device)) & 1
-    return (bits * 2 - 1).to(torch.float32).reshape(-1)[address - 128 * first :][:count]
+    signs = (bits * 2 - 1).to(dtype).reshape(len(directions), -1)
+    return signs[:, start - 128 * first :][:, :count]
+
+
+def rank_one(
+    seed: int,
+    direction: int,
+    address: int,
+    count: int,
+    device: torch.device | str = "cpu",
+    matrices: Sequence[Matrices] = (),
+) -> Tensor:
+    """Return z = a * b on ``matrices``, independent signs elsewhere; float32 ``[count]``.
+
+    Sign a of row r of a parameter (numbered through its matrices) takes the bit of "address"
+    ``start + r`` as :func:`rademacher` does, of the stream of ``Purpose.ROW``; b of a column that
+    of ``Purpose.COLUMN``. Parameters have no fewer elements than rows or columns, so that two
+    share no bits.
+
+    Args:
+        seed: the run's seed.
+        direction: number of the direction.
+        address: flat address of the first element.
+        count: number of elements.
+        device: of the result.
+        matrices: where the matrices are; they may lie outside the range, in part or whole.
+    """
+    z = rademacher(seed, direction, address, count, device)
+    for m in matrices:
+        first, stop = max(address, m.start), min(address + count, m.stop)
+        if first < stop:
+            place = torch.arange(first - m.start, stop - m.start, device=device)
+            row = place // m.width
+            column = row // m.rows * m.width + place % m.width
+            a, b = (
+                factor_signs_reference(
+                    seed, (direction,), m.start + low, high - low + 1, purpose, z.dtype, device
+                )[0][numbers - low]
+                for numbers, purpose in ((row, Purpose.ROW), (column, Purpose.COLUMN))
+                for low, high in [(int(numbers.min()), int(numbers.max()))]
+            )
+            z[first - address : stop - address] = a * b
+    return z
 
 
 def gaussian(
@@ -130,25 +199,37 @@ def _horner(coefficients: Sequence[float], t: Tensor) -> Tensor:
     return value
 
 
-Z: dict[str, Callable[..., Tensor]] = dict(zip(DISTRIBUTIONS, (rademacher, gaussian), strict=True))
+Z: dict[str, Callable[..., Tensor]] = dict(
+    zip(DISTRIBUTIONS, (rademacher, gaussian, rank_one), strict=True)
+)
 """The distributions of z, by the name that ``estimator.distribution`` takes."""
 
 
 def replay_and_perturb_reference(
-    weights: Tensor, address: int, work: Pass, out: Tensor | None = None, rows: Rows | None = None
+    weights: Tensor,
+    address: int,
+    work: Pass,
+    out: Tensor | None = None,
+    rows: Rows | None = None,
+    matrices: tuple[Matrices, ...] = (),
 ) -> None:
     """Compute :func:`zo.method.kernels.replay_and_perturb` in plain torch, on any device.
 
     The kernels must give the same bits.
     """
     z, seed, count, device = Z[work.distribution], work.seed, weights.numel(), weights.device
+    if work.distribution == "rank-one":
+        z = partial(rank_one, matrices=matrices)
     for change in work.changes:
         values = weights.to(torch.float32)
         if change.decay != 1.0:
             values = values * change.decay
-        for direction, coefficient in zip(change.directions, change.coefficients, strict=True):
-            if coefficient != 0.0:
-                values = values + z(seed, direction, address, count, device) * coefficient
+        terms = list(zip(change.directions, change.coefficients, strict=True))
+        for first in range(0, len(terms), GROUP):
+            group = [(d, c) for d, c in terms[first : first + GROUP] if c != 0.0]
+            if group:
+                products = (z(seed, d, address, count, device) * c for d, c in group)
+                values = values + reduce(torch.add, products)
         random16 = rounding_bits(seed, change.step, address, count, device)
         weights.copy_(round_stochastic(values, random16, weights.dtype))
     for row, probe in enumerate(work.probes):

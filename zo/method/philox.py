@@ -28,6 +28,8 @@ class Purpose(enum.IntEnum):
     ROUNDING = 2
     SHUFFLE = 3
     TOKENS = 4
+    ROW = 5
+    COLUMN = 6
     PART = 7
 
 
@@ -57,21 +59,25 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, i
     return torch.stack((x0, x1, x2, x3), dim=-1)
 
 
-def words(seed: int, calls: Tensor, direction: int, purpose: Purpose) -> Tensor:
+def words(seed: int, calls: Tensor, direction: int | Tensor, purpose: Purpose) -> Tensor:
     """Return the four words of each numbered call of one stream.
 
     Args:
         seed: the run's seed, in [0, 2**64).
         calls: int64 tensor of call numbers, each >= 0.
-        direction: number of the stream of this purpose, in [0, 2**32).
+        direction: number of the stream of this purpose, in [0, 2**32), or one for each call: an
+            int64 tensor of the shape of ``calls``.
         purpose: use of the stream.
 
     Returns:
         int64 tensor of shape ``[*calls.shape, 4]``, each value in [0, 2**32).
     """
-    assert 0 <= seed < 1 << 64 and 0 <= direction <= MASK, (seed, direction)
-    constant = torch.full_like(calls, direction), torch.full_like(calls, int(purpose))
-    return philox4x32((calls & MASK, calls >> 32, *constant), (seed & MASK, seed >> 32))
+    assert 0 <= seed < 1 << 64, seed
+    if not isinstance(direction, Tensor):
+        assert 0 <= direction <= MASK, direction
+        direction = torch.full_like(calls, direction)
+    counter = (calls & MASK, calls >> 32, direction, torch.full_like(calls, int(purpose)))
+    return philox4x32(counter, (seed & MASK, seed >> 32))
 
 
 def word_stream(seed: int, start: int, count: int, direction: int, purpose: Purpose) -> Tensor:

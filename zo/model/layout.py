@@ -16,6 +16,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from zo.method.passes import Matrices
 from zo.method.perturbation import ALIGNMENT
 
 LINE = 512
@@ -129,6 +130,16 @@ class Segment:
     def decays(self) -> bool:
         """True if weight decay applies."""
         return self.parts[0].parameter.decays
+
+    @cached_property
+    def matrices(self) -> tuple[Matrices, ...]:
+        """Its parameters with two or more dims, each whole even if a part has only rows of it."""
+        parameters = dict.fromkeys(part.parameter for part in self.parts)
+        return tuple(
+            Matrices(p.start, p.numel, *p.spec.shape[-2:])
+            for p in parameters
+            if len(p.spec.shape) >= 2 and p.numel > 0
+        )
 
     @property
     def frozen(self) -> bool:

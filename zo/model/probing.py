@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from zo.method.kernels import factor_signs, replay_and_perturb
+from zo.method.kernels import replay_and_perturb
+from zo.method.kernels.factors import factor_signs
 from zo.method.passes import Pass, Probe
 from zo.method.philox import Purpose
 from zo.model.binding import Binding

@@ -83,7 +83,8 @@ class Replay:
             work = self._pass(*self._range(block, version), segment.decays, tuple(probes))
             if work.changes or probes:
                 rows = None if row_numbers is None else Rows(row_numbers, segment.parts[0].shape[1])
-                replay_and_perturb(stored[i], segment.start, work, out[i] if probes else None, rows)
+                written, matrices = out[i] if probes else None, segment.matrices
+                replay_and_perturb(stored[i], segment.start, work, written, rows, matrices)
         return newest
 
     def catch_up(self, block: Block, image: Tensor, start: int, version: int, newest: int) -> int:
@@ -105,7 +106,8 @@ class Replay:
             for segment, first, flat in runs(block, image, start):
                 if not segment.frozen:
                     work = self._pass(*entries, segment.decays)
-                    replay_and_perturb(flat, segment.start + first, work)
+                    address = segment.start + first
+                    replay_and_perturb(flat, address, work, matrices=segment.matrices)
         return newest
 
     def changes_anything(self, block: Block, version: int, newest: int) -> bool:

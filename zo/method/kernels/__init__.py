@@ -12,12 +12,13 @@ from torch import Tensor
 from zo.method.perturbation import (
     ALIGNMENT,
     STORED_DTYPES,
+    Matrices,
     Pass,
     Rows,
     replay_and_perturb_reference,
 )
 
-Kernel = Callable[[Tensor, int, Pass, Tensor | None, Rows | None], None]
+Kernel = Callable[[Tensor, int, Pass, Tensor | None, Rows | None, tuple[Matrices, ...]], None]
 
 KERNELS = {
     "cpu": ("zo.method.kernels.cpu", "replay_and_perturb_cpu"),
@@ -27,7 +28,12 @@ KERNELS = {
 
 
 def replay_and_perturb(
-    weights: Tensor, address: int, work: Pass, out: Tensor | None = None, rows: Rows | None = None
+    weights: Tensor,
+    address: int,
+    work: Pass,
+    out: Tensor | None = None,
+    rows: Rows | None = None,
+    matrices: tuple[Matrices, ...] = (),
 ) -> None:
     """Replay changes on ``weights`` and write a probe to each row of ``out``, in one pass.
 
@@ -40,9 +46,11 @@ def replay_and_perturb(
             *modified in place*.
         rows: all that will be read of ``out``; the rest may be left as it is. Changes apply to all
             of ``weights``.
+        matrices: those that ``weights`` may be a piece of, in the order of addresses; each starts
+            on a multiple of ``ALIGNMENT``. Only rank-one directions depend on them.
     """
     assert address % ALIGNMENT == 0 and weights.is_contiguous() and weights.dtype in STORED_DTYPES
-    _kernel(weights.device.type)(weights, address, work, out, rows)
+    _kernel(weights.device.type)(weights, address, work, out, rows, matrices)
 
 
 @cache

@@ -15,96 +15,50 @@ import torch
 from torch import Tensor
 
 from zo.method import perturbation as p
+from zo.method.kernels.cpu_plan import spans_between
 from zo.method.kernels.cpu_random import (
-    BFLOAT16,
     KINDS,
     PARALLEL_FROM,
-    ROUNDING,
     TILE,
     f32,
-    fill_words,
     fill_z,
-    i32,
     jit,
-    u32,
     u64,
 )
+from zo.method.kernels.cpu_rank_one import replay_and_perturb_matrices
+from zo.method.kernels.cpu_rounding import (
+    load,
+    numpy_view,
+    round_nearest,
+    round_stochastic,
+    rounding_scratch,
+)
+from zo.method.passes import GROUP
 
 
 @jit
-def _load(stored, kind, x):  # type: ignore[no-untyped-def]
-    """Widen ``stored`` to float32 in ``x``, exactly."""
-    count = len(stored)
-    if kind == BFLOAT16:
-        bits = x.view(np.uint32)
-        for i in range(count):
-            bits[i] = u32(stored[i]) << u32(16)
-    else:
-        bits = x.view(np.uint32)
-        for i in range(count):
-            # Move the exponent as if float32's, then scale by 2**112: exact for subnormals too.
-            bits[i] = (u32(stored[i]) & u32(0x7FFF)) << u32(13)
-        for i in range(count):
-            x[i] = x[i] * f32(2.0**112)
-        for i in range(count):
-            half = u32(stored[i])
-            special = u32(0x7F800000) if (half & u32(0x7C00)) == u32(0x7C00) else u32(0)
-            bits[i] = bits[i] | special | ((half & u32(0x8000)) << u32(16))
-
-
-@jit
-def _round_nearest(x, kind, stored):  # type: ignore[no-untyped-def]
-    """Write float32 ``x`` to ``stored`` in its dtype, ties to even."""
-    count = len(stored)
-    bits = x.view(np.uint32)
-    if kind == BFLOAT16:
-        for i in range(count):
-            b = bits[i]
-            rounded = (b + u32(0x7FFF) + ((b >> u32(16)) & u32(1))) >> u32(16)
-            stored[i] = u32(0x7FC0) if (b & u32(0x7FFFFFFF)) > u32(0x7F800000) else rounded
-    else:
-        for i in range(count):
-            sign, b = (bits[i] >> u32(16)) & u32(0x8000), bits[i] & u32(0x7FFFFFFF)
-            normal = ((b + u32(0xFFF) + ((b >> u32(13)) & u32(1))) >> u32(13)) - u32(112 << 10)
-            # Units of 2**-24 below 2**-14: x 2**24 is exact, rint rounds ties to even.
-            subnormal = u32(i32(np.rint(min(abs(x[i]), f32(1.0)) * f32(2.0**24))))
-            rounded = subnormal if b < u32(0x38800000) else min(normal, u32(0x7C00))
-            stored[i] = sign | (u32(0x7E00) if b > u32(0x7F800000) else rounded)
-
-
-@jit
-def _round_stochastic(x, kind, seed, address, step, words, halves, small):  # type: ignore[no-untyped-def]
-    """Round float32 ``x`` in place to numbers of the stored dtype.
-
-    ``halves`` and ``small`` are scratch. Words in the order of calls, seen as 16-bit numbers (low
-    half first, as in memory), are in the order of addresses.
-    """
-    fill_words(seed, address // u64(8), step, ROUNDING, TILE // 8, words)
-    by_call = halves.reshape(-1, 4)
-    for i in range(TILE // 8):
-        by_call[i, 0], by_call[i, 1], by_call[i, 2], by_call[i, 3] = (
-            words[0, i],
-            words[1, i],
-            words[2, i],
-            words[3, i],
-        )
-    bits, random16 = x.view(np.uint32), halves.view(np.uint16)
-    if kind == BFLOAT16:
-        for i in range(len(x)):
-            b = bits[i]
-            finite = (b & u32(0x7FFFFFFF)) < u32(0x7F800000)
-            bits[i] = ((b + u32(random16[i])) & u32(0xFFFF0000)) if finite else b
-        return
-    for i in range(len(x)):
-        units = min(abs(x[i]), f32(1.0)) * f32(2.0**24) + f32(i32(u32(random16[i]))) * f32(2.0**-16)
-        small[i] = f32(i32(units)) * f32(2.0**-24)
-    small_bits = small.view(np.uint32)
-    for i in range(len(x)):
-        sign, b = bits[i] & u32(0x80000000), bits[i] & u32(0x7FFFFFFF)
-        normal = (b + (u32(random16[i]) >> u32(3))) & u32(0xFFFFE000)
-        normal = normal if normal < u32(0x47800000) else u32(0x7F800000)
-        large = normal if b < u32(0x7F800000) else b
-        bits[i] = sign | (small_bits[i] if b < u32(0x38800000) else large)
+def _add_directions(  # type: ignore[no-untyped-def]
+    x, directions, coefficients, seed, here, gaussian, bits_a_word, words, u, v, z, s
+):
+    """Add a change's directions to ``x``, in groups; the rest is scratch (see :func:`fill_z`)."""
+    count = len(x)
+    for first in range(0, len(directions), GROUP):
+        terms = 0
+        for k in range(first, min(first + GROUP, len(directions))):
+            c = coefficients[k]
+            if c == f32(0.0):
+                continue
+            fill_z(seed, here, directions[k], gaussian, bits_a_word, words, u, v, z)
+            if terms == 0:
+                for i in range(count):
+                    s[i] = z[i] * c
+            else:
+                for i in range(count):
+                    s[i] = s[i] + z[i] * c
+            terms += 1
+        if terms > 0:
+            for i in range(count):
+                x[i] = x[i] + s[i]
 
 
 @jit
@@ -125,11 +79,8 @@ def _replay_and_perturb_float32(  # type: ignore[no-untyped-def]
     out,
 ):
     """Replay and perturb these tiles of float32 ``stored`` in place: nothing is to be rounded."""
-    z, u, v = (
-        np.empty(TILE, np.float32),
-        np.empty(TILE // 4, np.float32),
-        np.empty((4, TILE // 4), np.float32),
-    )
+    z, s = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
+    u, v = np.empty(TILE // 4, np.float32), np.empty((4, TILE // 4), np.float32)
     words = np.empty((4, TILE // 4), np.uint32)
     for tile in tiles:
         lo = tile * TILE
@@ -141,12 +92,20 @@ def _replay_and_perturb_float32(  # type: ignore[no-untyped-def]
             if decay != f32(1.0):
                 for i in range(count):
                     x[i] = x[i] * decay
-            for k in range(directions.shape[1]):
-                c = coefficients[e, k]
-                if c != f32(0.0):
-                    fill_z(seed, here, directions[e, k], gaussian, bits_a_word, words, u, v, z)
-                    for i in range(count):
-                        x[i] = x[i] + z[i] * c
+            _add_directions(
+                x,
+                directions[e],
+                coefficients[e],
+                seed,
+                here,
+                gaussian,
+                bits_a_word,
+                words,
+                u,
+                v,
+                z,
+                s,
+            )
         for row in range(len(probes)):
             c, y = scales[row], out[row, lo : lo + count]
             if c == f32(0.0):
@@ -184,39 +143,47 @@ def _replay_and_perturb(  # type: ignore[no-untyped-def]
         np.empty(TILE // 4, np.float32),
         np.empty((4, TILE // 4), np.float32),
     )
-    words, halves = np.empty((4, TILE // 4), np.uint32), np.empty(TILE // 2, np.uint32)
+    words = np.empty((4, TILE // 4), np.uint32)
+    calls, halves = rounding_scratch()
     for tile in tiles:
         lo = tile * TILE
         count, here, in_z = min(TILE, len(stored) - lo), address + u64(lo), -1
         # Slices start at zero: a loop with an index that may be negative is not vectorised.
         here_stored = stored[lo : lo + count]
-        _load(here_stored, kind, x)
+        load(here_stored, kind, x)
         for e in range(len(steps)):
             decay = decays[e]
             if decay != f32(1.0):
                 for i in range(count):
                     x[i] = x[i] * decay
-            for k in range(directions.shape[1]):
-                c = coefficients[e, k]
-                if c != f32(0.0):
-                    fill_z(seed, here, directions[e, k], gaussian, bits_a_word, words, u, v, z)
-                    for i in range(count):
-                        x[i] = x[i] + z[i] * c
-                    in_z = -1
-            _round_stochastic(x[:count], kind, seed, here, steps[e], words, halves, y)
+            _add_directions(
+                x[:count],
+                directions[e],
+                coefficients[e],
+                seed,
+                here,
+                gaussian,
+                bits_a_word,
+                words,
+                u,
+                v,
+                z,
+                y,
+            )
+            round_stochastic(x[:count], kind, seed, here, steps[e], calls, halves, y)
         if len(steps) > 0:
-            _round_nearest(x, kind, here_stored)
+            round_nearest(x, kind, here_stored)
         for row in range(len(probes)):
             c = scales[row]
             if c == f32(0.0):
-                _round_nearest(x, kind, out[row, lo : lo + count])
+                round_nearest(x, kind, out[row, lo : lo + count])
                 continue
             if in_z < 0 or probes[row] != probes[in_z]:
                 fill_z(seed, here, probes[row], gaussian, bits_a_word, words, u, v, z)
                 in_z = row
             for i in range(count):
                 y[i] = x[i] + z[i] * c
-            _round_nearest(y, kind, out[row, lo : lo + count])
+            round_nearest(y, kind, out[row, lo : lo + count])
 
 
 @numba.njit(nogil=True, cache=True, parallel=True, error_model="numpy")
@@ -247,11 +214,6 @@ def _tiles_of(rows: p.Rows, count: int) -> np.ndarray:
         first[:, None] + spanned, np.minimum(first + rows.width, count)[:, None] - 1
     )
     return np.unique(inside // TILE)
-
-
-def _numpy(tensor: Tensor) -> np.ndarray:
-    """Return the tensor's memory: float32 as it is, the 16-bit types as their bits."""
-    return (tensor if tensor.dtype == torch.float32 else tensor.view(torch.uint16)).detach().numpy()
 
 
 @lru_cache(maxsize=256)
@@ -293,12 +255,56 @@ def replay_and_perturb_cpu(
     work: p.Pass,
     out: Tensor | None = None,
     rows: p.Rows | None = None,
+    matrices: tuple[p.Matrices, ...] = (),
 ) -> None:
     """Compute :func:`zo.method.kernels.replay_and_perturb` on CPU, on as many threads as torch."""
     if rows is not None and work.changes:
-        replay_and_perturb_cpu(weights, address, replace(work, probes=()))
+        replay_and_perturb_cpu(weights, address, replace(work, probes=()), matrices=matrices)
         work = replace(work, changes=())
-    count, stored = weights.numel(), _numpy(weights)
+    if work.distribution != "rank-one":
+        _replay_and_perturb_dense(weights, address, work, out, rows)
+        return
+    if replay_and_perturb_matrices(weights, address, work, out, rows, matrices):
+        return
+    for first, stop in spans_between(matrices, address, weights.numel()):
+        _replay_and_perturb_span(weights, address, _dense(work), out, first, stop)
+
+
+@lru_cache(maxsize=256)
+def _dense(work: p.Pass) -> p.Pass:
+    """Return a pass of rank-one directions as it is outside of matrices."""
+    return replace(work, distribution="rademacher")
+
+
+def _replay_and_perturb_span(
+    weights: Tensor, address: int, work: p.Pass, out: Tensor | None, first: int, stop: int
+) -> None:
+    """Replay and perturb elements ``first .. stop``, from any address."""
+    before = first % p.ALIGNMENT
+    aligned = slice(first - before, min(stop, first - before + p.ALIGNMENT) if before else stop)
+    if before == 0:
+        part = None if out is None else out[:, aligned]
+        _replay_and_perturb_dense(weights[aligned], address + first, work, part)
+        return
+    # The padding after a matrix: what stands before it in its line of addresses is not changed.
+    copy, written = weights[aligned].clone(), None if out is None else out[:, aligned].clone()
+    _replay_and_perturb_dense(copy, address + first - before, work, written)
+    weights[first : aligned.stop] = copy[before:]
+    if out is not None and written is not None:
+        out[:, first : aligned.stop] = written[:, before:]
+    if aligned.stop < stop:
+        _replay_and_perturb_span(weights, address, work, out, aligned.stop, stop)
+
+
+def _replay_and_perturb_dense(
+    weights: Tensor,
+    address: int,
+    work: p.Pass,
+    out: Tensor | None = None,
+    rows: p.Rows | None = None,
+) -> None:
+    """Replay and perturb with z that depends on nothing but the address."""
+    count, stored = weights.numel(), numpy_view(weights)
     arguments = (
         u64(address),
         u64(work.seed),
@@ -306,7 +312,7 @@ def replay_and_perturb_cpu(
         32,
         KINDS[weights.dtype],
         *_numbers(work),
-        np.zeros((0, 0), stored.dtype) if out is None else _numpy(out),
+        np.zeros((0, 0), stored.dtype) if out is None else numpy_view(out),
     )
     tiles = np.arange(-(-count // TILE)) if rows is None else _tiles_of(rows, count)
     threads = torch.get_num_threads() if len(tiles) * TILE >= PARALLEL_FROM else 1

@@ -18,13 +18,17 @@ TILE = 4096
 PARALLEL_FROM = 1 << 17
 """Below this many elements a second thread costs more than it gives."""
 
+ONE = np.uint32(0x3F800000)
+"""Bits of 1.0."""
+
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 BFLOAT16, FLOAT16 = 1, 2
 RADEMACHER, GAUSSIAN, ROUNDING = (
     np.uint64(v) for v in (Purpose.RADEMACHER, Purpose.GAUSSIAN, Purpose.ROUNDING)
 )
 
-u32, u64, i32, f32 = np.uint32, np.uint64, np.int32, np.float32
+u8, u32, u64 = np.uint8, np.uint32, np.uint64
+i32, i64, f32 = np.int32, np.int64, np.float32
 _MUL_0, _MUL_1, _WEYL_0, _WEYL_1 = u64(MULTIPLIER_0), u64(MULTIPLIER_1), u64(WEYL_0), u64(WEYL_1)
 _MASK, _32 = u64(0xFFFFFFFF), u64(32)
 _LOG_P, _SIN_P, _COS_P = (tuple(f32(c) for c in poly) for poly in (p.LOG_P, p.SIN_P, p.COS_P))
@@ -96,18 +100,19 @@ def _box_muller(words, count, u, v, z):  # type: ignore[no-untyped-def]
 
 
 @jit
-def _signs(words, count, bits_a_word, z):  # type: ignore[no-untyped-def]
-    """Fill ``z[:128 * count]`` from ``words[4, :count]``: a set bit is +1.
+def fill_signs(words, count, bits_a_word, one, bits):  # type: ignore[no-untyped-def]
+    """Fill ``bits[:128 * count]`` from ``words[4, :count]``: a set bit gives ``one``.
+
+    A cleared bit gives ``one`` with its sign bit, the uppermost of 32, turned.
 
     ``bits_a_word`` is 32, but not a constant: LLVM would unroll the inner loop before it could
     vectorise it, which takes four times as long.
     """
-    bits = z.view(np.uint32)
     for i in range(count):
         for j in range(4):
             cleared, signs = ~words[j, i], bits[128 * i + 32 * j : 128 * i + 32 * j + 32]
             for b in range(bits_a_word):
-                signs[b] = u32(0x3F800000) | ((cleared >> u32(b)) << u32(31))
+                signs[b] = one ^ ((cleared >> u32(b)) << u32(31))
 
 
 @jit
@@ -118,4 +123,4 @@ def fill_z(seed, address, direction, gaussian, bits_a_word, words, u, v, z):  # 
         _box_muller(words, TILE // 4, u, v, z)
     else:
         fill_words(seed, address // u64(128), direction, RADEMACHER, TILE // 128, words)
-        _signs(words, TILE // 128, bits_a_word, z)
+        fill_signs(words, TILE // 128, bits_a_word, ONE, z.view(np.uint32))
