@@ -46,7 +46,8 @@ def is_plain(module: nn.Module) -> bool:
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         return False
     hooks = (module._forward_hooks, module._forward_pre_hooks)
-    return module.weight.dim() == 2 and not any(hooks)
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    return weight.dim() == 2 and not any(hooks)
 
 
 def correct_linear(
@@ -131,11 +132,10 @@ class Probing:
     def _patch(self, name: str, module: nn.Module, written: set[str], in_chunks: set[str]) -> None:
         if any(_is_inside(name, outer) for outer in written - {name}):
             return
-        names = [
-            f"{name}.{leaf}" if name else leaf
-            for leaf, _ in module.named_parameters(recurse=name in written)
-        ]
-        own = list(dict.fromkeys(self._placed[n] for n in names if n in self._placed))
+        is_whole = name in written
+        leaves = (leaf for leaf, _ in module.named_parameters(recurse=is_whole))
+        found = (self._placed.get(_join(name, leaf)) for leaf in leaves)
+        own = [p for p in dict.fromkeys(found) if p and (is_whole or not _is_of_child(p, name))]
         if not own:
             return
         self._module_position[name] = self._position_of[own[0].name]
@@ -222,7 +222,7 @@ class Probing:
         def forward(x: Tensor) -> Tensor:
             probes = self._probes(part.parameter)
             if not probes:
-                return inner(x)
+                return inner(x)  # type: ignore[no-any-return]
             a, b, scales = self._factors(part, probes, x)
             written: Tensor | None = module.bias  # type: ignore[assignment]
             if written is not None:
@@ -287,6 +287,12 @@ class Probing:
 
 def _join(module: str, leaf: str) -> str:
     return f"{module}.{leaf}" if module else leaf
+
+
+def _is_of_child(parameter: Placed, module: str) -> bool:
+    """Return True if a module has a parameter because one that it contains has it (tied biases)."""
+    prefix = _join(module, "")
+    return any("." in n.removeprefix(prefix) for n in parameter.spec.names if n.startswith(prefix))
 
 
 def _is_inside(module: str, outer: str) -> bool:

@@ -85,7 +85,7 @@ def split(stacked: Any, count: int) -> list[Any]:
         if isinstance(leaf, Tensor) and leaf.dim() >= 2:
             if leaf.shape[0] % count:
                 raise ValueError(f"{tuple(leaf.shape)} does not split into {count}")
-            parts.append(leaf.split(leaf.shape[0] // count))
+            parts.append(torch.split(leaf, leaf.shape[0] // count))
         else:
             parts.append([leaf] * count)
     return [tree_unflatten([part[i] for part in parts], structure) for i in range(count)]

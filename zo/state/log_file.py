@@ -32,6 +32,9 @@ HEADER_TYPES: dict[str, type | tuple[type, ...]] = {
     "rule": str,
     "seed": int,
     "weight_decay": (int, float),
+    "order": list,
+    "meet": str,
+    "written": list,
 }
 
 

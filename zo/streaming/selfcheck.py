@@ -86,7 +86,7 @@ class Checked:
     """Modules that are one block with their descendants (see
     :func:`zo.model.blocks.find_layout`)."""
     first_visits: tuple[str, ...]
-    """Modules that enter blocks, in the order of the forward."""
+    """Modules that enter groups of the layout, in the order of the forward."""
     meet: str = ""
     """See :class:`zo.model.form.Form`."""
     written: frozenset[str] = frozenset()
@@ -144,7 +144,7 @@ def _check(
         visited, same = _compare(small, layout, forwards, device, distribution)
         unvisited = next((b for b in layout.blocks if b.index not in visited and b.trainable), None)
         if unvisited is None and same:
-            entered = tuple(m for b in visited for m in layout.blocks[b].modules)
+            entered = tuple(m for b in visited for m in layout.group_of[b].modules)
             if distribution != "rank-one":
                 return Checked(merged, entered)
             written = _read_outside_their_module(small, forwards)
