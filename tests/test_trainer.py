@@ -184,6 +184,16 @@ def test_a_loss_that_the_perturbation_does_not_change_is_reported(tmp_path, caps
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
 
 
+def test_pairs_that_differ_by_their_rounding_are_reported_once(tmp_path, capsys):
+    far = lambda model, batch: squares(model, batch).double() + torch.tensor([32e6, 0.0])  # noqa: E731
+    own(tmp_path, far, "run.steps=3").train()
+    assert capsys.readouterr().err.count("raise estimator.eps") == 1
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    for line in map(json.loads, lines):
+        assert 0 < line["pair_spread"] < 8 * line["pair_resolution"]
+        assert line["pair_resolution"] == pytest.approx(1e6 * 2.0**-24, rel=1e-3)
+
+
 def test_a_first_order_learning_rate_is_warned_about_and_not_forbidden(tmp_path, capsys):
     own(
         tmp_path, squares, "run.steps=1", "estimator.distribution=gaussian", "update.lr=2e-5"

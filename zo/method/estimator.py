@@ -44,20 +44,52 @@ class Estimator:
     """Number of directions q -> the rows, as (k < q, c) of the probe theta + c eps z_k."""
     pairs: Callable[[int], list[tuple[int, int]]]
     """Number of rows -> for each direction the two rows whose losses are subtracted."""
-    span: float
-    """Distance between the two along z_k, in eps."""
+    scalars: Callable[[LossTable, float], list[float]]
+    """A filled table and eps -> projected gradients, one per direction."""
+
+
+def _neighbours(rows: int) -> list[tuple[int, int]]:
+    return [(row, row + 1) for row in range(0, rows, 2)]
+
+
+def _with_first(rows: int) -> list[tuple[int, int]]:
+    return [(row, 0) for row in range(1, rows)]
+
+
+def _differences(table: LossTable, pairs: list[tuple[int, int]]) -> list[tuple[float, float]]:
+    """Return for each pair a difference of two losses, and the terms that each of them sums.
+
+    In a full table they are mean losses of the batch, of one term so to speak; in a diagonal one,
+    sums over the direction's own micro-batch.
+    """
+    if table.is_full:
+        losses = table.row_losses()
+        return [(losses[one] - losses[other], 1.0) for one, other in pairs]
+    of_cells = dict(zip(table.cells, table.cell_values(), strict=True))
+    width, found = len(pairs) // table.columns, []
+    for k, (one, other) in enumerate(pairs):
+        first, second = (of_cells[row, k // width] for row in (one, other))
+        found.append((first[0] - second[0] if first[1] else 0.0, first[1]))
+    return found
+
+
+def _slopes(table: LossTable, pairs: list[tuple[int, int]], length: float) -> list[float]:
+    """Return each pair's difference over its length, in mean losses of the batch."""
+    mean_terms = 1.0 if table.is_full else sum(table.column_terms()) / table.columns
+    found = _differences(table, pairs)
+    return [difference / length / mean_terms if mean_terms else nan for difference, _ in found]
 
 
 ESTIMATORS = {
     "spsa": Estimator(
         lambda q: [(k, c) for k in range(q) for c in (1.0, -1.0)],
-        lambda rows: [(row, row + 1) for row in range(0, rows, 2)],
-        2.0,
+        _neighbours,
+        lambda table, eps: _slopes(table, _neighbours(table.rows), 2 * eps),
     ),
     "one-sided": Estimator(
         lambda q: [(0, 0.0), *((k, 1.0) for k in range(q))],
-        lambda rows: [(row, 0) for row in range(1, rows)],
-        1.0,
+        _with_first,
+        lambda table, eps: _slopes(table, _with_first(table.rows), eps),
     ),
 }
 """The estimators, by the name that ``estimator.name`` takes."""
@@ -129,36 +161,13 @@ def empty_table(name: str, step: int, directions: int, eps: float, grid: Grid) -
     return LossTable(probes(name, step, directions, eps), columns, cells, grid.fold)
 
 
-def _differences(name: str, table: LossTable) -> list[tuple[float, float]]:
-    """Return for each direction a difference of two losses, and the terms that each of them sums.
-
-    In a full table they are mean losses of the batch, of one term so to speak; in a diagonal one,
-    sums over the direction's own micro-batch.
-    """
-    pairs = ESTIMATORS[name].pairs(table.rows)
-    if table.is_full:
-        losses = table.row_losses()
-        return [(losses[one] - losses[other], 1.0) for one, other in pairs]
-    of_cells = dict(zip(table.cells, table.cell_values(), strict=True))
-    width, found = len(pairs) // table.columns, []
-    for k, (one, other) in enumerate(pairs):
-        first, second = (of_cells[row, k // width] for row in (one, other))
-        found.append((first[0] - second[0] if first[1] else 0.0, first[1]))
-    return found
-
-
 def estimate(name: str, table: LossTable, eps: float) -> tuple[tuple[float, ...], int]:
     """Return the projected gradients of a filled table, and the number that were not finite.
 
     They are float32 values; those that were not finite are zero. A direction whose micro-batch has
     no terms has a projected gradient of zero.
     """
-    mean_terms = 1.0 if table.is_full else sum(table.column_terms()) / table.columns
-    length = ESTIMATORS[name].span * eps
-    raw = [
-        float32(difference / length / mean_terms) if mean_terms else nan
-        for difference, _ in _differences(name, table)
-    ]
+    raw = [float32(g) for g in ESTIMATORS[name].scalars(table, eps)]
     kept = tuple(g if isfinite(g) else 0.0 for g in raw)
     return kept, sum(not isfinite(g) for g in raw)
 
@@ -170,7 +179,8 @@ def spread(name: str, table: LossTable) -> tuple[float, float]:
         Root mean square of the difference of a pair's mean losses, and the unit roundoff of float32
         times the mean absolute loss; over the losses that are finite, not-a-number where none is.
     """
-    apart = [d / terms for d, terms in _differences(name, table) if terms and isfinite(d)]
+    found = _differences(table, ESTIMATORS[name].pairs(table.rows))
+    apart = [difference / terms for difference, terms in found if terms and isfinite(difference)]
     losses = [
         abs(cell[0] / cell[1])
         for cell in table.cell_values()
