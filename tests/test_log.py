@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,12 @@ def test_what_was_appended_is_read_back(tmp_path):
     header, entries = read(tmp_path / "steps.log")
     assert header == HEADER
     assert entries == [entry(step) for step in range(1, 6)]
+
+
+def test_logs_that_reach_other_parts_are_not_the_same():
+    """A snapshot of one would be taken for the other's."""
+    digests = {Log(HEADER, [replace(entry(1), part=part)]).digest(1) for part in (0, 1, 2)}
+    assert len(digests) == 3
 
 
 def test_an_entry_is_a_few_dozen_bytes(tmp_path):
