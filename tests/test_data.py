@@ -78,7 +78,7 @@ def test_padding_does_not_change_the_loss_of_a_choice(info):
     model, words = make_llama(), [7, 10]
     examples = [Example((5, 6, 7), 0), Example((8, 9, 10, 11, 12, 13, 14), 1)]
     task = tasks.choice(info, 0, words)
-    together = task.terms(model, task.collate(examples))
+    together = task.terms(model, task.collate(examples, examples))
     alone = []
     for example in examples:
         logits = model(input_ids=torch.tensor([example.ids])).logits[0, -1, words]
@@ -93,7 +93,7 @@ def test_only_the_tokens_of_a_completion_have_a_loss(info):
     model = make_llama()
     examples = [Example((5, 6, 7, 8, 9), 2), Example((8, 9, 10, 11, 12, 13, 14), 6)]
     task = tasks.completion(info, 0)
-    found, expected = task.terms(model, task.collate(examples)), 0
+    found, expected = task.terms(model, task.collate(examples, examples)), 0
     for e in examples:
         scores = model(input_ids=torch.tensor([e.ids])).logits[0].log_softmax(-1)
         expected -= sum(scores[i - 1, e.ids[i]].double() for i in range(e.target, len(e.ids)))
@@ -114,7 +114,7 @@ def test_padding_does_not_change_the_loss_of_a_class():
     model = BertForSequenceClassification(BertConfig(**sizes, num_labels=3)).eval()
     task = tasks.classification(CLASSIFIER, 0)
     examples = [Example((5, 6, 7), 0), Example((8, 9, 10, 11, 12, 13, 14), 2)]
-    found = task.terms(model, task.collate(examples))
+    found = task.terms(model, task.collate(examples, examples))
     alone = [
         -model(input_ids=torch.tensor([e.ids])).logits[0].log_softmax(-1)[e.target].double()
         for e in examples
@@ -126,7 +126,7 @@ def test_padding_does_not_change_the_loss_of_a_class():
 def test_the_loss_of_a_bf16_model_has_the_resolution_of_float32():
     """A bf16 loss moves in steps of 1/128: the difference of two probes would be zero or noise."""
     model, task = make_llama().to(torch.bfloat16), tasks.completion(CAUSAL, 0)
-    loss = task.objective(model, task.collate([Example((5, 6, 7, 8, 9), 1)]))[0]
+    loss = task.objective(model, task.collate(*[[Example((5, 6, 7, 8, 9), 1)]] * 2))[0]
     assert loss.dtype == torch.float64
     assert float(loss) != float(loss.to(torch.bfloat16))
 

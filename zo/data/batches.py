@@ -37,9 +37,22 @@ class Data:
         dev: Sequence[Example],
         batch: BatchConfig,
         seed: int,
+        together: int = 1,
+        dev_batch: int | None = None,
     ) -> None:
-        """Store the examples; draw nothing yet."""
+        """Store the examples; draw nothing yet.
+
+        Args:
+            task: of the examples.
+            train: to draw from.
+            dev: to evaluate on.
+            batch: sizes of a step and a micro-batch.
+            seed: the run's.
+            together: consecutive micro-batches that are padded to one length, those of a fold.
+            dev_batch: examples of a batch to evaluate on; as many as in a micro-batch by default.
+        """
         self.task, self.train, self.dev, self.batch, self.seed = task, train, dev, batch, seed
+        self._together, self._dev_batch = together, dev_batch or batch.micro
 
     def batches(self, step: int, column: int) -> Batch:
         """Return the micro-batch of a step (from 0) and a column."""
@@ -48,14 +61,17 @@ class Data:
             for i in sequence_numbers(self.seed, step, self.batch.sequences, len(self.train))
         ]
         drawn.sort(key=lambda e: len(e.ids))
-        micro = self.batch.micro
-        return self.task.collate(drawn[column * micro : (column + 1) * micro])
+        micro, wide = self.batch.micro, self.batch.micro * self._together
+        first = column // self._together * wide
+        among = drawn[first : first + wide]
+        return self.task.collate(drawn[column * micro : (column + 1) * micro], among)
 
     @cached_property
     def dev_batches(self) -> list[Batch]:
         """Batches of the examples to evaluate on, sorted by length."""
-        ordered, micro = sorted(self.dev, key=lambda e: len(e.ids)), self.batch.micro
-        return [self.task.collate(ordered[i : i + micro]) for i in range(0, len(ordered), micro)]
+        ordered, size = sorted(self.dev, key=lambda e: len(e.ids)), self._dev_batch
+        batches = (ordered[i : i + size] for i in range(0, len(ordered), size))
+        return [self.task.collate(batch, batch) for batch in batches]
 
     @cached_property
     def checksum(self) -> str:
@@ -79,7 +95,8 @@ class SyntheticData(Data):
     def batches(self, step: int, column: int) -> Batch:
         """Return the micro-batch of a step (from 0) and a column."""
         first = step * self.batch.sequences + column * self.batch.micro
-        return self.task.collate([self._example(first + i) for i in range(self.batch.micro)])
+        examples = [self._example(first + i) for i in range(self.batch.micro)]
+        return self.task.collate(examples, examples)
 
     def _example(self, number: int) -> Example:
         count = self.batch.max_tokens
@@ -127,7 +144,10 @@ def build_data(
         task, encode = tasks.completion(info, pad), encoder.completion()
     train = [encode(origin, row) for origin, row in rows.train_with_origins()]
     dev = [encode(origin, row) for origin, row in rows.dev_with_origins()]
-    return Data(task, train, dev, config.batch, config.run.seed)
+    grid, batch = config.grid, config.batch
+    # As many rows go through a product at once as in training.
+    together, at_once = max(1, grid.fold // grid.height), grid.fold * batch.micro
+    return Data(task, train, dev, batch, config.run.seed, together, at_once)
 
 
 def pad_id(tokenizer: Any) -> int:

@@ -39,7 +39,8 @@ class Task:
     """Collation, loss and scores of one kind of example."""
 
     kind: str
-    collate: Callable[[Sequence[Example]], Batch]
+    collate: Callable[[Sequence[Example], Sequence[Example]], Batch]
+    """Make a micro-batch of examples; the second ones, among which they are, decide its length."""
     terms: Callable[[nn.Module, Batch], Tensor]
     """Return float64 of shape ``[3]``: sum of losses, number of terms, correct decisions."""
 
@@ -60,8 +61,8 @@ def choice(info: ModelInfo, pad: int, word_ids: Sequence[int]) -> Task:
     # Cached per device: a copy in every forward would make the host wait for the device.
     words = cache(lambda device: torch.tensor(word_ids, device=device))
 
-    def collate(examples: Sequence[Example]) -> Batch:
-        return _pad_left(examples, info, pad) | {
+    def collate(examples: Sequence[Example], among: Sequence[Example]) -> Batch:
+        return _pad_left(examples, among, info, pad) | {
             "labels": torch.tensor([e.target for e in examples])
         }
 
@@ -75,12 +76,12 @@ def choice(info: ModelInfo, pad: int, word_ids: Sequence[int]) -> Task:
 def completion(info: ModelInfo, pad: int) -> Task:
     """Return the task of predicting the tokens of a completion, or of a whole text."""
 
-    def collate(examples: Sequence[Example]) -> Batch:
-        longest = max(len(e.ids) - e.target for e in examples)
+    def collate(examples: Sequence[Example], among: Sequence[Example]) -> Batch:
+        longest = max(len(e.ids) - e.target for e in among)
         labels = torch.full((len(examples), longest), IGNORED)
         for row, e in zip(labels, examples, strict=True):
             row[longest - (len(e.ids) - e.target) :] = torch.tensor(e.ids[e.target :])
-        return _pad_left(examples, info, pad) | {"labels": labels}
+        return _pad_left(examples, among, info, pad) | {"labels": labels}
 
     def terms(model: nn.Module, batch: Batch) -> Tensor:
         labels = batch["labels"]
@@ -97,8 +98,8 @@ def completion(info: ModelInfo, pad: int) -> Task:
 def classification(info: ModelInfo, pad: int) -> Task:
     """Return the task of a sequence classifier."""
 
-    def collate(examples: Sequence[Example]) -> Batch:
-        longest = max(len(e.ids) for e in examples)
+    def collate(examples: Sequence[Example], among: Sequence[Example]) -> Batch:
+        longest = max(len(e.ids) for e in among)
         ids = torch.full((len(examples), longest), pad)
         mask = torch.zeros_like(ids)
         for i, e in enumerate(examples):
@@ -112,9 +113,11 @@ def classification(info: ModelInfo, pad: int) -> Task:
     return Task("class", collate, terms)
 
 
-def _pad_left(examples: Sequence[Example], info: ModelInfo, pad: int) -> dict[str, Tensor]:
-    """Return token ids and masks, ``[B, T]``, left-padded to the longest example."""
-    longest = max(len(e.ids) for e in examples)
+def _pad_left(
+    examples: Sequence[Example], among: Sequence[Example], info: ModelInfo, pad: int
+) -> dict[str, Tensor]:
+    """Return token ids and masks, ``[B, T]``, left-padded to the longest of ``among``."""
+    longest = max(len(e.ids) for e in among)
     ids = torch.full((len(examples), longest), pad)
     mask = torch.zeros_like(ids)
     for i, e in enumerate(examples):
