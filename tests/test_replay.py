@@ -1,5 +1,7 @@
 """Replay says beforehand if entries can change a block."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import make_llama
@@ -12,10 +14,10 @@ from zo.state.replay import Replay
 HEADER = {"directions": 2, "seed": 1, "distribution": "rademacher", "rule": "sgd"}
 
 
-def blocks():
+def layout():
     model = make_llama()
     model.model.layers[0].requires_grad_(False)
-    return find_layout(model, "layer").blocks
+    return find_layout(model, "layer")
 
 
 @pytest.mark.parametrize(
@@ -28,8 +30,9 @@ def test_what_changes_nothing_is_known_and_what_changes_something_too(scalars, w
         {**HEADER, "weight_decay": weight_decay},
         [Entry(1, 1, 1e-2, scalars), Entry(2, 2, 1e-2, (0.0, 0.0))],
     )
-    replay, answers = Replay(log), set()
-    for block in blocks():
+    of = layout()
+    replay, answers = Replay(log, of), set()
+    for block in of.blocks:
         image = torch.zeros(block.size_bytes, dtype=torch.uint8)
         for flat in block.carve(image):
             flat.copy_(torch.randn(flat.numel()))
@@ -42,3 +45,31 @@ def test_what_changes_nothing_is_known_and_what_changes_something_too(scalars, w
             assert said == (not torch.equal(image, replayed))
     assert False in answers
     assert (True in answers) == (scalars != (0.0, 0.0) or weight_decay > 0)
+
+
+def test_replay_changes_nothing_that_a_part_does_not_reach():
+    """Blocks in the order of the forward, which is not that of their addresses."""
+    of = layout()
+    order = [0, 2, 1, 3]
+    entries = [Entry(s, s, 0.5, (1.0, 1.0), part) for s, part in enumerate((2, 0, 3, 1, 0), 1)]
+    log = Log({**HEADER, "weight_decay": 0.1, "order": order}, entries[:1])
+    replay = Replay(log, of)
+    replay.visit(of.blocks[0], _zeros(of.blocks[0]), 0)
+    log.extend(entries[1:])
+    for block in of.blocks:
+        position = order.index(block.index)
+        reached = [e for e in entries if e.part <= position]
+        for version in (0, 1, 3):
+            found, expected = _zeros(block), _zeros(block)
+            assert replay.visit(block, found, version) == 5
+            for entry in (e for e in reached if e.step > version):
+                alone = Log(log.header | {"order": None}, entries[: entry.step - 1])
+                alone.extend([replace(entry, part=0)])
+                Replay(alone, of).visit(block, expected, entry.step - 1)
+            assert all(map(torch.equal, found, expected)), (block.name, version)
+            said = replay.changes_anything(block, version, 5)
+            assert said == (any(e.step > version for e in reached) and bool(block.trainable))
+
+
+def _zeros(block):
+    return block.carve(torch.zeros(block.size_bytes, dtype=torch.uint8))

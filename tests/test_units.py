@@ -39,7 +39,7 @@ ELSEWHERE = {
 @pytest.mark.parametrize("name", FAMILIES)
 def test_most_families_are_served_module_by_module(name):
     model = build(name)
-    merged = self_check([model], forwards(model), CPU, "rademacher", "module")
+    merged = self_check([model], forwards(model), CPU, "rademacher", "module").merged
     layout = find_layout(model, "module", merged)
     owners = {n.rpartition(".")[0] for n, _ in model.named_parameters()}
     assert len(layout.blocks) >= 0.8 * len(owners)
@@ -49,7 +49,7 @@ def test_most_families_are_served_module_by_module(name):
 def test_a_weight_that_is_read_elsewhere_coarsens_its_block_alone(name):
     torch.manual_seed(0)
     model = ELSEWHERE[name]().eval()
-    merged = self_check([model], forwards(model), CPU, "rademacher", "module")
+    merged = self_check([model], forwards(model), CPU, "rademacher", "module").merged
     assert merged
     fine, coarse = find_layout(model, "module"), find_layout(model, "module", merged)
     assert len(coarse.groups) < len(coarse.blocks) < len(fine.blocks)
@@ -96,7 +96,7 @@ class Keeps(nn.Module):
 def test_what_the_watch_cannot_see_the_bits_tell():
     torch.manual_seed(0)
     model, x = Keeps(), torch.randn(2, 8)
-    merged = self_check([model], [lambda m: m(x)], CPU, "rademacher", "module")
+    merged = self_check([model], [lambda m: m(x)], CPU, "rademacher", "module").merged
     assert merged == {"layers.*"}
 
 
@@ -188,7 +188,7 @@ def test_a_head_whose_chunks_have_other_bits_is_not_chunked(monkeypatch):
 
     monkeypatch.setattr(lockstep.Lockstep, "_head", inexact)
     model = build("qwen3")
-    merged = self_check([model], forwards(model), CPU, "rademacher", "module")
+    merged = self_check([model], forwards(model), CPU, "rademacher", "module").merged
     layout = find_layout(model, "module", merged)
     assert "lm_head" in merged
     assert all(part.rows is None for block in layout.blocks for part in block.parts)

@@ -82,7 +82,7 @@ def split(stacked: Any, count: int) -> list[Any]:
     leaves, structure = tree_flatten(stacked)
     parts: list[Sequence[Any]] = []
     for leaf in leaves:
-        if isinstance(leaf, Tensor) and leaf.dim() >= 2:
+        if _has_batch(leaf) and leaf.shape[0] > 1:
             if leaf.shape[0] % count:
                 raise ValueError(f"{tuple(leaf.shape)} does not split into {count}")
             parts.append(torch.split(leaf, leaf.shape[0] // count))
