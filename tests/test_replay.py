@@ -50,7 +50,7 @@ def test_what_changes_nothing_is_known_and_what_changes_something_too(scalars, w
 def test_replay_changes_nothing_that_a_part_does_not_reach():
     """Blocks in the order of the forward, which is not that of their addresses."""
     of = layout()
-    order = [0, 2, 1, 3]
+    order = [0, 2, 1, 3, 4]
     entries = [Entry(s, s, 0.5, (1.0, 1.0), part) for s, part in enumerate((2, 0, 3, 1, 0), 1)]
     log = Log({**HEADER, "weight_decay": 0.1, "order": order}, entries[:1])
     replay = Replay(log, of)
