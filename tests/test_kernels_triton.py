@@ -13,7 +13,7 @@ import torch
 from test_perturbation import bits
 
 from zo.method.estimator import float32
-from zo.method.perturbation import STORED_DTYPES, Change, Pass, Probe, Z
+from zo.method.perturbation import STORED_DTYPES, Change, Matrices, Pass, Probe, Z
 
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
@@ -64,36 +64,93 @@ def compare():
             )
 
 
+RANK_ONE_CASES = [
+    (dtype, shapes, changes)
+    for dtype in ("float32", "bfloat16", "float16")
+    for shapes, changes in (
+        (((5, 77), (40, 3)), ("five", "zeros")),
+        (((3, 31, 40), (1, 1)), ("zeros", "three")),
+        (((2, 2500),), ()),
+    )
+]
+
+
+def compare_rank_one():
+    """Run every case; called in the process with the interpreter."""
+    import torch
+    from test_perturbation import SEED, weights
+    from test_rank_one import CHANGES, PROBES, START, placed
+
+    from zo.method.kernels import triton_rank_one
+    from zo.method.kernels.triton import replay_and_perturb_triton
+    from zo.method.kernels.triton_factors import factor_signs_triton
+    from zo.method.perturbation import factor_signs_reference, replay_and_perturb_reference
+    from zo.method.philox import Purpose
+
+    def replayed(function):
+        stored = weights(count, dtype)
+        stored[::7] = -0.0
+        out = torch.zeros(len(PROBES), count - 128, dtype=dtype)
+        function(stored[128:], START + 128, work, out, None, matrices)
+        return torch.cat((bits(stored), bits(out).reshape(-1)))
+
+    for name, shapes, changes in RANK_ONE_CASES:
+        matrices, count = placed(*shapes)
+        made = tuple(one for key in changes for one in CHANGES[key])
+        work, dtype = Pass(SEED, "rank-one", made, PROBES), getattr(torch, name)
+        expected = replayed(replay_and_perturb_reference)
+        for most_words in (1 << 24, 1)[: len(made)]:  # one launch for all changes, and one each
+            triton_rank_one.MOST_WORDS = most_words
+            assert torch.equal(replayed(replay_and_perturb_triton), expected), (name, shapes)
+        for start, number in ((START, 3000), (START + 77, 5)):
+            stream = SEED, [3, 2**32 - 1], start, number, Purpose.COLUMN, dtype
+            assert torch.equal(factor_signs_triton(*stream, "cpu"), factor_signs_reference(*stream))
+
+
 @pytest.mark.slow
-def test_the_triton_kernel_has_the_bits_of_the_equation():
+@pytest.mark.parametrize("compared", ["compare", "compare_rank_one"])
+def test_the_triton_kernel_has_the_bits_of_the_equation(compared):
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.path.dirname(__file__)}
-    command = [sys.executable, "-c", "import test_kernels_triton; test_kernels_triton.compare()"]
+    command = [
+        sys.executable,
+        "-c",
+        f"import test_kernels_triton; test_kernels_triton.{compared}()",
+    ]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
 
 
 def specialized(work, dtype, address, count=4096):
     """What Triton's own binder for an sm_90 specialises on: signature and values."""
+    from zo.method.kernels import triton as k
+    from zo.method.kernels import triton_rank_one as rank_one
+    from zo.method.kernels.triton_common import VECTOR, table_of
+
+    stored = torch.zeros(count, dtype=dtype)
+    out = torch.zeros(max(1, len(work.probes)), count, dtype=dtype) if work.probes else None
+    usual = (stored, address, work, table_of(work, stored.device, 0), out)
+    if work.distribution != "rank-one":
+        return bound(k._replay_and_perturb, *k.arguments(*usual))
+    matrices = (Matrices(address, count, 1, count),)
+    unit = VECTOR if count % VECTOR == 0 else 1
+    cut = rank_one.cut_of(address, count, matrices, unit, stored.device, 0)
+    factors = torch.zeros(1, cut.length, dtype=torch.int32)
+    return bound(rank_one._replay_and_perturb, *rank_one.arguments(*usual, cut, factors))
+
+
+def bound(kernel, positional, named):
+    """What Triton's own binder for an sm_90 specialises a kernel on, its source and options."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, make_backend
     from triton.runtime.jit import create_function_from_signature
 
-    from zo.method.kernels import triton as k
-
-    stored = torch.zeros(count, dtype=dtype)
-    out = torch.zeros(max(1, len(work.probes)), count, dtype=dtype) if work.probes else None
     backend = make_backend(GPUTarget("cuda", 90, 32))
-    bind = create_function_from_signature(
-        k._replay_and_perturb.signature, k._replay_and_perturb.params, backend
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    values, specialization, options = bind(*positional, **named)
+    _, signature, constants, attributes = kernel._pack_args(
+        backend, dict(options), values, specialization, options
     )
-    positional, named = k.arguments(stored, address, work, k._table(work, stored.device, 0), out)
-    bound, specialization, options = bind(*positional, **named)
-    _, signature, constants, attributes = k._replay_and_perturb._pack_args(
-        backend, dict(options), bound, specialization, options
-    )
-    source = ASTSource(
-        fn=k._replay_and_perturb, signature=signature, constexprs=constants, attrs=attributes
-    )
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     return str(specialization), source, options
 
 
@@ -104,7 +161,8 @@ def changes(lag, directions):
     )
 
 
-def test_nothing_that_changes_within_a_run_compiles_another_variant():
+@pytest.mark.parametrize("distribution", ["rademacher", "rank-one"])
+def test_nothing_that_changes_within_a_run_compiles_another_variant(distribution):
     """A variant takes seconds to compile: a run would stand still the first time that 16 entries
     lag, and again at the first parameter beyond 2**31, and ranks would wait for one that compiles.
     """
@@ -114,11 +172,11 @@ def test_nothing_that_changes_within_a_run_compiles_another_variant():
             for probes in (0, 1, 2, 16):
                 for address in (0, 128, 2**31, 2**31 + 128, 2**39):
                     work = Pass(
-                        1, "rademacher", changes(lag, directions), (Probe(1, 1.0),) * probes
+                        1, distribution, changes(lag, directions), (Probe(1, 1.0),) * probes
                     )
                     variants.add(specialized(work, torch.bfloat16, address)[0])
     for count in (16, 32, 4096, 100_000):
-        variants.add(specialized(Pass(1, "rademacher"), torch.bfloat16, 0, count)[0])
+        variants.add(specialized(Pass(1, distribution), torch.bfloat16, 0, count)[0])
     assert len(variants) == 1, variants
 
 
@@ -133,16 +191,16 @@ def test_a_segment_of_any_size_needs_one_more_variant():
 
 def test_one_table_serves_all_segments_of_a_pass():
     """Else each of hundreds of segments costs a list, a tensor, a locked buffer and a copy."""
-    from zo.method.kernels.triton import _table
+    from zo.method.kernels.triton_common import table_of
 
     device = torch.device("cpu")
-    first = _table(Pass(1, "rademacher", changes(3, 2)), device, 0)
-    assert _table(Pass(1, "rademacher", changes(3, 2)), device, 0) is first
+    first = table_of(Pass(1, "rademacher", changes(3, 2)), device, 0)
+    assert table_of(Pass(1, "rademacher", changes(3, 2)), device, 0) is first
     assert (
-        _table(Pass(1, "rademacher", changes(3, 2)), device, 7) is not None
+        table_of(Pass(1, "rademacher", changes(3, 2)), device, 7) is not None
     )  # of another stream: an upload of its own
-    assert not torch.equal(_table(Pass(2, "rademacher", changes(3, 2)), device, 0), first)
-    assert _table.cache_info().maxsize is not None
+    assert not torch.equal(table_of(Pass(2, "rademacher", changes(3, 2)), device, 0), first)
+    assert table_of.cache_info().maxsize is not None
 
 
 CASES_PTX = [
@@ -150,7 +208,7 @@ CASES_PTX = [
         capability,
         distribution,
         dtype,
-        marks=() if capability == 80 and i in (0, 1, 5) else pytest.mark.slow,
+        marks=() if capability == 80 and i in (0, 1, 5, 7) else pytest.mark.slow,
         id=f"sm_{capability}-{distribution}-{str(dtype)[6:]}",
     )
     for capability in (80, 90, 100)

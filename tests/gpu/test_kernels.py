@@ -8,14 +8,18 @@ import pytest
 import torch
 
 from zo.method.kernels import replay_and_perturb
+from zo.method.kernels.factors import factor_signs
 from zo.method.perturbation import (
     STORED_DTYPES,
     Change,
+    Matrices,
     Pass,
     Probe,
     Z,
+    factor_signs_reference,
     replay_and_perturb_reference,
 )
+from zo.method.philox import Purpose
 
 EPS = 2.0**-10
 COUNT = 1_000_003
@@ -23,6 +27,8 @@ CHANGES = (
     Change(7, (14, 15), (2.0**-13, -(2.0**-15)), 1 - 2.0**-12),
     Change(8, (16, 17), (2.0**-19, 0.0)),
 )
+MATRICES = (Matrices(2**39, 3 * 333 * 1000, 333, 1000),)
+"""Experts, which leave some elements at the end."""
 PROBES = (Probe(18, EPS), Probe(18, -EPS), Probe(19, EPS), Probe(0, 0.0))
 
 
@@ -75,8 +81,8 @@ def test_the_kernel_has_the_bits_of_the_equation(distribution, dtype, weights):
     found = expected.cuda()
     expected_out = torch.zeros(len(probes), COUNT, dtype=dtype)
     found_out = torch.zeros(len(probes), COUNT, dtype=dtype, device="cuda")
-    replay_and_perturb_reference(expected, address, work, expected_out)
-    replay_and_perturb(found, address, work, found_out)
+    replay_and_perturb_reference(expected, address, work, expected_out, None, MATRICES)
+    replay_and_perturb(found, address, work, found_out, None, MATRICES)
     assert same_bits(found, expected)
     assert same_bits(found_out, expected_out)
 
@@ -94,6 +100,14 @@ def test_nothing_is_written_outside_a_segment(count):
     assert torch.equal(segment.cpu(), expected)
     assert bool((memory[:2048] == 7).all())
     assert bool((memory[2048 + count :] == 7).all())
+
+
+@pytest.mark.parametrize("dtype", STORED_DTYPES)
+@pytest.mark.parametrize(("start", "count"), [(2**33 + 77, 100_000), (3, 5)])
+def test_factors_are_those_of_the_equation(dtype, start, count):
+    """A corrected output on a GPU must be of the direction that replay applies."""
+    stream = 2**63 + 1, [7, 2**32 - 1], start, count, Purpose.ROW, dtype
+    assert torch.equal(factor_signs(*stream, "cuda").cpu(), factor_signs_reference(*stream))
 
 
 def test_a_second_stream_waits_for_its_own_upload():

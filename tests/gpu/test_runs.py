@@ -55,7 +55,7 @@ def test_every_store_gives_the_same_bits(overrides, tmp_path, dtype):
     assert len(set(map(str, found.values()))) == 1, found
 
 
-@pytest.mark.parametrize("distribution", ["rademacher", "gaussian"])
+@pytest.mark.parametrize("distribution", ["rademacher", "gaussian", "rank-one"])
 def test_a_run_repeated_has_equal_bits(overrides, tmp_path, distribution):
     """An operation that sums by atomics gives other bits each time; a resume would then fork."""
     settings = [*overrides, *GPU, f"estimator.distribution={distribution}", "run.steps=8"]

@@ -34,7 +34,7 @@ from zo.method.passes import Change as Change
 from zo.method.passes import Matrices as Matrices
 from zo.method.passes import Pass as Pass
 from zo.method.passes import Probe as Probe
-from zo.method.philox import Purpose, words
+from zo.method.philox import MASK, Purpose, words
 from zo.method.rounding import round_stochastic, rounding_bits
 
 ALIGNMENT = 128
@@ -96,6 +96,7 @@ def factor_signs_reference(
     device: torch.device | str = "cpu",
 ) -> Tensor:
     """Compute :func:`zo.method.kernels.factors.factor_signs` in plain torch, on any device."""
+    assert all(0 <= direction <= MASK for direction in directions), directions
     first = start // 128
     calls = torch.arange(first, (start + count + 127) // 128, dtype=torch.int64, device=device)
     streams = torch.tensor(directions, dtype=torch.int64, device=device)

@@ -38,10 +38,13 @@ from zo.method.passes import GROUP
 
 @jit
 def _add_directions(  # type: ignore[no-untyped-def]
-    x, directions, coefficients, seed, here, gaussian, bits_a_word, words, u, v, z, s
+    x, directions, coefficients, seed, here, gaussian, bits_a_word, scratch, s
 ):
-    """Add a change's directions to ``x``, in groups; the rest is scratch (see :func:`fill_z`)."""
-    count = len(x)
+    """Add a change's directions to ``x``, in groups.
+
+    ``scratch`` is that of :func:`fill_z`, z the last; ``s`` is scratch too.
+    """
+    count, (words, u, v, z) = len(x), scratch
     for first in range(0, len(directions), GROUP):
         terms = 0
         for k in range(first, min(first + GROUP, len(directions))):
@@ -92,20 +95,8 @@ def _replay_and_perturb_float32(  # type: ignore[no-untyped-def]
             if decay != f32(1.0):
                 for i in range(count):
                     x[i] = x[i] * decay
-            _add_directions(
-                x,
-                directions[e],
-                coefficients[e],
-                seed,
-                here,
-                gaussian,
-                bits_a_word,
-                words,
-                u,
-                v,
-                z,
-                s,
-            )
+            pair = directions[e], coefficients[e]
+            _add_directions(x, *pair, seed, here, gaussian, bits_a_word, (words, u, v, z), s)
         for row in range(len(probes)):
             c, y = scales[row], out[row, lo : lo + count]
             if c == f32(0.0):
@@ -156,19 +147,9 @@ def _replay_and_perturb(  # type: ignore[no-untyped-def]
             if decay != f32(1.0):
                 for i in range(count):
                     x[i] = x[i] * decay
+            pair = directions[e], coefficients[e]
             _add_directions(
-                x[:count],
-                directions[e],
-                coefficients[e],
-                seed,
-                here,
-                gaussian,
-                bits_a_word,
-                words,
-                u,
-                v,
-                z,
-                y,
+                x[:count], *pair, seed, here, gaussian, bits_a_word, (words, u, v, z), y
             )
             round_stochastic(x[:count], kind, seed, here, steps[e], calls, halves, y)
         if len(steps) > 0:

@@ -16,6 +16,7 @@ from zo.method.philox import Purpose
 
 KERNELS = {
     "cpu": ("zo.method.kernels.cpu_factors", "factor_signs_cpu"),
+    "cuda": ("zo.method.kernels.triton_factors", "factor_signs_triton"),
 }
 """Module and function by type of device; any other device computes the equation in plain torch."""
 
