@@ -5,7 +5,11 @@ import torch
 from conftest import make_llama
 
 from zo.method.entry import Entry
+from zo.method.passes import Matrices
+from zo.method.perturbation import rank_one
+from zo.method.update import RULES
 from zo.model.blocks import find_layout
+from zo.model.layout import GRAIN, views
 from zo.state.log import Log
 from zo.state.replay import Replay
 
@@ -42,3 +46,23 @@ def test_what_changes_nothing_is_known_and_what_changes_something_too(scalars, w
             assert said == (not torch.equal(image, replayed))
     assert False in answers
     assert (True in answers) == (scalars != (0.0, 0.0) or weight_decay > 0)
+
+
+@pytest.mark.parametrize("unit", ["layer", "module"])
+def test_rank_one_directions_follow_the_parameters_however_they_are_cut(unit, monkeypatch):
+    """A block of a vocabulary's rows, or a slice, replays what the whole matrix would."""
+    monkeypatch.setattr("zo.model.blocks.CHUNK_BYTES", 1024)
+    entry = Entry(1, 1, 1e-2, (0.5, -3.0))
+    header = {**HEADER, "distribution": "rank-one", "weight_decay": 0.0}
+    replay, change = Replay(Log(header, [entry])), RULES["sgd"](entry, 0.0)
+    for block in find_layout(make_llama(vocab_size=200), unit).blocks:
+        image = torch.zeros(block.size_bytes, dtype=torch.uint8)
+        for start in range(0, block.size_bytes, GRAIN):
+            replay.catch_up(block, image[start : start + GRAIN], start, 0, 1)
+        for part, view in views(block, block.carve(image)):
+            p = part.parameter
+            first, stop = part.start - p.start, part.start - p.start + part.numel
+            whole = [Matrices(p.start, p.numel, *p.spec.shape[-2:])] if p.decays else []
+            z = [rank_one(1, d, p.start, p.numel, matrices=whole) for d in change.directions]
+            c = change.coefficients
+            assert torch.equal(view.reshape(-1), (z[0] * c[0] + z[1] * c[1])[first:stop])
