@@ -26,6 +26,7 @@ EPS, SEED = float32(1e-3), 2**63 + 12345
 CHANGES = (
     Change(7, (14, 15), (float32(1.25e-4), float32(-3.3e-5)), float32(0.9999)),
     Change(8, (16, 17), (float32(2e-6), 0.0)),
+    Change(9, (20, 21, 22, 23, 24, 25), (2.0**-9, -0.0, -(2.0**-9), 0.0, 0.0, float32(3e-5))),
 )
 PROBES = (Probe(18, EPS), Probe(18, -EPS), Probe(19, EPS), Probe(0, 0.0))
 

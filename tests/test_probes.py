@@ -15,7 +15,7 @@ from zo.method.passes import Probe
 from zo.method.perturbation import rank_one
 from zo.model.blocks import find_layout
 from zo.model.folds import Together
-from zo.model.form import forward_order, layer_positions
+from zo.model.form import forward_order, layer_places
 from zo.model.layout import Part, Segment
 from zo.model.probing import correct_linear, is_plain
 from zo.model.source import ModelSource
@@ -36,7 +36,7 @@ def header(checked, layout, model):
         "distribution": "rank-one",
         "rule": "sgd",
         "weight_decay": 0.0,
-        "order": list(forward_order(layout, model, checked.first_visits)),
+        "order": forward_order(layout, model, checked.visits),
         "meet": checked.meet,
         "written": sorted(checked.written),
     }
@@ -62,22 +62,26 @@ def in_folds(replica, model, cells, part=0, fold=None):
 
 
 @torch.no_grad()
-def written(model, cells, reached):
-    """Return the same from weights that hold each probe, of the groups that it reaches."""
+def written(model, cells, order, part=0):
+    """Return the same from weights that hold each probe wherever a part of the model uses them."""
     results = []
     for probe in PROBES:
         probed = copy.deepcopy(model)
-        layout = find_layout(probed)
-        parameters = dict(probed.named_parameters(remove_duplicate=False))
-        for group in layout.groups:
-            for parameter in (part.parameter for part in group.parts if group.index in reached):
-                matrices = Segment((Part(parameter),)).matrices
-                z = rank_one(1, probe.direction, parameter.start, parameter.numel, CPU, matrices)
-                moved = z.view(parameter.spec.shape).double() * probe.scale
-                stored = parameters[parameter.name].data
-                new = stored + moved.to(stored.dtype)
-                for name in parameter.spec.names:
-                    parameters[name].data = new
+        layout, parameters = (
+            find_layout(probed),
+            dict(model.named_parameters(remove_duplicate=False)),
+        )
+        for parameter in layout.parameters:
+            matrices = Segment((Part(parameter),)).matrices
+            z = rank_one(1, probe.direction, parameter.start, parameter.numel, CPU, matrices)
+            for name in parameter.spec.names:
+                owner, _, leaf = name.rpartition(".")
+                above = [m for m in order if name.startswith(f"{m}.")]
+                if order.index(above[-1]) >= part:
+                    stored = parameters[name].data
+                    new = stored + (z.view(stored.shape).double() * probe.scale).to(stored.dtype)
+                    # A tied parameter has another value at each use.
+                    setattr(probed.get_submodule(owner), leaf, nn.Parameter(new))
         results.append([cell(probed) for cell in cells])
     return [results[row][column] for column in range(len(cells)) for row in range(len(PROBES))]
 
@@ -101,10 +105,10 @@ def test_a_corrected_probe_is_the_written_one(name, unit):
     assert checked.meet == MEETS[name]
     replica = replica_of(model, checked, unit)
     layout = find_layout(reference)
-    order = forward_order(layout, reference, checked.first_visits)
-    layers = layer_positions(layout, reference, order)
+    order = forward_order(layout, reference, checked.visits)
+    layers = layer_places(reference, order)
     for part in (0, layers[-2]):
-        expected = written(reference, cells, set(order[part:]))
+        expected = written(reference, cells, order, part)
         for fold in (None, 1, 2):
             assert agree(in_folds(replica, model, cells, part, fold), expected), (part, fold)
     assert not agree(expected[:1], expected[1:2])
@@ -121,7 +125,8 @@ def test_modules_whose_weights_are_read_elsewhere_are_written():
         assert checked.written, name
         reference = copy.deepcopy(model)
         found = in_folds(replica_of(model, checked), model, cells)
-        expected = written(reference, cells, set(range(len(find_layout(reference).groups))))
+        order = forward_order(find_layout(reference), reference, checked.visits)
+        expected = written(reference, cells, order)
         for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 

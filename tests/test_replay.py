@@ -7,7 +7,11 @@ import torch
 from conftest import make_llama
 
 from zo.method.entry import Entry
+from zo.method.passes import Matrices
+from zo.method.perturbation import rank_one
+from zo.method.update import RULES
 from zo.model.blocks import find_layout
+from zo.model.layout import GRAIN, views
 from zo.state.log import Log
 from zo.state.replay import Replay
 
@@ -50,14 +54,15 @@ def test_what_changes_nothing_is_known_and_what_changes_something_too(scalars, w
 def test_replay_changes_nothing_that_a_part_does_not_reach():
     """Blocks in the order of the forward, which is not that of their addresses."""
     of = layout()
-    order = [0, 2, 1, 3, 4]
+    names = [group.modules[0] for group in of.groups]
+    order = [names[i] for i in (0, 2, 1, 3, 4)] + [m for g in of.groups for m in g.modules[1:]]
     entries = [Entry(s, s, 0.5, (1.0, 1.0), part) for s, part in enumerate((2, 0, 3, 1, 0), 1)]
     log = Log({**HEADER, "weight_decay": 0.1, "order": order}, entries[:1])
     replay = Replay(log, of)
     replay.visit(of.blocks[0], _zeros(of.blocks[0]), 0)
     log.extend(entries[1:])
     for block in of.blocks:
-        position = order.index(block.index)
+        position = max(order.index(module) for module in block.modules)
         reached = [e for e in entries if e.part <= position]
         for version in (0, 1, 3):
             found, expected = _zeros(block), _zeros(block)
@@ -73,3 +78,24 @@ def test_replay_changes_nothing_that_a_part_does_not_reach():
 
 def _zeros(block):
     return block.carve(torch.zeros(block.size_bytes, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("unit", ["layer", "module"])
+def test_rank_one_directions_follow_the_parameters_however_they_are_cut(unit, monkeypatch):
+    """A block of a vocabulary's rows, or a slice, replays what the whole matrix would."""
+    monkeypatch.setattr("zo.model.blocks.CHUNK_BYTES", 1024)
+    entry = Entry(1, 1, 1e-2, (0.5, -3.0))
+    header = {**HEADER, "distribution": "rank-one", "weight_decay": 0.0}
+    of = find_layout(make_llama(vocab_size=200), unit)
+    replay, change = Replay(Log(header, [entry]), of), RULES["sgd"](entry, 0.0)
+    for block in of.blocks:
+        image = torch.zeros(block.size_bytes, dtype=torch.uint8)
+        for start in range(0, block.size_bytes, GRAIN):
+            replay.catch_up(block, image[start : start + GRAIN], start, 0, 1)
+        for part, view in views(block, block.carve(image)):
+            p = part.parameter
+            first, stop = part.start - p.start, part.start - p.start + part.numel
+            whole = [Matrices(p.start, p.numel, *p.spec.shape[-2:])] if p.decays else []
+            z = [rank_one(1, d, p.start, p.numel, matrices=whole) for d in change.directions]
+            c = change.coefficients
+            assert torch.equal(view.reshape(-1), (z[0] * c[0] + z[1] * c[1])[first:stop])

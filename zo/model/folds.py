@@ -109,7 +109,9 @@ class Folds:
         if self._probing is not None:
             self._probing.part = part
         try:
-            self._lockstep.run([d.run for d in drivers], provider, [d.cells[0] for d in drivers])
+            # Below the fork a driver computes no cell's probe: its number is beyond theirs.
+            numbers = [d.cells[0] + (len(cells) if part else 0) for d in drivers]
+            self._lockstep.run([d.run for d in drivers], provider, numbers)
         finally:
             self._cells.clear()
         return results
@@ -124,10 +126,10 @@ class Folds:
 
 
 def _meeting_points(layout: Layout, probing: Probing | None, form: Form) -> dict[str, int]:
-    place = {group: position for position, group in enumerate(form.order)}
+    place = {module: at for at, module in enumerate(form.order)}
     if form.meet == "module" and probing is not None:
-        return probing.positions()
-    return {module: place[group.index] for group in layout.groups for module in group.modules}
+        return {name: place.get(name, at) for name, at in probing.positions().items()}
+    return {module: place[module] for group in layout.groups for module in group.modules}
 
 
 def _parties(cells: Sequence[Cell[T]], shared: Sequence[str]) -> list[list[int]]:

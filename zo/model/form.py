@@ -1,7 +1,7 @@
 """The form of a model's probes: decided by the model alone, and recorded in the log's header."""
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -24,20 +24,20 @@ class Form:
     written: frozenset[str] = frozenset()
     """Modules whose probes are written with what is inside of them, as
     :func:`zo.model.blocks.pattern` names them."""
-    order: tuple[int, ...] = ()
-    """Groups of the layout in the order of the forward."""
+    order: tuple[str, ...] = ()
+    """Modules that enter the layout's groups, in the order of the forward."""
     positions: tuple[int, ...] = ()
-    """For each block the place of its group in that order."""
-    of_parameter: Mapping[str, int] | None = None
+    """For each block the place in that order of the last module that enters its group."""
+    of_parameter: Mapping[str, int] = field(default_factory=dict)
     """The same by a parameter's first name."""
 
     @classmethod
     def of(cls, header: Mapping[str, Any], layout: Layout) -> "Form":
         """Return the form that a log was written with."""
-        order = tuple(header.get("order") or range(len(layout.groups)))
-        place = {group: position for position, group in enumerate(order)}
+        order = tuple(header.get("order") or _modules(layout))
+        last = last_places(layout, order)
         of_parameter = {
-            part.parameter.name: place[group.index]
+            part.parameter.name: last[group.index]
             for group in layout.groups
             for part in group.parts
         }
@@ -47,7 +47,7 @@ class Form:
             header.get("meet", ""),
             frozenset(header.get("written", ())),
             order,
-            tuple(layout.positions(order)),
+            tuple(last[layout.group_of[block.index].index] for block in layout.blocks),
             of_parameter,
         )
 
@@ -57,35 +57,41 @@ class Form:
         return self.meet != ""
 
 
-def forward_order(
-    layout: Layout, model: nn.Module, first_visits: Collection[str]
-) -> tuple[int, ...]:
-    """Return the groups of a layout in the order of the forward.
+def _modules(layout: Layout) -> list[str]:
+    return [module for group in layout.groups for module in group.modules]
+
+
+def last_places(layout: Layout, order: Sequence[str]) -> list[int]:
+    """Return for each group the place of the last module that enters it.
+
+    A direction of a part reaches the uses of a parameter from the part's first module on: a tied
+    embedding is reached as the head that it is at the end, and looked up unchanged below.
+    """
+    place = {module: at for at, module in enumerate(order)}
+    return [max(place[module] for module in group.modules) for group in layout.groups]
+
+
+def forward_order(layout: Layout, model: nn.Module, visits: Sequence[str]) -> tuple[str, ...]:
+    """Return the modules that enter a layout's groups in the order of the forward.
 
     Args:
         layout: of ``model``.
         model: the model; not computed with.
-        first_visits: modules of a smaller copy's groups, in the order of their first visits.
+        visits: the same modules of a smaller copy, in the order of their first visits.
     """
     lists = layer_lists(model)
     ranks: dict[str, int] = {}
-    for module in first_visits:
+    for module in visits:
         ranks.setdefault(pattern(module, lists), len(ranks))
+    modules = _modules(layout)
 
-    def place(index: int) -> tuple[int, int]:
-        known = [
-            ranks[p] for m in layout.groups[index].modules if (p := pattern(m, lists)) in ranks
-        ]
-        return min(known, default=len(ranks)), index
+    def place(module: str) -> tuple[int, int]:
+        return ranks.get(pattern(module, lists), len(ranks)), modules.index(module)
 
-    return tuple(sorted(range(len(layout.groups)), key=place))
+    return tuple(sorted(modules, key=place))
 
 
-def layer_positions(layout: Layout, model: nn.Module, order: Collection[int]) -> list[int]:
-    """Return the positions of a model's layers in an order of its groups."""
+def layer_places(model: nn.Module, order: Sequence[str]) -> list[int]:
+    """Return the places of a model's layers in an order of modules."""
     layers = {f"{name}.{i}" for name, of in layer_lists(model).items() for i in range(len(of))}
-    return [
-        position
-        for position, index in enumerate(order)
-        if layers & set(layout.groups[index].modules)
-    ]
+    return [at for at, module in enumerate(order) if module in layers]

@@ -308,11 +308,6 @@ class Layout:
         owner = {part.parameter.name: group for group in self.groups for part in group.parts}
         return {block.index: owner[block.parts[0].parameter.name] for block in self.blocks}
 
-    def positions(self, order: Sequence[int]) -> list[int]:
-        """Return the place of each block's group in an order of the groups, by block index."""
-        place = {group: position for position, group in enumerate(order)}
-        return [place[self.group_of[block.index].index] for block in self.blocks]
-
     @cached_property
     def digest(self) -> str:
         """Hash of the cut into blocks; blocks stored under another digest cannot be read."""

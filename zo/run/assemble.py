@@ -12,7 +12,7 @@ from zo.config.schema import Config
 from zo.data.tasks import Batch
 from zo.distributed.process_group import Mesh
 from zo.model.blocks import find_layout
-from zo.model.form import forward_order, layer_positions
+from zo.model.form import forward_order, layer_places
 from zo.model.layout import Layout
 from zo.run.problem import Problem
 from zo.streaming.replica import Replica
@@ -26,10 +26,10 @@ CHECKED_BATCHES = 2
 class Structure:
     """Facts of a model that decide what a step computes; part of the log's header."""
 
-    order: tuple[int, ...]
-    """Groups of its layout in the order of the forward."""
+    order: tuple[str, ...]
+    """Modules that enter its groups, in the order of the forward."""
     layers: tuple[int, ...]
-    """Positions of its layers in that order."""
+    """Places of its layers in that order."""
     meet: str
     written: frozenset[str]
     """See :class:`zo.model.form.Form`."""
@@ -37,8 +37,8 @@ class Structure:
     @classmethod
     def of(cls, layout: Layout, model: nn.Module, checked: Checked) -> "Structure":
         """Return the facts of a model that was checked on a smaller copy."""
-        order = forward_order(layout, model, checked.first_visits)
-        layers = tuple(layer_positions(layout, model, order))
+        order = forward_order(layout, model, checked.visits)
+        layers = tuple(layer_places(model, order))
         return cls(order, layers, checked.meet, checked.written)
 
     def header(self) -> dict[str, Any]:

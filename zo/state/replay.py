@@ -18,6 +18,7 @@ from zo.method.entry import Entry
 from zo.method.kernels import replay_and_perturb
 from zo.method.perturbation import Pass, Probe, Rows
 from zo.method.update import RULES
+from zo.model.form import Form
 from zo.model.layout import Block, Layout, runs
 from zo.state.log import Log
 
@@ -48,8 +49,7 @@ class Replay:
     def __init__(self, log: Log, layout: Layout) -> None:
         """Replay ``log`` on blocks of ``layout``; entries appended later are seen."""
         self.log, self.recipe = log, Recipe.of(log)
-        order = log.header.get("order") or range(len(layout.groups))
-        self._position = layout.positions(order)
+        self._position = Form.of(log.header, layout).positions
         self._entries = _EntriesByPosition(log)
         self._pass = lru_cache(PASSES_KEPT)(self._make_pass)
 

@@ -91,7 +91,13 @@ def _sum(place: str, parts: Mapping[str, int]) -> str:
 
 
 def budget(
-    layout: Layout, store: str, slots: int, own: Slice, on_host: bool, resident_bytes: int
+    layout: Layout,
+    store: str,
+    slots: int,
+    own: Slice,
+    on_host: bool,
+    resident_bytes: int,
+    writes_blocks: bool = True,
 ) -> Budget:
     """Return what one rank allocates.
 
@@ -102,9 +108,11 @@ def budget(
         own: the slice that the rank keeps.
         on_host: whether the device that computes is the host.
         resident_bytes: buffers, and frozen parameters outside the layers.
+        writes_blocks: whether probes of whole blocks are written.
     """
     sizes = [block.size_bytes for block in layout.blocks]
-    device = {"scratch": scratch_bytes(layout.blocks), "buffers": resident_bytes}
+    scratch = scratch_bytes(layout.blocks) if writes_blocks else 0
+    device = {"scratch": scratch, "buffers": resident_bytes}
     host: dict[str, int] = {}
     disk: dict[str, int] = {}
     if store == "device":

@@ -5,7 +5,8 @@ that hold the probes. Only here may bits differ; the losses must agree within ``
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -16,8 +17,8 @@ from zo.method.kernels import replay_and_perturb
 from zo.method.passes import Pass, Probe
 from zo.model.blocks import find_layout
 from zo.model.folds import Together
-from zo.model.form import MEETINGS, forward_order, layer_positions
-from zo.model.layout import Layout
+from zo.model.form import MEETINGS, forward_order, layer_places
+from zo.model.layout import Block, Layout
 from zo.model.source import ModelSource
 from zo.state.log import Log
 from zo.streaming.replica import Replica
@@ -38,7 +39,7 @@ def choose_meeting(
     wide: Sequence[Forward],
     device: torch.device,
     written: frozenset[str],
-    first_visits: Sequence[str],
+    visits: Sequence[str],
 ) -> str:
     """Return where cells meet (see :class:`zo.model.form.Form`): the fastest way that is right.
 
@@ -48,7 +49,7 @@ def choose_meeting(
         wide: the same for a model in float64.
         device: the device to compute on.
         written: modules whose probes are written with what is inside of them.
-        first_visits: modules that enter blocks, in the order of the forward.
+        visits: modules that enter blocks, in the order of the forward.
 
     Returns:
         Empty if no way is right, so that all probes must be written.
@@ -56,7 +57,7 @@ def choose_meeting(
     for dtype, of in ((torch.float64, wide), (torch.float32, forwards)):
         model = copy.deepcopy(small).to(dtype)
         try:
-            return _choose(model, of, device, written, first_visits, TOLERANCE[dtype])
+            return _choose(model, of, device, written, visits, TOLERANCE[dtype])
         except RuntimeError:
             if dtype == torch.float32:
                 raise
@@ -69,17 +70,21 @@ def _choose(
     forwards: Sequence[Forward],
     device: torch.device,
     written: frozenset[str],
-    first_visits: Sequence[str],
+    visits: Sequence[str],
     tolerance: float,
 ) -> str:
     layout = find_layout(model, "layer")
-    order = forward_order(layout, model, first_visits)
-    layers = layer_positions(layout, model, order)
+    order = forward_order(layout, model, visits)
+    layers = layer_places(model, order)
     parts = [0, layers[-1]] if layers else [0]
     with torch.no_grad():
         expected = [_written_losses(model, layout, forwards, order, part) for part in parts]
         for meet in MEETINGS:
-            header = {"order": list(order), "written": sorted(written), "meet": meet}
+            header: dict[str, object] = {
+                "order": list(order),
+                "written": sorted(written),
+                "meet": meet,
+            }
             try:
                 found = [
                     _corrected_losses(model, layout, forwards, device, header, part)
@@ -126,32 +131,53 @@ def _written_losses(
     model: nn.Module,
     layout: Layout,
     forwards: Sequence[Forward],
-    order: Sequence[int],
+    order: Sequence[str],
     part: int,
 ) -> list[Tensor]:
-    device = next(model.parameters()).device
-    replica = _replica(model, layout, device)
+    replica = _replica(model, layout, next(model.parameters()).device)
     replica.open(Log(_header()))
     by_row = []
     for probe in PROBES:
-        _write(replica, probe, set(order[part:]))
-        by_row.append([forward(model) for forward in forwards])
+        with _bound_at_each_use(replica, probe, order, part):
+            by_row.append([forward(model) for forward in forwards])
     replica.close()
     return [losses[column] for column in range(len(forwards)) for losses in by_row]
 
 
-def _write(replica: Replica, probe: Probe, reached: set[int]) -> None:
-    """Bind the groups that a probe reaches to float64 copies of it, the others to their weights."""
-    store, work = replica.store, Pass(SEED, "rank-one", (), (probe,))
+@contextmanager
+def _bound_at_each_use(
+    replica: Replica, probe: Probe, order: Sequence[str], part: int
+) -> Iterator[None]:
+    """Bind a group to weights with the probe at modules of a part, else to its stored weights."""
+    hooks, store = [], replica.store
     assert isinstance(store, DeviceStore)
     for group, stored in zip(replica.layout.groups, store.groups, strict=True):
-        written = list(stored)
-        for i, segment in enumerate(group.trainable if group.index in reached else ()):
-            zero = torch.zeros_like(stored[i], dtype=torch.float32)
-            z = zero.new_empty(1, zero.numel())
-            replay_and_perturb(zero, segment.start, work, z, None, segment.matrices)
-            written[i] = stored[i] + z[0]
-        replica.binding.bind(group, written)
+        probed = _probed(group, stored, probe)
+        for module in group.modules:
+            weights = probed if order.index(module) >= part else stored
+
+            def bind(
+                _: nn.Module, __: object, group: Block = group, weights: list[Tensor] = weights
+            ) -> None:
+                replica.binding.bind(group, weights)
+
+            hooks.append(replica.model.get_submodule(module).register_forward_pre_hook(bind))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _probed(group: Block, stored: Sequence[Tensor], probe: Probe) -> list[Tensor]:
+    """Return copies of a group's weights with a probe."""
+    probed, work = list(stored), Pass(SEED, "rank-one", (), (probe,))
+    for i, segment in enumerate(group.trainable):
+        zero = torch.zeros_like(stored[i], dtype=torch.float32)
+        z = zero.new_empty(1, zero.numel())
+        replay_and_perturb(zero, segment.start, work, z, None, segment.matrices)
+        probed[i] = stored[i] + z[0]
+    return probed
 
 
 def _replica(model: nn.Module, layout: Layout, device: torch.device) -> Replica:

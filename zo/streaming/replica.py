@@ -151,7 +151,15 @@ class Replica:
             spec.size_bytes for spec in self.resident
         )
         on_host = self._device.shares_host_memory
-        return budget(self.layout, memory.store, memory.slots, self.store.slice, on_host, buffers)
+        return budget(
+            self.layout,
+            memory.store,
+            memory.slots,
+            self.store.slice,
+            on_host,
+            buffers,
+            writes_blocks=not self._form.corrects,
+        )
 
     def table(
         self,

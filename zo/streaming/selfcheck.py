@@ -85,7 +85,7 @@ class Checked:
     merged: frozenset[str]
     """Modules that are one block with their descendants (see
     :func:`zo.model.blocks.find_layout`)."""
-    first_visits: tuple[str, ...]
+    visits: tuple[str, ...]
     """Modules that enter groups of the layout, in the order of the forward."""
     meet: str = ""
     """See :class:`zo.model.form.Form`."""
@@ -144,7 +144,7 @@ def _check(
         visited, same = _compare(small, layout, forwards, device, distribution)
         unvisited = next((b for b in layout.blocks if b.index not in visited and b.trainable), None)
         if unvisited is None and same:
-            entered = tuple(m for b in visited for m in layout.group_of[b].modules)
+            entered = _order_of_visits(small, layout, forwards[0])
             if distribution != "rank-one":
                 return Checked(merged, entered)
             written = _read_outside_their_module(small, forwards)
@@ -175,6 +175,23 @@ def _check(
             "the model's loss in lockstep differs from its plain forward: a weight is read outside "
             "the module that owns it; this model cannot be trained block by block"
         )
+
+
+def _order_of_visits(model: nn.Module, layout: Layout, forward: Forward) -> tuple[str, ...]:
+    """Return the modules that enter groups, in the order of their first calls."""
+    called: dict[str, None] = {}
+    hooks = [
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda module, arguments, name=name: called.setdefault(name)
+        )
+        for group in layout.groups
+        for name in group.modules
+    ]
+    with torch.no_grad():
+        forward(model)
+    for hook in hooks:
+        hook.remove()
+    return tuple(called)
 
 
 def _read_outside_their_module(small: nn.Module, forwards: Sequence[Forward]) -> frozenset[str]:
@@ -281,12 +298,11 @@ def _compare(
     forwards: Sequence[Forward],
     device: torch.device,
     distribution: str,
-) -> tuple[list[int], bool]:
+) -> tuple[set[int], bool]:
     """Compare lockstep with plain forwards for two probes.
 
     Returns:
-        The indices of the blocks that lockstep visited, in the order of their first visits; True if
-        all losses are equal in bits.
+        The indices of the blocks that lockstep visited; True if all losses are equal in bits.
     """
     header = {
         "directions": 1,
@@ -316,7 +332,7 @@ def _compare(
     same = all(
         torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(plain, in_lockstep, strict=True)
     )
-    return list(replica.streamer.visited), same
+    return replica.streamer.visited, same
 
 
 def _write_probe(replica: Replica, probe: Probe) -> None:

@@ -59,9 +59,8 @@ class Streamer:
         self._slices, self._lookup = slices, False
         self._probes: list[Probe] = []
         self._rows: list[int] = []
-        self.visited: dict[int, None] = {}
-        """Blocks entered since the streamer was made, in the order of their first visits; a block
-        that never is cannot be trained."""
+        self.visited: set[int] = set()
+        """Blocks entered since the streamer was made; a block that never is cannot be trained."""
 
     def _scratch(self, block: Block, copies: int) -> list[Tensor]:
         """Return scratch memory, ``[copies, numel]`` for each trainable segment of a block."""
@@ -87,18 +86,24 @@ class Streamer:
         self._lookup = agreed is not None and agreed % 2 == 0
         return None if agreed is None else agreed // 2
 
+    def _row(self, forward: int) -> int:
+        """Return a forward's row; -1 for one that computes what all probes have in common."""
+        return self._rows[forward] if forward < len(self._rows) else -1
+
+    def _probe(self, block: int, row: int) -> Probe:
+        """Return the probe that the weights of a block are written for."""
+        is_reached = self._part == 0 or self._positions[block] >= self._part
+        return self._probes[row] if row >= 0 and is_reached and not self._corrects else UNPERTURBED
+
     def serve(
         self, block: int, forwards: Sequence[int], row_numbers: Sequence[Tensor | None]
     ) -> Iterator[int]:
         """Yield the forwards row by row, each when the block's weights are its probe's."""
         here = self._blocks[block]
-        self.visited[block] = None
-        is_clean = self._corrects or (self._part and self._positions[block] < self._part)
+        self.visited.add(block)
         by_row = [
-            (UNPERTURBED if is_clean else self._probes[row], list(group))
-            for row, group in groupby(
-                sorted(forwards, key=self._rows.__getitem__), key=self._rows.__getitem__
-            )
+            (self._probe(block, row), list(group))
+            for row, group in groupby(sorted(forwards, key=self._row), key=self._row)
         ]
         weights, version = self._cache.acquire(here, lookup=self._lookup)
         self._binding.bind(here, weights)
