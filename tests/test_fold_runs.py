@@ -1,0 +1,71 @@
+"""Whole runs of folds and parts: one result on any mesh, store, slice and lag, and after a kill."""
+
+import pytest
+from logs import same_log
+from ranks import KILLED, kill_at, lives, train
+
+from zo.state.log import read
+
+pytestmark = pytest.mark.slow  # Whole runs, most of them in processes of their own.
+
+PROBES = ["estimator.distribution=rank-one", "estimator.cover=diagonal", "batch.micro=1"]
+PROBES.append("estimator.directions=null")
+RUNS = {
+    "all": [*PROBES, "model.dtype=bfloat16", "memory.lag=2"],
+    "top": [*PROBES, "estimator.part=top:1", "estimator.probes=3", "memory.lag=3"],
+    "sampled": [*PROBES, "estimator.part=sampled", "estimator.name=one-sided", "run.seed=3"],
+    "wide": [*PROBES, "batch.fold=4", "estimator.part=top:1", "memory.lag=1"],
+    "full": [PROBES[0], "estimator.directions=2", "update.weight_decay=0.1", "update.clip=1.5"],
+}
+PLACES = {
+    "host": (["memory.store=host"], 1),
+    "disk": (["memory.store=disk", "memory.unit=module", "memory.slots=2"], 1),
+    "ranks": (["mesh.data=2"], 2),
+    "slices": (["memory.store=host", "mesh.slice=2"], 2),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_same_bits_on_any_mesh_and_store(overrides, tmp_path, name):
+    settings = [*overrides, *RUNS[name], "run.steps=6", "mesh.check_every=2"]
+    expected = train([*settings, f"run.dir={tmp_path}/alone"])
+    for place, (extra, ranks) in PLACES.items():
+        found = train([*settings, *extra, f"run.dir={tmp_path}/{place}"], ranks=ranks)
+        assert found["fingerprint"] == expected["fingerprint"], place
+        assert same_log(tmp_path / place / "steps.log", tmp_path / "alone" / "steps.log"), place
+
+
+@pytest.mark.parametrize("name", ["top", "sampled"])
+def test_a_killed_run_goes_on_to_the_same_bits(overrides, tmp_path, name):
+    settings = [*overrides, *RUNS[name], "run.steps=6", "memory.store=disk", "memory.lag=1"]
+    expected = train([*settings, f"run.dir={tmp_path}/alone"])
+    settings.append(f"run.dir={tmp_path}/run")
+    moment = ("zo.streaming.disk_store", "DiskStore.keep", 3, True)
+    assert train(settings, prelude=(kill_at, *moment)) == KILLED
+    assert train(settings)["fingerprint"] == expected["fingerprint"]
+
+
+def test_a_block_that_a_part_does_not_reach_is_never_written(overrides, tmp_path):
+    settings = [*overrides, *RUNS["top"], "run.steps=4", "memory.store=disk", "memory.lag=1"]
+    train([*settings, f"run.dir={tmp_path}/run"])
+    entries = read(tmp_path / "run" / "steps.log")[1]
+    assert {entry.part for entry in entries} == {3}  # After the embedding and two layers.
+    written = {path.name for path in (tmp_path / "run").rglob("*.block")}
+    assert "000003.block" in written and not written & {"000001.block", "000002.block"}
+
+
+@pytest.mark.parametrize(
+    ("extra", "said"),
+    [
+        (["estimator.part=top:9"], "estimator.part=top:9 is more than the 3 layers"),
+        (["mesh.perturb=2"], "batch.fold=1"),
+    ],
+)
+def test_what_does_not_fit_ends_in_one_line_and_nothing_is_written(
+    overrides, tmp_path, extra, said
+):
+    ranks = 2 if "mesh" in extra[0] else 1
+    settings = [*overrides, *PROBES, *extra, f"run.dir={tmp_path}/run"]
+    for result in lives(settings, ranks=ranks):
+        assert "UserError" in result and said in result, result
+    assert not (tmp_path / "run" / "steps.log").exists()
