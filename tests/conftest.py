@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+from plain import PLAIN
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -101,6 +102,7 @@ def reviews(tmp_path_factory):
 def overrides(tiny_model, reviews):
     """Overrides that make the quickstart a run of a second on the tiny model and data."""
     return [
+        *PLAIN,
         f"model.name={tiny_model}",
         f"data.name={reviews}",
         "data.template='{text} it was'",

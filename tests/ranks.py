@@ -54,9 +54,11 @@ def run_rank(overrides, environment, prelude, output, folder):
     try:
         if prelude:
             prelude[0](*prelude[1:])
-        from zo import Trainer, load_config
+        from plain import plain_config
 
-        result = Trainer(load_config("quickstart", overrides), command="test").train()
+        from zo import Trainer
+
+        result = Trainer(plain_config(overrides), command="test").train()
     except BaseException:
         result = traceback.format_exc()
     Path(output).write_text(json.dumps(result))

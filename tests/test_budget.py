@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_llama
+from plain import plain_config
 
-from zo import Trainer, load_config
+from zo import Trainer
 from zo.config.schema import MemoryConfig
 from zo.io.engines import Mapped
 from zo.model.blocks import find_layout
@@ -109,5 +110,5 @@ def test_a_sum_is_printed_with_its_terms():
 
 def test_the_first_lines_of_a_run_show_it(overrides, tmp_path, capsys):
     settings = [*overrides, "memory.store=host", f"run.dir={tmp_path}", "run.steps=1"]
-    Trainer(load_config("quickstart", settings)).train()
+    Trainer(plain_config(settings)).train()
     assert " mesh 1 x 1 x 1; host " in capsys.readouterr().err

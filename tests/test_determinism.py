@@ -6,9 +6,10 @@ import sys
 
 import pytest
 import torch
+from plain import plain_config
 from torch import nn
 
-from zo import Trainer, load_config
+from zo import Trainer
 from zo.errors import UserError
 
 CHECK = """
@@ -54,8 +55,8 @@ def test_an_operation_without_a_deterministic_form_is_named(deterministic, tmp_p
         places, ones = torch.tensor([0, 0]), torch.ones(2)
         return torch.zeros(2).put_(places, ones) + torch.stack((loss, torch.ones(())))
 
-    config = load_config(
-        "quickstart", [f"run.dir={tmp_path}/run", "run.steps=1", "run.device=cpu", "eval.every=0"]
+    config = plain_config(
+        [f"run.dir={tmp_path}/run", "run.steps=1", "run.device=cpu", "eval.every=0"]
     )
     batches = lambda step, column: {"x": torch.ones(2, 4)}  # noqa: E731
     with pytest.raises(UserError, match=r"calls put_, which has no deterministic .*; use ") as told:

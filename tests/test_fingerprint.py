@@ -3,10 +3,11 @@
 import pytest
 import torch
 from conftest import make_llama
+from plain import plain_config
 from test_stores import Adapted
 from torch import nn
 
-from zo import Trainer, load_config
+from zo import Trainer
 from zo.errors import UserError
 from zo.model import blocks, fingerprint
 from zo.model.blocks import find_layout
@@ -96,7 +97,7 @@ def adapted_run(tmp_path, change, steps):
         "export.at_end=false",
     ]
     settings += ["update.schedule=constant", "update.warmup_steps=0"]
-    config = load_config("quickstart", [*settings, f"run.dir={tmp_path}/run"])
+    config = plain_config([*settings, f"run.dir={tmp_path}/run"])
 
     def objective(model, batch):
         loss = nn.functional.cross_entropy(

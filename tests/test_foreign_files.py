@@ -3,9 +3,9 @@
 import os
 
 import pytest
+from plain import plain_config
 from ranks import train
 
-from zo.config.recipes import load_config
 from zo.errors import UserError
 from zo.state.run_folder import RunFolder
 
@@ -43,7 +43,7 @@ def test_other_files_beside_a_stores_blocks_and_snapshots_stay(overrides, tmp_pa
 def test_a_link_in_place_of_a_folder_is_refused(overrides, tmp_path, place, begun):
     """A run deletes in these folders; what a link points to is somebody else's."""
     run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
-    config = load_config("quickstart", [*overrides, *DISK, f"run.dir={run}"])
+    config = plain_config([*overrides, *DISK, f"run.dir={run}"])
     (run / place).parent.mkdir(parents=True)
     elsewhere.mkdir()
     (elsewhere / "000001.block").write_text("a month of work")
@@ -61,7 +61,7 @@ def test_a_link_in_place_of_a_folder_is_refused(overrides, tmp_path, place, begu
     "place", ["notes.txt", "blocks/notes.txt", "blocks/rank-00000/notes.txt", "steps.log"]
 )
 def test_a_folder_of_other_files_is_no_cut_start(overrides, tmp_path, place):
-    config = load_config("quickstart", [*overrides, f"run.dir={tmp_path}/run"])
+    config = plain_config([*overrides, f"run.dir={tmp_path}/run"])
     (tmp_path / "run" / place).parent.mkdir(parents=True)
     (tmp_path / "run" / place).write_text("mine")
     with pytest.raises(UserError, match=rf"is not empty and does not hold a run \({place}\)"):

@@ -268,7 +268,7 @@ def test_a_model_larger_than_the_memory_it_may_have_trains_from_its_shards(tmp_p
         import json
         from pathlib import Path
         import zo.run.trainer, zo.method.kernels.cpu
-        from zo import Trainer, load_config
+        from zo import Trainer
 
         def peak():
             lines = open("/proc/self/status")
@@ -279,7 +279,7 @@ def test_a_model_larger_than_the_memory_it_may_have_trains_from_its_shards(tmp_p
         settings += ["batch.sequences=1", "batch.micro=1", "batch.max_tokens=16", "run.steps=2"]
         settings += ["eval.every=0", "run.dir={tmp_path}/run", "memory.store=disk"]
         settings += ["memory.unit=module", "memory.lag=1", "export.at_end=true"]
-        Trainer(load_config("quickstart", settings)).train()
+        Trainer(plain_config(settings)).train()
         print(json.dumps(peak() - before))
     """
     code = textwrap.dedent(script)

@@ -4,11 +4,12 @@ orders.
 
 import pytest
 import torch
+from plain import plain_config
 from ranks import train
 from simulated_device import RaceError, SimulatedDevice, install, simulated
 from torch import nn
 
-from zo import Trainer, load_config
+from zo import Trainer
 from zo.streaming import cache as caches
 from zo.streaming.transfer import Mark, Queue, Slot, Staging
 
@@ -25,7 +26,7 @@ PLACES = [
 
 
 def run(settings, folder):
-    return Trainer(load_config("quickstart", [*settings, f"run.dir={folder}"])).train()
+    return Trainer(plain_config([*settings, f"run.dir={folder}"])).train()
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +101,7 @@ def test_a_model_of_ones_own(tmp_path):
         ]
         folder = tmp_path / str(len(place))
         trainer = Trainer(
-            load_config("quickstart", [*settings, *place, f"run.dir={folder}"]),
+            plain_config([*settings, *place, f"run.dir={folder}"]),
             model=net,
             objective=lambda net, batch: torch.stack(
                 [(net(batch["x"]) - 1).square().sum(), torch.tensor(2.0)]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import make_llama, make_tokenizer
 from logs import same_log
+from plain import plain_config
 from ranks import KILLED, kill_at, train
 from safetensors.torch import load_file
 from torch import nn
@@ -20,7 +21,7 @@ from transformers import (
     OPTForCausalLM,
 )
 
-from zo import Trainer, load_config
+from zo import Trainer
 from zo.errors import UserError
 from zo.model import blocks
 from zo.run import trainer
@@ -74,7 +75,7 @@ DISK = ["memory.store=disk", "memory.unit=module", "memory.lag=2"]
 
 
 def run(settings, folder, *more):
-    return Trainer(load_config("quickstart", [*settings, f"run.dir={folder}", *more])).train()
+    return Trainer(plain_config([*settings, f"run.dir={folder}", *more])).train()
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +200,7 @@ def frozen_run(tmp_path, name, *place):
         "eval.every=0",
         *place,
     ]
-    config = load_config("quickstart", [*settings, f"run.dir={tmp_path}/{name}"])
+    config = plain_config([*settings, f"run.dir={tmp_path}/{name}"])
 
     def objective(model, batch):
         loss = nn.functional.cross_entropy(
@@ -470,7 +471,7 @@ MISTAKES = {
 def test_a_mistake_is_told_before_anything_is_read(mistake):
     given, said = MISTAKES[mistake]
     with pytest.raises(UserError, match=said):
-        load_config("quickstart", given)
+        plain_config(given)
 
 
 def test_deepnvme_without_a_compiler_or_libaio_is_one_line(overrides, tmp_path, monkeypatch):

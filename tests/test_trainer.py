@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from conftest import make_llama
+from plain import plain_config
 from torch import nn
 
 from zo import Trainer, load_config
@@ -46,7 +47,7 @@ def test_a_step_is_a_plain_mezo_step_with_the_same_z(tmp_path):
     settings += ["export.at_end=false", "update.schedule=constant", "update.weight_decay=0.1"]
     model = make_llama(tie_word_embeddings=False)
     trainer = Trainer(
-        load_config("quickstart", settings),
+        plain_config(settings),
         model=model,
         objective=objective,
         batches=lambda step, column: {"ids": ids[column]},
@@ -106,7 +107,7 @@ def own(tmp_path, objective, *changes, model=None):
     x = torch.randn(64, 4, generator=torch.Generator().manual_seed(2))
     batches = lambda step, column: {"x": x[32 * column : 32 * column + 32]}  # noqa: E731
     return Trainer(
-        load_config("quickstart", settings),
+        plain_config(settings),
         model=model or Net(),
         objective=objective,
         batches=batches,

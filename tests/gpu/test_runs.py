@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_llama
+from plain import plain_config
 from ranks import train
 from torch import nn
 
@@ -110,9 +111,9 @@ def test_too_little_gpu_memory_is_one_line_and_exit_code_2(overrides, tokenizer,
 
 
 def two_runs(settings, folder):
-    from zo import Trainer, load_config
+    from zo import Trainer
 
-    runs = [load_config("quickstart", [*settings, f"run.dir={folder}/{i}"]) for i in range(2)]
+    runs = [plain_config([*settings, f"run.dir={folder}/{i}"]) for i in range(2)]
     return [Trainer(config).train()["fingerprint"] for config in runs]
 
 
@@ -127,7 +128,7 @@ def test_two_runs_in_one_process(overrides, tmp_path, apart, pin):
 def without_waits(settings, model, chunk_bytes):
     """Train with CUDA's check of synchronising calls on in the forwards of later steps."""
     import zo.model.blocks
-    from zo import Trainer, load_config
+    from zo import Trainer
     from zo.streaming.replica import Replica
 
     zo.model.blocks.CHUNK_BYTES = chunk_bytes
@@ -145,7 +146,7 @@ def without_waits(settings, model, chunk_bytes):
             torch.cuda.set_sync_debug_mode("default")
 
     Replica.table = check_and_fill
-    Trainer(load_config("quickstart", [*settings, f"model.name={model}"])).train()
+    Trainer(plain_config([*settings, f"model.name={model}"])).train()
     return checked
 
 
@@ -168,7 +169,7 @@ def test_the_host_does_not_wait_within_a_steps_forwards(
 
 def own_model(folder, place):
     """Train a model of one's own and return where its weights lie then, and their sum."""
-    from zo import Trainer, load_config
+    from zo import Trainer
 
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(64, 256), nn.Tanh(), nn.Linear(256, 1))
@@ -181,7 +182,7 @@ def own_model(folder, place):
         return torch.stack((loss, torch.full_like(loss, 2.0)))
 
     trainer = Trainer(
-        load_config("quickstart", settings),
+        plain_config(settings),
         model=net,
         objective=objective,
         batches=lambda step, column: {"x": torch.full((2, 64), step + column / 2)},
