@@ -101,8 +101,7 @@ def reviews(tmp_path_factory):
 @pytest.fixture
 def overrides(tiny_model, reviews):
     """Overrides that make the quickstart a run of a second on the tiny model and data."""
-    return [
-        *PLAIN,
+    settings = [
         f"model.name={tiny_model}",
         f"data.name={reviews}",
         "data.template='{text} it was'",
@@ -119,6 +118,9 @@ def overrides(tiny_model, reviews):
         "eval.every=2",
         "export.at_end=false",
     ]
+    given = {setting.partition("=")[0] for setting in settings}
+    plain = [setting for setting in PLAIN if setting.partition("=")[0] not in given]
+    return [*settings[:-1], *plain, settings[-1]]
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 batch's mean loss."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from zo.config.schema import BatchConfig, Config, EstimatorConfig
 from zo.errors import UserError
 from zo.method.estimator import ESTIMATORS, directions_of, empty_table, estimate, rows_of, spread
 from zo.method.kernels import replay_and_perturb
-from zo.method.perturbation import Pass, rademacher
+from zo.method.passes import Matrices
+from zo.method.perturbation import Pass, rademacher, rank_one
 from zo.method.table import Grid
 
 SIZE, SEED, EPS = 16, 3, 1e-2
@@ -32,10 +34,18 @@ def quadratics():
     ]
 
 
-def filled(table, theta, matrices):
+SQUARE = (Matrices(0, SIZE, 4, 4),)
+Z = {
+    "rademacher": rademacher,
+    "rank-one": partial(rank_one, matrices=SQUARE),
+}
+
+
+def filled(table, theta, matrices, distribution="rademacher"):
     """The table with the losses of its cells, as a step would find them."""
     rows = torch.empty(table.rows, SIZE)
-    replay_and_perturb(theta, 0, Pass(SEED, "rademacher", probes=tuple(table.probes)), rows)
+    work = Pass(SEED, distribution, probes=tuple(table.probes))
+    replay_and_perturb(theta, 0, work, rows, None, SQUARE)
     values = [
         [
             sum(float((m @ rows[row].double()).square().sum()) for m in matrices[column]),
@@ -48,21 +58,22 @@ def filled(table, theta, matrices):
     return table.fill(torch.tensor(values, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("distribution", Z)
 @pytest.mark.parametrize("probes", [1, 2])
 @pytest.mark.parametrize("name", ESTIMATORS)
 @pytest.mark.slow
-def test_the_mean_of_diagonal_estimates_is_the_gradient_of_the_batch(name, probes):
+def test_the_mean_of_diagonal_estimates_is_the_gradient_of_the_batch(name, probes, distribution):
     """A micro-batch of few terms that weighs as much as one of many trains something else."""
     theta, matrices = torch.randn(SIZE, generator=torch.Generator().manual_seed(1)), quadratics()
     sums = [sum((2 * m.T @ (m @ theta.double()) for m in c), torch.zeros(SIZE)) for c in matrices]
     gradient, steps, columns = sum(sums) / sum(TERMS), 600, len(TERMS)
     total = torch.zeros(SIZE, dtype=torch.float64)
     for step in range(1, steps + 1):
-        table = filled(diagonal(name, step, probes), theta, matrices)
+        table = filled(diagonal(name, step, probes), theta, matrices, distribution)
         scalars, skipped = estimate(name, table, EPS)
         assert skipped == 0
         numbers = directions_of(step, columns * probes)
-        z = torch.stack([rademacher(SEED, number, 0, SIZE).double() for number in numbers])
+        z = torch.stack([Z[distribution](SEED, k, 0, SIZE).double() for k in numbers])
         total += (torch.tensor(scalars, dtype=torch.float64)[:, None] * z).mean(0)
     own = [columns * s / sum(TERMS) for s in sums]
     variance = SIZE * sum(float(g @ g) for g in own) / columns

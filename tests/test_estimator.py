@@ -1,6 +1,7 @@
 """What the table says, and what a rule makes of it."""
 
 import math
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -17,17 +18,23 @@ from zo.method.estimator import (
     probes,
 )
 from zo.method.kernels import replay_and_perturb
-from zo.method.perturbation import Pass, Probe, rademacher
+from zo.method.passes import Matrices
+from zo.method.perturbation import Pass, Probe, rademacher, rank_one
 from zo.method.table import LossTable
 from zo.method.update import SCHEDULES, learning_rate, sgd
 
 EPS = 1e-3
 
 
-def table_of(loss, rows, theta, address=0):
+SQUARE = (Matrices(0, 64, 8, 8),)
+Z = {"rademacher": rademacher, "rank-one": partial(rank_one, matrices=SQUARE)}
+
+
+def table_of(loss, rows, theta, distribution="rademacher"):
     """The table of a function of parameters."""
     out = torch.empty(len(rows), theta.numel(), dtype=theta.dtype)
-    replay_and_perturb(theta, address, Pass(3, "rademacher", probes=tuple(rows)), out)
+    work = Pass(3, distribution, probes=tuple(rows))
+    replay_and_perturb(theta, 0, work, out, None, SQUARE)
     return filled(rows, [float(loss(row)) for row in out])
 
 
@@ -38,9 +45,10 @@ def filled(rows, losses):
     )
 
 
+@pytest.mark.parametrize("distribution", Z)
 @pytest.mark.parametrize("name", ESTIMATORS)
 @pytest.mark.slow
-def test_mean_of_estimates_tends_to_the_gradient(name):
+def test_mean_of_estimates_tends_to_the_gradient(name, distribution):
     """A biased or wrongly scaled estimator trains something else than the loss."""
     generator = torch.Generator().manual_seed(0)
     theta = torch.randn(64, generator=generator)
@@ -49,9 +57,10 @@ def test_mean_of_estimates_tends_to_the_gradient(name):
     gradient = 2 * matrix.double().T @ (matrix.double() @ theta.double())
     total, count = torch.zeros(64, dtype=torch.float64), 4000
     for step in range(1, count + 1):
-        scalars, skipped = estimate(name, table_of(loss, probes(name, step, 1, 1e-2), theta), 1e-2)
+        table = table_of(loss, probes(name, step, 1, 1e-2), theta, distribution)
+        scalars, skipped = estimate(name, table, 1e-2)
         assert skipped == 0
-        total += scalars[0] * rademacher(3, directions_of(step, 1)[0], 0, 64).double()
+        total += scalars[0] * Z[distribution](3, directions_of(step, 1)[0], 0, 64).double()
     # Each coordinate's standard error is |gradient| / sqrt(count); the bias of one-sided SPSA
     # averages out over z.
     error = (total / count - gradient).norm() / gradient.norm()

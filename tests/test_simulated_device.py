@@ -125,6 +125,17 @@ def test_ranks_that_share_slices(overrides, expected, tmp_path, store, seed):
     assert found["fingerprint"] == expected
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_folds_and_parts(overrides, tmp_path, seed):
+    """Probes are corrections: blocks are only read, and the top ones changed."""
+    probes = ["estimator.distribution=rank-one", "estimator.cover=diagonal", "batch.micro=1"]
+    probes += ["estimator.directions=null", "estimator.part=sampled", "memory.lag=1"]
+    plain = run([*overrides, *BITS, *probes], tmp_path / "plain")["fingerprint"]
+    with simulated(seed):
+        found = run([*overrides, *BITS, *probes, *PLACES[seed % len(PLACES)]], tmp_path / "run")
+    assert found["fingerprint"] == plain
+
+
 def without(function, *names):
     """A function of a slot that first forgets what it should be ordered after."""
 

@@ -65,6 +65,20 @@ def test_a_run_repeated_has_equal_bits(overrides, tmp_path, distribution):
         assert first[key] == second[key]
 
 
+@pytest.mark.parametrize("place", ["host", "disk"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_folds_and_parts_have_equal_bits_in_every_store(overrides, tmp_path, place, dtype):
+    """Corrections are made of weights in slots, and a block's rows meet in one product."""
+    probes = ["estimator.distribution=rank-one", "estimator.cover=diagonal", "batch.micro=1"]
+    probes += ["estimator.directions=null", "estimator.part=sampled", "estimator.probes=2"]
+    settings = [*overrides, *GPU, *probes, f"model.dtype={dtype}", "run.steps=6"]
+    first, second = (
+        train([*settings, *PLACES[where], f"run.dir={tmp_path}/{where}"])
+        for where in ("device", place)
+    )
+    assert first["fingerprint"] == second["fingerprint"] and first["loss"] == second["loss"]
+
+
 def test_a_log_of_a_gpu_is_replayed_on_a_cpu_with_equal_bits(overrides, tmp_path):
     """A published log is only worth something if any machine rebuilds the weights from it."""
     for dtype in ("float32", "bfloat16"):

@@ -68,7 +68,7 @@ class EstimatorConfig:
     eps: float = 1e-3
     """Length of the step along a direction."""
     distribution: str = "rademacher"
-    """``rademacher`` or ``gaussian``."""
+    """``rademacher``, ``gaussian``, or ``rank-one``, whose probes are never written."""
 
     def __post_init__(self) -> None:
         choice("estimator.name", self.name, ESTIMATORS)

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from zo.method.kernels import replay_and_perturb
 from zo.method.kernels.factors import factor_signs
-from zo.method.passes import Pass, Probe
+from zo.method.kernels.written import written_probes
+from zo.method.passes import Probe
 from zo.method.philox import Purpose
 from zo.model.binding import Binding
 from zo.model.blocks import layer_lists, pattern
@@ -104,6 +104,7 @@ class Probing:
         self.corrected: list[str] = []
         self.written: list[str] = []
         """Names of the modules by the form of their probes."""
+        self._with_matrices: list[str] = []
         self._binding, self._form = binding, form
         assert form.of_parameter is not None
         self._position_of = form.of_parameter
@@ -148,7 +149,14 @@ class Probing:
             self._patches.replace(module, make(name, module))
         else:
             self.written.append(name)
+            if any(len(p.spec.shape) >= 2 for p in own):
+                self._with_matrices.append(name)
             self._patches.replace(module, self._written(module, own))
+
+    def written_matrices(self) -> list[str]:
+        """Return the modules, as patterns, whose probes of matrices are written."""
+        lists = layer_lists(self._binding.model)
+        return list(dict.fromkeys(pattern(name, lists) for name in self._with_matrices))
 
     def positions(self) -> dict[str, int]:
         """Return the modules with trainable parameters, and the position of each."""
@@ -249,14 +257,14 @@ class Probing:
 
     def _write(self, parameter: Placed, probes: Sequence[Probe]) -> Tensor:
         """Return a parameter's probes, ``[len(probes), *shape]``, from its stored weights."""
-        stored = self._binding.stored(parameter).reshape(-1)
-        is_double = stored.dtype == torch.float64  # Of a self-check, which no store has.
-        weights = torch.zeros_like(stored, dtype=torch.float32) if is_double else stored
-        out = weights.new_empty(len(probes), stored.numel())
-        work = Pass(self._form.seed, self._form.distribution, (), tuple(probes))
-        matrices = Segment((Part(parameter),)).matrices
-        replay_and_perturb(weights, parameter.start, work, out, None, matrices)
-        written = stored + out if is_double else out
+        written = written_probes(
+            self._binding.stored(parameter).reshape(-1),
+            parameter.start,
+            self._form.seed,
+            self._form.distribution,
+            probes,
+            Segment((Part(parameter),)).matrices,
+        )
         return written.view(len(probes), *parameter.spec.shape)
 
     def _written(self, module: nn.Module, own: Sequence[Placed]) -> Callable[..., Any]:

@@ -57,15 +57,25 @@ class Reporter:
         self._skipped_in_a_row, self._said_rounding = 0, False
         self._started, self._before, self._sent = 0.0, Traffic(), 0
 
+    def _rows(self, table: LossTable) -> tuple[int, int]:
+        """Return the tokens of this rank's folds, and of one fold, at most."""
+        batch, shape = self.config.batch, self.mesh.shape
+        of_fold = table.fold * batch.micro * batch.max_tokens
+        return len(table.folds(self.mesh.rank, shape.perturb, shape.data)) * of_fold, of_fold
+
     def say_first(self, table: LossTable) -> None:
         """Print the run's model, mesh, memory, warnings and first step."""
         config, layout, shape = self.config, self.replica.layout, self.mesh.shape
         self.progress.say(
             f"{config.recipe or 'run'} in {self.folder.path}: {layout.numel:,} parameters in "
             f"{len(layout.blocks)} blocks, {config.model.dtype} on {self.mesh.device}, "
-            f"store {config.memory.store}, table {table.rows} x {table.columns}, "
-            f"mesh {shape.perturb} x {shape.data} x {shape.slice}; {self.replica.budget()}"
+            f"store {config.memory.store}, table {table.rows} x {table.columns}"
+            f"{'' if table.is_full else f' ({len(table.cells)} cells)'}, "
+            f"mesh {shape.perturb} x {shape.data} x {shape.slice}; "
+            f"{self.replica.budget(self._rows(table))}"
         )
+        if written := self.replica.said_of_probes():
+            self.progress.say(written)
         if idle := idle_of(config, shape):
             self.progress.say(idle)
         if config.estimator.distribution == "gaussian" and config.update.lr >= FIRST_ORDER_LR:

@@ -69,6 +69,31 @@ def disk_bytes(layout: Layout, own: Slice) -> int:
     return sum(sizes) + sum(set(sizes))
 
 
+def activation_bytes(layout: Layout, rows: int, rows_of_fold: int) -> int:
+    """Return an estimate of the activations of folds, from above but for attention scores.
+
+    Each fold keeps its hidden states between layers; the fold that computes keeps the outputs of
+    all linear layers of a layer.
+
+    Args:
+        layout: of the model.
+        rows: tokens of all folds of a rank.
+        rows_of_fold: tokens of one fold.
+    """
+    matrices = [
+        [part.parameter.spec for part in group.parts if len(part.parameter.spec.shape) == 2]
+        for group in layout.groups
+    ]
+    if not any(matrices):
+        return 0
+    width = next(specs[0].shape[1] for specs in matrices if specs)
+    # A head, a single matrix, computes the few positions that a loss needs.
+    layers = [specs for specs in matrices if len(specs) > 1] or matrices
+    inner = max(sum(s.shape[0] for s in specs) for specs in layers)
+    itemsize = max(spec.dtype.itemsize for specs in matrices for spec in specs)
+    return (rows * width + rows_of_fold * inner) * itemsize
+
+
 @dataclass(frozen=True)
 class Budget:
     """Bytes of one rank, by what they are for."""
@@ -97,7 +122,7 @@ def budget(
     own: Slice,
     on_host: bool,
     resident_bytes: int,
-    writes_blocks: bool = True,
+    rows: tuple[int, int] | None = None,
 ) -> Budget:
     """Return what one rank allocates.
 
@@ -108,11 +133,13 @@ def budget(
         own: the slice that the rank keeps.
         on_host: whether the device that computes is the host.
         resident_bytes: buffers, and frozen parameters outside the layers.
-        writes_blocks: whether probes of whole blocks are written.
+        rows: where probes are corrections, tokens of all its folds and of one, at most; ``None``
+            where probes are written.
     """
     sizes = [block.size_bytes for block in layout.blocks]
-    scratch = scratch_bytes(layout.blocks) if writes_blocks else 0
-    device = {"scratch": scratch, "buffers": resident_bytes}
+    device = {"scratch": 0 if rows else scratch_bytes(layout.blocks), "buffers": resident_bytes}
+    if rows:
+        device["activations"] = activation_bytes(layout, *rows)
     host: dict[str, int] = {}
     disk: dict[str, int] = {}
     if store == "device":

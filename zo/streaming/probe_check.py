@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from zo.config.schema import MemoryConfig
-from zo.method.kernels import replay_and_perturb
-from zo.method.passes import Pass, Probe
+from zo.method.kernels.written import written_probes
+from zo.method.passes import Probe
 from zo.model.blocks import find_layout
 from zo.model.folds import Together
 from zo.model.form import MEETINGS, forward_order, layer_places
@@ -171,12 +171,11 @@ def _bound_at_each_use(
 
 def _probed(group: Block, stored: Sequence[Tensor], probe: Probe) -> list[Tensor]:
     """Return copies of a group's weights with a probe."""
-    probed, work = list(stored), Pass(SEED, "rank-one", (), (probe,))
+    probed = list(stored)
     for i, segment in enumerate(group.trainable):
-        zero = torch.zeros_like(stored[i], dtype=torch.float32)
-        z = zero.new_empty(1, zero.numel())
-        replay_and_perturb(zero, segment.start, work, z, None, segment.matrices)
-        probed[i] = stored[i] + z[0]
+        probed[i] = written_probes(
+            stored[i], segment.start, SEED, "rank-one", [probe], segment.matrices
+        )[0]
     return probed
 
 

@@ -144,8 +144,12 @@ class Replica:
         self._lockstep = Lockstep(self.binding, offload=offload, probing=self._probing)
         self._folds = Folds(self.binding, self._lockstep, self._probing, form)
 
-    def budget(self) -> Budget:
-        """Return the memory that this rank allocated."""
+    def budget(self, rows: tuple[int, int] = (0, 0)) -> Budget:
+        """Return the memory that this rank allocates.
+
+        Args:
+            rows: tokens of all its folds, and of one, at most.
+        """
         memory = self._memory
         buffers = sum(b.nbytes for b in self.model.buffers()) + sum(
             spec.size_bytes for spec in self.resident
@@ -158,8 +162,23 @@ class Replica:
             self.store.slice,
             on_host,
             buffers,
-            writes_blocks=not self._form.corrects,
+            rows if self._form.corrects else None,
         )
+
+    def said_of_probes(self) -> str | None:
+        """Return a line on probes of matrices that are written though they are of rank one."""
+        if self._form.distribution != "rank-one":
+            return None
+        if self._probing is None:
+            return (
+                "probes are written block by block: a corrected forward of this model differs from "
+                "the written one"
+            )
+        names = self._probing.written_matrices()
+        if not names and self._folds.stacks:
+            return None
+        said = "each cell runs alone" if not self._folds.stacks else "rows of a fold are stacked"
+        return f"probes are corrections; {said}; written at {', '.join(names) or 'no matrix'}"
 
     def table(
         self,
