@@ -14,6 +14,8 @@ from conftest import make_llama
 from zo.config import cli as launcher
 from zo.errors import UserError
 from zo.io import hardware
+from zo.method.kernels import replay_and_perturb
+from zo.method.passes import Pass, Probe
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
@@ -138,6 +140,9 @@ runpy.run_path(sys.argv[0], run_name='__main__')
 @pytest.mark.parametrize("store", ["device", "host"])
 def test_too_little_host_memory_is_one_line_and_exit_code_2(reviews, tokenizer, tmp_path, store):
     """For real: the kernel refuses the pages."""
+    # Compiled here and cached: a compiler in so little memory would end in other ways.
+    pair = Pass(0, "rademacher", (), (Probe(0, 1.0), Probe(0, -1.0)))
+    replay_and_perturb(torch.zeros(128), 0, pair, torch.empty(2, 128))
     model = make_llama(hidden_size=1024, intermediate_size=8192, num_hidden_layers=6)
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
