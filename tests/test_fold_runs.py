@@ -1,9 +1,14 @@
 """Whole runs of folds and parts: one result on any mesh, store, slice and lag, and after a kill."""
 
 import pytest
+import test_units
+import torch
 from logs import same_log
+from plain import plain_config
 from ranks import KILLED, kill_at, lives, train
 
+from zo import Trainer
+from zo.errors import UserError
 from zo.state.log import read
 
 pytestmark = pytest.mark.slow  # Whole runs, most of them in processes of their own.
@@ -69,3 +74,38 @@ def test_what_does_not_fit_ends_in_one_line_and_nothing_is_written(
     for result in lives(settings, ranks=ranks):
         assert "UserError" in result and said in result, result
     assert not (tmp_path / "run" / "steps.log").exists()
+
+
+def test_a_model_that_reads_weights_elsewhere_is_trained_and_says_so_once(tmp_path, capsys):
+    """The rows of its mixers cannot be corrected: each cell runs them with written probes."""
+    torch.manual_seed(0)
+    test_units.ELSEWHERE["mamba-2"]().save_pretrained(tmp_path / "model")
+    settings = [f"model.name={tmp_path}/model", "data.name=synthetic", "data.dev=null"]
+    settings += ["data.template=null", "data.label_words=null", "batch.sequences=2", *PROBES]
+    settings += ["batch.max_tokens=8", "run.steps=2", "eval.every=0", "export.at_end=false"]
+    summary = Trainer(plain_config([*settings, f"run.dir={tmp_path}/run"])).train()
+    assert summary["steps"] == 2
+    said = capsys.readouterr().err
+    assert said.count("written at backbone.layers.*.mixer") == 1
+    assert {len(entry.scalars) for entry in read(tmp_path / "run" / "steps.log")[1]} == {2}
+    assert any(read(tmp_path / "run" / "steps.log")[1][0].scalars)
+
+
+def test_rank_one_directions_need_a_matrix(tmp_path):
+    class Scale(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(4))
+
+        def forward(self, x):
+            return x * self.weight
+
+    trainer = Trainer(
+        plain_config(["estimator.distribution=rank-one", f"run.dir={tmp_path}/run"]),
+        model=Scale(),
+        objective=lambda net, batch: torch.stack((net(batch["x"]).sum(), torch.tensor(1.0))),
+        batches=lambda step, column: {"x": torch.ones(2, 4)},
+    )
+    with pytest.raises(UserError, match="rank-one is of matrices") as error:
+        trainer.train()
+    assert "\n" not in str(error.value) and not (tmp_path / "run" / "steps.log").exists()

@@ -19,7 +19,7 @@ from zo.model.form import forward_order, layer_places
 from zo.model.layout import Part, Segment
 from zo.model.probing import correct_linear, is_plain
 from zo.model.source import ModelSource
-from zo.model.stacking import split, stack
+from zo.model.stacking import Stacker, split
 from zo.state.log import Log
 from zo.streaming.replica import Replica
 from zo.streaming.selfcheck import self_check
@@ -163,6 +163,7 @@ def test_a_correction_is_added_before_the_product_is_rounded():
 
 
 def test_what_stacks_and_what_does_not():
+    stack = Stacker().stack
     a, b = torch.arange(6.0).view(2, 3), torch.ones(2, 3)
     one, positions = torch.ones(1, 3), torch.arange(3)
     stacked = stack([((a, one, positions), {"x": None}), ((b, one, positions), {"x": None})])

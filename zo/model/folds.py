@@ -24,7 +24,7 @@ from zo.model.layout import Layout
 from zo.model.lockstep import BlockProvider, Lockstep
 from zo.model.patches import Patches
 from zo.model.probing import Probing
-from zo.model.stacking import Call, split, stack
+from zo.model.stacking import Call, Stacker, split
 
 T = TypeVar("T")
 
@@ -72,6 +72,7 @@ class Folds:
         self._lockstep, self._probing = lockstep, probing
         self.stacks = form.meet in ("layer", "module")
         self._cells: set[greenlet] = set()
+        self._stacker = Stacker()
         self._patches = Patches()
         self._inner: dict[str, Callable[..., Any]] = {}
         self._meet_at = _meeting_points(binding.layout, probing, form)
@@ -114,6 +115,7 @@ class Folds:
             self._lockstep.run([d.run for d in drivers], provider, numbers)
         finally:
             self._cells.clear()
+            self._stacker = Stacker()
         return results
 
     def computing(self, probes: tuple[Probe, ...]) -> AbstractContextManager[None]:
@@ -213,7 +215,8 @@ class _Driver:
             same = {n: firsts.setdefault(self._table[n].column, n) for n in calls}
         distinct = list(dict.fromkeys(same.values()))
         stacks = self._folds.stacks or len(distinct) == 1
-        stacked = stack([calls[number] for number in distinct]) if stacks else None
+        some = [calls[number] for number in distinct]
+        stacked = self._folds._stacker.stack(some) if stacks else None
         outputs: dict[int, Any] = {}
         for group, call in (
             [(distinct, stacked)] if stacked else [([number], calls[number]) for number in distinct]

@@ -14,6 +14,7 @@ perturbations as corrections).
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -31,10 +32,12 @@ from zo.model.blocks import layer_lists, pattern
 from zo.model.form import Form
 from zo.model.layout import Part, Placed, Segment
 from zo.model.patches import Patches
-from zo.model.stacking import Call, split, stack
+from zo.model.stacking import Call, Stacker, split
 
 WRITTEN_AT_ONCE = 1 << 22
 """Elements of written parameters that are in memory at once; but at least one probe's."""
+PROBES_KEPT = 64
+"""Folds whose numbers are kept on the device."""
 CORRECTED = (nn.Linear, nn.Embedding, Conv1D)
 """Types of modules whose probes are corrections, if they are exactly of that type."""
 
@@ -111,6 +114,8 @@ class Probing:
         self._module_position: dict[str, int] = {}
         self._active: dict[greenlet, tuple[Probe, ...]] = {}
         self._patches = Patches()
+        # Kept for all modules of a step: on a GPU the host would wait for each copy.
+        self._numbers = lru_cache(PROBES_KEPT)(_numbers)
         self._placed: dict[str, Placed] = {
             name: part.parameter
             for group in binding.layout.groups
@@ -188,14 +193,13 @@ class Probing:
         self, part: Part, probes: Sequence[Probe], like: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return a of the part's rows, ``[K, m]``, b, ``[K, n]``, and c, ``[K, 1]``, of probes."""
-        directions = list(dict.fromkeys(probe.direction for probe in probes))
-        dtype, device = like.dtype, like.device
         start, first = part.parameter.start, part.rows[0] if part.rows else 0
         m, n = part.shape
-        a = factor_signs(self._form.seed, directions, start + first, m, Purpose.ROW, dtype, device)
-        b = factor_signs(self._form.seed, directions, start, n, Purpose.COLUMN, dtype, device)
-        scales = torch.tensor([p.scale for p in probes], dtype=dtype).to(device).unsqueeze(1)
-        which = torch.tensor([directions.index(p.direction) for p in probes]).to(device)
+        dtype, device = like.dtype, like.device
+        directions, which, scales = self._numbers(tuple(probes), dtype, device)
+        seed = self._form.seed
+        a = factor_signs(seed, directions, start + first, m, Purpose.ROW, dtype, device)
+        b = factor_signs(seed, directions, start, n, Purpose.COLUMN, dtype, device)
         return a[which], b[which], scales
 
     def linear(self, part: Part, x: Tensor, weight: Tensor) -> Tensor:
@@ -284,13 +288,23 @@ class Probing:
                     values = [copy[number] for copy in copies]
                     with self._binding.replaced(own, values), self.computing((probe,)):
                         outputs.append(inner(*call.arguments, **call.options))
-            return stack(outputs)
+            return Stacker().stack(outputs)
 
         return forward
 
     def detach(self) -> None:
         """Restore the forwards that were replaced."""
         self._patches.restore()
+
+
+def _numbers(
+    probes: tuple[Probe, ...], dtype: torch.dtype, device: torch.device
+) -> tuple[tuple[int, ...], Tensor, Tensor]:
+    """Return the distinct directions of probes, the number of each probe's, and the scales."""
+    directions = tuple(dict.fromkeys(probe.direction for probe in probes))
+    which = torch.tensor([directions.index(probe.direction) for probe in probes])
+    scales = torch.tensor([probe.scale for probe in probes], dtype=dtype).unsqueeze(1)
+    return directions, which.to(device), scales.to(device)
 
 
 def _join(module: str, leaf: str) -> str:

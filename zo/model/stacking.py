@@ -20,55 +20,85 @@ class Call(NamedTuple):
     options: dict[str, Any]
 
 
-def stack(calls: Sequence[Any]) -> Any | None:
-    """Stack structures (arguments, outputs) in dim 0 of their tensors.
+class Stacker:
+    """Stacks of tensors, each made once: masks and positions are the same at every layer.
 
-    Returns:
-        ``None`` if they differ in structure, in a shape, or in what should be the same for all.
+    On a GPU the host would have to wait for a comparison of two tensors' values.
     """
-    if len(calls) == 1:
-        return calls[0]
-    flat = [tree_flatten(call) for call in calls]
-    if any(structure != flat[0][1] for _, structure in flat):
-        return None
-    batch = next((x.shape[0] for x in flat[0][0] if _has_batch(x)), 1)
-    stacked = []
-    for leaves in zip(*(leaves for leaves, _ in flat), strict=True):
-        first = leaves[0]
-        if not isinstance(first, Tensor):
-            if any(type(leaf) is not type(first) or leaf != first for leaf in leaves):
+
+    def __init__(self) -> None:
+        """Start without any."""
+        self._made: dict[tuple[int, ...], tuple[Sequence[Tensor], Tensor | None]] = {}
+
+    def stack(self, calls: Sequence[Any]) -> Any | None:
+        """Stack structures (arguments, outputs) in dim 0 of their tensors.
+
+        Returns:
+            ``None`` if they differ in structure, in a shape, or in what should be the same for all.
+        """
+        if len(calls) == 1:
+            return calls[0]
+        flat = [tree_flatten(call) for call in calls]
+        if any(structure != flat[0][1] for _, structure in flat):
+            return None
+        batch = next((leaf.shape[0] for leaf in flat[0][0] if _has_batch(leaf)), 1)
+        stacked = []
+        for leaves in zip(*(leaves for leaves, _ in flat), strict=True):
+            first = leaves[0]
+            if isinstance(first, Tensor):
+                one = self._stack(leaves, batch)
+                if one is None:
+                    return None
+                stacked.append(one)
+            elif any(type(leaf) is not type(first) or leaf != first for leaf in leaves):
                 return None
-            stacked.append(first)
-        elif any(not isinstance(leaf, Tensor) or leaf.shape != first.shape for leaf in leaves):
-            return None
-        elif _has_batch(first) and first.shape[0] == batch:
-            stacked.append(concatenate(leaves))
-        elif all(leaf is first or torch.equal(leaf, first) for leaf in leaves):
-            stacked.append(first)
-        elif _has_batch(first):
-            rows = batch if first.shape[0] == 1 else first.shape[0]
-            stacked.append(torch.cat([x.expand(rows, *x.shape[1:]) for x in leaves]))
-        else:
-            return None
-    return tree_unflatten(stacked, flat[0][1])
+            else:
+                stacked.append(first)
+        return tree_unflatten(stacked, flat[0][1])
+
+    def _stack(self, leaves: Sequence[Any], batch: int) -> Tensor | None:
+        if (view := _side_by_side(leaves)) is not None:
+            return view
+        key = tuple(map(id, leaves))
+        if key not in self._made:
+            self._made[key] = leaves, _concatenate(leaves, batch)
+        return self._made[key][1]
+
+
+def _concatenate(leaves: Sequence[Any], batch: int) -> Tensor | None:
+    first = leaves[0]
+    if any(not isinstance(leaf, Tensor) or leaf.shape != first.shape for leaf in leaves):
+        return None
+    if _has_batch(first) and first.shape[0] == batch:
+        return torch.cat(tuple(leaves))
+    if all(leaf is first or torch.equal(leaf, first) for leaf in leaves):
+        return first  # type: ignore[no-any-return]
+    if not _has_batch(first):
+        return None
+    rows = batch if first.shape[0] == 1 else first.shape[0]
+    return torch.cat([leaf.expand(rows, *leaf.shape[1:]) for leaf in leaves])
 
 
 def _has_batch(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.dim() >= 2
 
 
-def concatenate(pieces: Sequence[Tensor]) -> Tensor:
-    """Concatenate in dim 0; pieces of one tensor that lie side by side are viewed, not copied."""
-    first = pieces[0]
+def _side_by_side(leaves: Sequence[Any]) -> Tensor | None:
+    """Return a view of equal pieces of a tensor that lie in order, as :func:`split` makes them."""
+    first = leaves[0]
+    if not _has_batch(first) or not first.is_contiguous():
+        return None
     size, start = first.numel() * first.element_size(), first.data_ptr()
-    if all(
-        piece.is_contiguous()
-        and piece.data_ptr() == start + number * size
-        and piece.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        for number, piece in enumerate(pieces)
-    ):
-        return first.as_strided((len(pieces) * first.shape[0], *first.shape[1:]), first.stride())
-    return torch.cat(tuple(pieces))
+    for number, leaf in enumerate(leaves):
+        if not isinstance(leaf, Tensor) or leaf.shape != first.shape or leaf.dtype != first.dtype:
+            return None
+        is_next = leaf.data_ptr() == start + number * size and leaf.is_contiguous()
+        if not is_next or leaf.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
+            return None
+    whole: Tensor = first.as_strided(
+        (len(leaves) * first.shape[0], *first.shape[1:]), first.stride()
+    )
+    return whole
 
 
 def split(stacked: Any, count: int) -> list[Any]:
