@@ -268,6 +268,7 @@ def test_a_model_larger_than_the_memory_it_may_have_trains_from_its_shards(tmp_p
         import json
         from pathlib import Path
         import zo.run.trainer, zo.method.kernels.cpu
+        from plain import plain_config
         from zo import Trainer
 
         def peak():
@@ -288,7 +289,7 @@ def test_a_model_larger_than_the_memory_it_may_have_trains_from_its_shards(tmp_p
         capture_output=True,
         text=True,
         check=False,
-        env=dict(os.environ),
+        env=os.environ | {"PYTHONPATH": os.path.dirname(__file__)},
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) < 0.75 * size

@@ -152,9 +152,9 @@ def test_a_step_without_a_finite_loss_moves_nothing_and_is_reported(tmp_path, ca
 
     def sometimes(model, batch):
         calls.append(0)
-        # 16 forwards a step, after 4 of the self-check in lockstep and 4 plain: the second step
+        # 16 forwards a step, after 4 of the self-check in lockstep and 5 plain: the second step
         # loses all of its own.
-        return squares(model, batch) * (math.nan if 8 + 16 <= len(calls) - 1 < 8 + 32 else 1.0)
+        return squares(model, batch) * (math.nan if 9 + 16 <= len(calls) - 1 < 9 + 32 else 1.0)
 
     own(tmp_path, sometimes, "run.steps=3").train()
     entries = read(tmp_path / "run" / "steps.log")[1]
