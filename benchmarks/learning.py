@@ -6,7 +6,7 @@
 
 Each run is ``torchrun --nproc-per-node 2 launch/train.py``; a probe run of 3 steps sets its number
 of steps to what fits the seconds, so that every schedule ends in time. Prints a Markdown table.
-Learning rates are those that were best of 3 or more for their number of directions.
+Learning rates are the best of those tried for the number of directions (see README.md).
 """
 
 import argparse
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,19 +25,32 @@ FULL = ["estimator.cover=full", "estimator.part=all", "estimator.directions=1"]
 DENSE = ["estimator.distribution=rademacher", "estimator.name=spsa", "estimator.eps=1e-3"]
 EACH = ["estimator.cover=diagonal", "estimator.directions=null", "batch.micro=1"]
 ONE = ["estimator.distribution=rank-one", "estimator.name=one-sided", "estimator.eps=1e-4"]
+CLIP = ["update.clip=2"]
 METHODS = {
-    "dense, one direction": [*DENSE, *FULL, "batch.micro=8", "update.lr=1.5e-4"],
-    "dense, one a sequence": [*DENSE, *EACH, "estimator.probes=1", "estimator.part=all"],
-    "rank-one, one direction": [*ONE, *FULL, "batch.micro=8", "update.lr=1.5e-4"],
-    "rank-one, one a sequence": [*ONE, *EACH, "estimator.probes=1", "estimator.part=all"],
-    "rank-one, top 1": [*ONE, *EACH, "estimator.probes=63", "estimator.part=top:1"],
-    "rank-one, top 2": [*ONE, *EACH, "estimator.probes=31", "estimator.part=top:2"],
-    "rank-one, top 4": [*ONE, *EACH, "estimator.probes=15", "estimator.part=top:4"],
-    "rank-one, top 8": [*ONE, *EACH, "estimator.probes=7", "estimator.part=top:8"],
-    "rank-one, top 16": [*ONE, *EACH, "estimator.probes=3", "estimator.part=top:16"],
-    "rank-one, sampled": [*ONE, *EACH, "estimator.probes=7", "estimator.part=sampled"],
-    "MeZO": [*FULL, "estimator.distribution=gaussian", "estimator.name=spsa", "batch.micro=8"],
+    "dense, one direction": [
+        *DENSE,
+        *FULL,
+        "batch.micro=8",
+        "update.lr=1.5e-4",
+        "update.clip=null",
+    ],
+    "dense, one a sequence": [*DENSE, *EACH, *CLIP, "estimator.part=all", "update.lr=3e-4"],
+    "rank-one, one direction": [*ONE, *FULL, "batch.micro=8", "update.lr=1.5e-4", *CLIP],
+    "rank-one, one a sequence": [*ONE, *EACH, *CLIP, "estimator.part=all", "update.lr=3e-4"],
+    "rank-one, top 1": [*ONE, *EACH, *CLIP, "estimator.part=top:1", "update.lr=4e-3"],
+    "rank-one, top 2": [*ONE, *EACH, *CLIP, "estimator.part=top:2", "update.lr=3e-3"],
+    "rank-one, top 4": [*ONE, *EACH, *CLIP, "estimator.part=top:4", "update.lr=2e-3"],
+    "rank-one, top 8": [*ONE, *EACH, *CLIP, "estimator.part=top:8", "update.lr=1e-3"],
+    "rank-one, top 16": [*ONE, *EACH, *CLIP, "estimator.part=top:16", "update.lr=6e-4"],
+    "rank-one, sampled": [*ONE, *EACH, *CLIP, "estimator.part=sampled", "update.lr=1e-3"],
+    "MeZO": [*DENSE, *FULL, "estimator.distribution=gaussian", "batch.micro=8", "update.lr=1e-4"],
 }
+"""Settings of each."""
+PROBES = {"top 1": 63, "top 2": 31, "top 4": 15, "top 8": 7, "top 16": 3, "sampled": 7}
+"""Directions a sequence, for about the same cost of a step; one where there is no part."""
+for _name, _settings in METHODS.items():
+    _settings.append(f"estimator.probes={PROBES.get(_name.partition(', ')[2], 1)}")
+
 PROBE_STEPS = 3
 
 
@@ -52,11 +66,17 @@ def launch(settings, seed, steps, every):
         return [json.loads(line) for line in open(f"{scratch}/run/metrics.jsonl")]
 
 
+@cache
+def steps_within(name, seconds, points):
+    """Return the steps that fit some seconds, a multiple of ``points``."""
+    timed = launch(METHODS[name], 0, PROBE_STEPS, 0)
+    step_s = statistics.median(line["step_s"] for line in timed[1:])
+    return max(points, int(seconds / step_s) // points * points)
+
+
 def train(name, seed, seconds, points):
     """Train for some seconds; return a record with accuracy at several times."""
-    timed = launch(METHODS[name], seed, PROBE_STEPS, 0)
-    step_s = statistics.median(line["step_s"] for line in timed[1:])
-    steps = max(points, int(seconds / step_s) // points * points)
+    steps = steps_within(name, seconds, points)
     curve, spent, tokens = [], 0.0, 0
     for line in launch(METHODS[name], seed, steps, steps // points):
         if "eval" in line:
