@@ -42,6 +42,7 @@ def main(overrides: list[str]) -> int:
             "batch.sequences=2",
             "batch.micro=1",
             "batch.max_tokens=16",
+            "estimator.part=all",
         ]
         command += [
             f"run.steps={STEPS}",

@@ -22,6 +22,8 @@ context.set_forkserver_preload(
 )
 
 KILLED = -signal.SIGKILL
+RECIPE = "recipe=quickstart"
+"""In a run's overrides: it is the quickstart, not the plainest run."""
 
 
 def kill_at(module, function, call, before):
@@ -56,9 +58,10 @@ def run_rank(overrides, environment, prelude, output, folder):
             prelude[0](*prelude[1:])
         from plain import plain_config
 
-        from zo import Trainer
+        from zo import Trainer, load_config
 
-        result = Trainer(plain_config(overrides), command="test").train()
+        config = load_config("quickstart", overrides) if RECIPE in overrides else None
+        result = Trainer(config or plain_config(overrides), command="test").train()
     except BaseException:
         result = traceback.format_exc()
     Path(output).write_text(json.dumps(result))

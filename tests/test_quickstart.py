@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from ranks import train
+from ranks import RECIPE, train
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from zo.errors import UserError
@@ -41,7 +41,8 @@ def test_the_model_is_whole_and_loads_as_any_other():
 
 @pytest.mark.parametrize("ranks", [2])
 def test_real_weights_train_to_the_same_bits_on_two_ranks(tmp_path, ranks):
-    settings = ["run.steps=2", "eval.every=2", "data.dev_examples=8", "export.at_end=false"]
+    settings = [RECIPE, "run.steps=2", "eval.every=2", "data.dev_examples=8"]
+    settings.append("export.at_end=false")
     alone = train([*settings, f"run.dir={tmp_path}/alone"])
     shared = train([*settings, f"run.dir={tmp_path}/shared"], ranks=ranks)
     assert shared["fingerprint"] == alone["fingerprint"]
