@@ -10,6 +10,7 @@ from ranks import KILLED, kill_at, lives, train
 from zo import Trainer
 from zo.errors import UserError
 from zo.state.log import read
+from zo.streaming import selfcheck
 
 pytestmark = pytest.mark.slow  # Whole runs, most of them in processes of their own.
 
@@ -23,7 +24,7 @@ RUNS = {
     "full": [PROBES[0], "estimator.directions=2", "update.weight_decay=0.1", "update.clip=1.5"],
 }
 PLACES = {
-    "host": (["memory.store=host"], 1),
+    "host": (["memory.store=host", "memory.activations=host"], 1),
     "disk": (["memory.store=disk", "memory.unit=module", "memory.slots=2"], 1),
     "ranks": (["mesh.data=2"], 2),
     "slices": (["memory.store=host", "mesh.slice=2"], 2),
@@ -109,3 +110,19 @@ def test_rank_one_directions_need_a_matrix(tmp_path):
     with pytest.raises(UserError, match="rank-one is of matrices") as error:
         trainer.train()
     assert "\n" not in str(error.value) and not (tmp_path / "run" / "steps.log").exists()
+
+
+@pytest.mark.parametrize("name", ["top", "sampled"])
+def test_where_nothing_can_be_corrected_written_probes_have_the_same_losses(
+    overrides, tmp_path, monkeypatch, name
+):
+    """A fold of cells whose probes are written must not become one probe."""
+    settings = [*overrides, *RUNS[name], "run.steps=1"]
+    Trainer(plain_config([*settings, f"run.dir={tmp_path}/corrected"])).train()
+    monkeypatch.setattr(selfcheck, "choose_meeting", lambda *arguments: "")
+    Trainer(plain_config([*settings, f"run.dir={tmp_path}/written"])).train()
+    logs = [read(tmp_path / way / "steps.log") for way in ("corrected", "written")]
+    assert [header["meet"] for header, _ in logs] == ["layer", ""]
+    corrected, written = (torch.tensor(entries[0].scalars) for _, entries in logs)
+    assert corrected.abs().min() > 0
+    torch.testing.assert_close(written, corrected, rtol=0.02, atol=2e-3)

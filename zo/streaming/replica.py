@@ -205,10 +205,12 @@ class Replica:
         self.streamer.begin(probes, rows, together.part)
         if not together.folds:
             return self._lockstep.run(forwards, self.streamer)
+        # A probe that is written is of one cell alone.
+        folds = together.folds if self._form.corrects else range(len(forwards))
         cells = [
             Cell(forward, probes[row], column, fold)
             for row, forward, column, fold in zip(
-                rows, forwards, together.columns, together.folds, strict=True
+                rows, forwards, together.columns, folds, strict=True
             )
         ]
         return self._folds.run(cells, self.streamer, together.part)
