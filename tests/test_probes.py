@@ -11,11 +11,12 @@ from torch import nn
 from torch.nn import functional
 
 from zo.config.schema import MemoryConfig
+from zo.errors import UserError
 from zo.method.passes import Probe
 from zo.method.perturbation import rank_one
 from zo.model.blocks import find_layout
 from zo.model.folds import Together
-from zo.model.form import forward_order, layer_places
+from zo.model.form import Form, forward_order, layer_places
 from zo.model.layout import Part, Segment
 from zo.model.probing import correct_linear, is_plain
 from zo.model.source import ModelSource
@@ -176,3 +177,15 @@ def test_what_stacks_and_what_does_not():
     assert stack([(a, positions), (b, positions + 1)]) is None
     pieces = torch.arange(12.0).view(4, 3).split(2)
     assert stack(pieces).data_ptr() == pieces[0].data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [({"order": ["model.norm", 7]}, "lacks"), ({"meet": "anywhere"}, "meet='anywhere'")],
+)
+def test_a_log_of_another_model_is_refused_in_one_line(changed, said):
+    layout = find_layout(build("llama"))
+    facts = {"seed": 1, "distribution": "rank-one"}
+    with pytest.raises(UserError, match=said) as error:
+        Form.of(facts | changed, layout)
+    assert "\n" not in str(error.value)

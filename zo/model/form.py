@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from zo.errors import UserError
 from zo.model.blocks import layer_lists, pattern
 from zo.model.layout import Layout
 
@@ -33,8 +34,22 @@ class Form:
 
     @classmethod
     def of(cls, header: Mapping[str, Any], layout: Layout) -> "Form":
-        """Return the form that a log was written with."""
+        """Return the form that a log was written with.
+
+        Raises:
+            UserError: the log is of another model, or of another version of zo.
+        """
         order = tuple(header.get("order") or _modules(layout))
+        if missing := [module for module in _modules(layout) if module not in order]:
+            raise UserError(
+                f"the log's order of modules lacks {missing[0] or '(root)'} of this model; use the "
+                "model that the log was written for"
+            )
+        if header.get("meet", "") not in ("", *MEETINGS):
+            raise UserError(
+                f"the log has meet={header['meet']!r}, which this version of zo does not know; "
+                "install the one that wrote it"
+            )
         last = last_places(layout, order)
         of_parameter = {
             part.parameter.name: last[group.index]
@@ -83,12 +98,8 @@ def forward_order(layout: Layout, model: nn.Module, visits: Sequence[str]) -> tu
     ranks: dict[str, int] = {}
     for module in visits:
         ranks.setdefault(pattern(module, lists), len(ranks))
-    modules = _modules(layout)
-
-    def place(module: str) -> tuple[int, int]:
-        return ranks.get(pattern(module, lists), len(ranks)), modules.index(module)
-
-    return tuple(sorted(modules, key=place))
+    # Sorting is stable: modules of one pattern, the layers, stay in their order.
+    return tuple(sorted(_modules(layout), key=lambda m: ranks.get(pattern(m, lists), len(ranks))))
 
 
 def layer_places(model: nn.Module, order: Sequence[str]) -> list[int]:
