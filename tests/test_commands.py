@@ -440,7 +440,7 @@ def test_a_sequence_classifier_from_rows_to_folder(command, reviews, tmp_path, t
         "eval.every=3",
         "update.lr=1e-3",
     ]
-    settings.append("batch.max_tokens=64")
+    settings += ["batch.max_tokens=64", "estimator.part=top:2"]
     code, out, err = command("train", *settings, f"run.dir={tmp_path}/run")
     assert code == 0, err
     assert set(json.loads(out)["eval"]) == {"accuracy", "loss"}

@@ -33,9 +33,11 @@ PLACES = {
 
 @pytest.mark.parametrize("name", RUNS)
 def test_same_bits_on_any_mesh_and_store(overrides, tmp_path, name):
+    """Two places a run, in turn: each has two kinds of run or more."""
     settings = [*overrides, *RUNS[name], "run.steps=6", "mesh.check_every=2"]
     expected = train([*settings, f"run.dir={tmp_path}/alone"])
-    for place, (extra, ranks) in PLACES.items():
+    first = list(RUNS).index(name)
+    for place, (extra, ranks) in [*PLACES.items(), *PLACES.items()][first % 4 :][:2]:
         found = train([*settings, *extra, f"run.dir={tmp_path}/{place}"], ranks=ranks)
         assert found["fingerprint"] == expected["fingerprint"], place
         assert same_log(tmp_path / place / "steps.log", tmp_path / "alone" / "steps.log"), place

@@ -110,7 +110,7 @@ def test_a_corrected_probe_is_the_written_one(name, unit):
     layers = layer_places(reference, order)
     for part in (0, layers[-2]):
         expected = written(reference, cells, order, part)
-        for fold in (None, 1, 2):
+        for fold in (None, 1, 2) if unit == "layer" else (None,):
             assert agree(in_folds(replica, model, cells, part, fold), expected), (part, fold)
     assert not agree(expected[:1], expected[1:2])
 

@@ -34,6 +34,8 @@ from zo.streaming.stores import DeviceStore, HostStore
 from zo.streaming.streamer import UNPERTURBED, Streamer
 
 T = TypeVar("T")
+Stored = tuple[DeviceStore | HostStore | DiskStore, Callable[[Replay], BlockCache]]
+"""A store, and what makes the cache of its blocks."""
 
 
 class Replica:
@@ -88,17 +90,27 @@ class Replica:
         """The frozen parameters that no store holds."""
         self.binding = Binding(model, layout, device)
         own = Slice(slices.index, slices.of) if slices else WHOLE
-        stores: tuple[Callable[[], DeviceStore | HostStore | DiskStore], ...] = (
-            lambda: DeviceStore(layout, source, device),
-            lambda: HostStore(layout, source, own),
-            lambda: DiskStore(layout, source, engine, folder, writable, own),
+        stores: tuple[Callable[[], Stored], ...] = (
+            lambda: self._in_place(DeviceStore(layout, source, device)),
+            lambda: self._in_slots(HostStore(layout, source, own)),
+            lambda: self._in_slots(DiskStore(layout, source, engine, folder, writable, own)),
         )
-        self.store = dict(zip(STORES, stores, strict=True))[memory.store]()
+        self.store, self._make_cache = dict(zip(STORES, stores, strict=True))[memory.store]()
         self._found = Fingerprint(layout, self.resident)
         self._found.take_over(self.store.found)
         self._add_resident(source)
         if slices is None:
             self.exchange_digests()
+
+    def _in_place(self, store: DeviceStore) -> Stored:
+        return store, lambda replay: ResidentCache(store)
+
+    def _in_slots(self, store: HostStore | DiskStore) -> Stored:
+        def make(replay: Replay) -> BlockCache:
+            memory, device = self._memory, self._device
+            return SlotCache(store, replay, memory, device, self.timeline, self.slices)
+
+        return store, make
 
     def _add_resident(self, source: WeightSource) -> None:
         for spec in self.resident:
@@ -121,11 +133,7 @@ class Replica:
         """Follow a log; a block catches up with it at each visit."""
         self.log, replay, store = log, Replay(log, self.layout), self.store
         store.open(log.version, log.identity)
-        self.cache = (
-            ResidentCache(store)
-            if isinstance(store, DeviceStore)
-            else SlotCache(store, replay, self._memory, self._device, self.timeline, self.slices)
-        )
+        self.cache = self._make_cache(replay)
         self.is_resident = self.cache.is_resident
         self.cache.bind_at_rest(self.binding)
         self._form = form = Form.of(log.header, self.layout)
