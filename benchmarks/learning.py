@@ -95,11 +95,11 @@ def table(records):
     lines.append("|---|---|---|---|---|---|---|")
     for name, ends in by_method.items():
         scores = [100 * accuracy for *_, accuracy in ends]
-        spent, steps, tokens = (
-            statistics.mean(column) for column in list(zip(*ends, strict=True))[:3]
-        )
+        spent, steps = (statistics.mean(column) for column in list(zip(*ends, strict=True))[:2])
+        counted = [tokens for _, _, tokens, _ in ends if tokens is not None]
+        tokens = f"{statistics.mean(counted):.0f}" if counted else "not counted"
         lines.append(
-            f"| {name} | {len(ends)} | {steps:.0f} | {spent:.0f} | {tokens:.0f} | "
+            f"| {name} | {len(ends)} | {steps:.0f} | {spent:.0f} | {tokens} | "
             f"{statistics.mean(scores):.1f} | {min(scores):.1f}, {max(scores):.1f} |"
         )
     return "\n".join(lines)
