@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_llama
+from plain import PLAIN
 
 from zo.config import cli as launcher
 from zo.errors import UserError
@@ -149,6 +150,7 @@ def test_too_little_host_memory_is_one_line_and_exit_code_2(reviews, tokenizer, 
     train = str(ROOT / "launch" / "train.py")
     argv = [
         train,
+        *PLAIN,
         f"model.name={tmp_path}/model",
         f"data.name={reviews}",
         "data.template='{text} it was'",
