@@ -18,7 +18,7 @@ from zo.run.assemble import assemble
 from zo.run.model_card import Card
 from zo.run.problem import Problem, build_problem
 from zo.state import log as logs
-from zo.state.log import Log, difference
+from zo.state.log import Log, difference, untrained_header
 from zo.state.run_folder import RunFolder
 from zo.streaming.disk_store import DiskStore
 from zo.streaming.replica import Replica
@@ -99,17 +99,7 @@ def load_run(path: Path, change: Callable[[Config], Config] = lambda config: con
 def load_plain(config: Config) -> FinishedRun:
     """Load a model as it is, without a run."""
     problem, mesh, replica = _load(config, Path())
-    replica.open(
-        Log(
-            {
-                "directions": 1,
-                "seed": 0,
-                "distribution": "rademacher",
-                "rule": "sgd",
-                "weight_decay": 0.0,
-            }
-        )
-    )
+    replica.open(Log(untrained_header()))
     return FinishedRun(problem, mesh, replica, {}, {}, 0)
 
 

@@ -198,6 +198,17 @@ class Log:
             self._descriptor = None
 
 
+def untrained_header(distribution: str = "rademacher", seed: int = 0) -> dict[str, Any]:
+    """Return a header for a log in memory of a model that is only read or checked."""
+    return {
+        "directions": 1,
+        "seed": seed,
+        "distribution": distribution,
+        "rule": "sgd",
+        "weight_decay": 0.0,
+    }
+
+
 def difference(
     found: Mapping[str, Any], expected: Mapping[str, Any]
 ) -> tuple[str, Any, Any] | None:

@@ -20,7 +20,7 @@ from zo.model.folds import Together
 from zo.model.form import MEETINGS, forward_order, layer_places
 from zo.model.layout import Block, Layout
 from zo.model.source import ModelSource
-from zo.state.log import Log
+from zo.state.log import Log, untrained_header
 from zo.streaming.replica import Replica
 from zo.streaming.stores import DeviceStore
 
@@ -113,7 +113,7 @@ def _corrected_losses(
     part: int,
 ) -> list[Tensor]:
     replica = _replica(model, layout, device)
-    replica.open(Log(_header() | header))
+    replica.open(Log(untrained_header("rank-one", SEED) | header))
     cells = [(column, row) for column in range(len(forwards)) for row in range(len(PROBES))]
     columns = [column for column, _ in cells]
     try:
@@ -135,7 +135,7 @@ def _written_losses(
     part: int,
 ) -> list[Tensor]:
     replica = _replica(model, layout, next(model.parameters()).device)
-    replica.open(Log(_header()))
+    replica.open(Log(untrained_header("rank-one", SEED)))
     by_row = []
     for probe in PROBES:
         with _bound_at_each_use(replica, probe, order, part):
@@ -152,9 +152,9 @@ def _bound_at_each_use(
     hooks, store = [], replica.store
     assert isinstance(store, DeviceStore)
     for group, stored in zip(replica.layout.groups, store.groups, strict=True):
-        probed = _probed(group, stored, probe)
+        with_probe = probed(group, stored, "rank-one", probe)
         for module in group.modules:
-            weights = probed if order.index(module) >= part else stored
+            weights = with_probe if order.index(module) >= part else stored
 
             def bind(
                 _: nn.Module, __: object, group: Block = group, weights: list[Tensor] = weights
@@ -169,26 +169,16 @@ def _bound_at_each_use(
             hook.remove()
 
 
-def _probed(group: Block, stored: Sequence[Tensor], probe: Probe) -> list[Tensor]:
-    """Return copies of a group's weights with a probe."""
-    probed = list(stored)
+def probed(group: Block, stored: Sequence[Tensor], distribution: str, probe: Probe) -> list[Tensor]:
+    """Return a group's flat tensors, one a segment, the trainable ones as copies with a probe."""
+    found = list(stored)
     for i, segment in enumerate(group.trainable):
-        probed[i] = written_probes(
-            stored[i], segment.start, SEED, "rank-one", [probe], segment.matrices
+        found[i] = written_probes(
+            stored[i], segment.start, SEED, distribution, [probe], segment.matrices
         )[0]
-    return probed
+    return found
 
 
 def _replica(model: nn.Module, layout: Layout, device: torch.device) -> Replica:
     source = ModelSource(model)
     return Replica(model, layout, lambda engine: source, MemoryConfig(), device, Path())
-
-
-def _header() -> dict[str, object]:
-    return {
-        "directions": 1,
-        "seed": SEED,
-        "distribution": "rank-one",
-        "rule": "sgd",
-        "weight_decay": 0.0,
-    }

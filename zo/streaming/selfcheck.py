@@ -22,9 +22,8 @@ from zo.method.perturbation import Probe
 from zo.model.blocks import callables, find_layout, layer_lists, pattern, tied
 from zo.model.layout import Layout
 from zo.model.source import ModelSource
-from zo.state.log import Log
-from zo.state.replay import Replay
-from zo.streaming.probe_check import choose_meeting
+from zo.state.log import Log, untrained_header
+from zo.streaming.probe_check import SEED, choose_meeting, probed
 from zo.streaming.replica import Replica
 from zo.streaming.stores import DeviceStore
 
@@ -111,6 +110,9 @@ def self_check(
         distribution: of the directions.
         unit: ``layer`` or ``module``.
         wide: the same micro-batches for a model in float64.
+
+    Returns:
+        The blocks to merge, the order of the forward, and the form of the probes.
 
     Raises:
         UserError: a trainable parameter is read outside its layer, which no visit can serve.
@@ -304,17 +306,10 @@ def _compare(
     Returns:
         The indices of the blocks that lockstep visited; True if all losses are equal in bits.
     """
-    header = {
-        "directions": 1,
-        "seed": 1,
-        "distribution": distribution,
-        "rule": "sgd",
-        "weight_decay": 0.0,
-    }
     replica = Replica(
         small, layout, lambda engine: ModelSource(small), MemoryConfig(), device, Path()
     )
-    replica.open(Log(header))
+    replica.open(Log(untrained_header(distribution, SEED)))
     probes = [Probe(0, SCALE), Probe(0, -SCALE)]
     cells = [(row, forward) for row in range(len(probes)) for forward in forwards]
     with torch.no_grad():
@@ -326,7 +321,7 @@ def _compare(
         replica.close()
         plain = []
         for probe in probes:
-            _write_probe(replica, probe)
+            _write_probe(replica, distribution, probe)
             plain += [forward(small) for forward in forwards]
         replica.close()
     same = all(
@@ -335,16 +330,12 @@ def _compare(
     return replica.streamer.visited, same
 
 
-def _write_probe(replica: Replica, probe: Probe) -> None:
+def _write_probe(replica: Replica, distribution: str, probe: Probe) -> None:
     """Bind every parameter to a perturbed copy of its stored weights, group by group."""
     store = replica.store
     assert isinstance(store, DeviceStore)
-    replay = Replay(replica.log, replica.layout)
     for group, stored in zip(replica.layout.groups, store.groups, strict=True):
-        trainable = stored[: len(group.trainable)]
-        copies = [torch.empty(1, w.numel(), dtype=w.dtype, device=w.device) for w in trainable]
-        replay.visit(group, stored, 0, [probe], copies)
-        replica.binding.bind(group, [copy[0] for copy in copies])
+        replica.binding.bind(group, probed(group, stored, distribution, probe))
 
 
 def move_resident(model: nn.Module, device: torch.device, everything: bool = False) -> nn.Module:
