@@ -104,12 +104,9 @@ class Probing:
         """
         self.part = 0
         """Position of the first block that probes reach."""
-        self.corrected: list[str] = []
-        self.written: list[str] = []
-        """Names of the modules by the form of their probes."""
         self._with_matrices: list[str] = []
+        """Modules whose probes of matrices are written."""
         self._binding, self._form = binding, form
-        assert form.of_parameter is not None
         self._position_of = form.of_parameter
         self._module_position: dict[str, int] = {}
         self._active: dict[greenlet, tuple[Probe, ...]] = {}
@@ -146,14 +143,11 @@ class Probing:
             return
         self._module_position[name] = self._position_of[own[0].name]
         if name in in_chunks:
-            self.corrected.append(name)  # Its chunks are computed by :meth:`linear`.
-            return
+            return  # Its chunks are computed by :meth:`linear` and :meth:`embedding`.
         if name not in written and is_plain(module) and self._is_trained(name, "weight"):
             make = self._embedding if isinstance(module, nn.Embedding) else self._linear
-            self.corrected.append(name)
             self._patches.replace(module, make(name, module))
         else:
-            self.written.append(name)
             if any(len(p.spec.shape) >= 2 for p in own):
                 self._with_matrices.append(name)
             self._patches.replace(module, self._written(module, own))

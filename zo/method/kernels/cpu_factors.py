@@ -33,37 +33,18 @@ def _fill(seed, direction, purpose, first_call, before, bits_a_word, plus, minus
 
 
 @jit
-def _fill_all(seed, directions, purpose, first_call, before, bits_a_word, ones, signs):  # type: ignore[no-untyped-def]
+def _fill_all(directions, signs, seed, purpose, first_call, before, bits_a_word, ones):  # type: ignore[no-untyped-def]
     """Fill a row of ``signs`` for each direction; ``ones`` holds the bits of +1 and -1."""
-    for k in range(len(directions)):
-        _fill(
-            seed,
-            directions[k],
-            purpose,
-            first_call,
-            before,
-            bits_a_word,
-            ones[0],
-            ones[1],
-            signs[k],
-        )
+    plus, minus = ones
+    for direction, row in zip(directions, signs):  # noqa: B905 -- numba's zip has no strict
+        _fill(seed, direction, purpose, first_call, before, bits_a_word, plus, minus, row)
 
 
 @numba.njit(nogil=True, cache=True, parallel=True, error_model="numpy")
-def _fill_all_in_parts(seed, directions, purpose, first_call, before, bits_a_word, ones, signs):  # type: ignore[no-untyped-def]
+def _fill_all_in_parts(directions, signs, *stream):  # type: ignore[no-untyped-def]
     """See :func:`_fill_all`; the directions are shared out to the threads."""
     for k in numba.prange(len(directions)):
-        _fill(
-            seed,
-            directions[k],
-            purpose,
-            first_call,
-            before,
-            bits_a_word,
-            ones[0],
-            ones[1],
-            signs[k],
-        )
+        _fill_all(directions[k : k + 1], signs[k : k + 1], *stream)
 
 
 def factor_signs_cpu(
@@ -78,10 +59,9 @@ def factor_signs_cpu(
     """Compute :func:`zo.method.kernels.factors.factor_signs` on as many threads as torch."""
     signs = torch.empty(len(directions), count, dtype=dtype)
     bits = BITS.get(dtype, torch.uint16)
-    ones = torch.tensor([1.0, -1.0], dtype=dtype).view(bits).numpy()
-    numbers = np.array(directions, np.uint64)
-    stream = u64(seed), numbers, u64(purpose), u64(start // 128), start % 128
-    arguments = (*stream, 32, ones, signs.view(bits).numpy())
+    plus, minus = torch.tensor([1.0, -1.0], dtype=dtype).view(bits).numpy()
+    stream = u64(seed), u64(purpose), u64(start // 128), start % 128, 32, (plus, minus)
+    arguments = np.array(directions, np.uint64), signs.view(bits).numpy(), *stream
     threads = torch.get_num_threads() if signs.numel() >= PARALLEL_FROM else 1
     if threads == 1:
         _fill_all(*arguments)
