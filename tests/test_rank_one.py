@@ -6,6 +6,7 @@ from test_perturbation import SEED, bits, weights
 
 from zo.method.estimator import float32
 from zo.method.kernels import replay_and_perturb
+from zo.method.kernels.cpu_random import PARALLEL_FROM
 from zo.method.kernels.factors import factor_signs
 from zo.method.perturbation import (
     ALIGNMENT,
@@ -148,6 +149,19 @@ def test_threads_do_not_change_bits(dtype):
         torch.set_num_threads(threads)
     assert torch.equal(results[0][0], results[1][0])
     assert torch.equal(results[0][1], results[1][1])
+
+
+def test_threads_do_not_change_factors():
+    """Rows long and many enough that threads share them."""
+    stream = SEED, range(64), START + 77, 5000, Purpose.COLUMN, torch.bfloat16
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        found = factor_signs(*stream)
+    finally:
+        torch.set_num_threads(threads)
+    assert found.numel() >= PARALLEL_FROM
+    assert torch.equal(found, factor_signs_reference(*stream))
 
 
 def test_parameters_between_matrices_keep_independent_signs():

@@ -35,9 +35,9 @@ def _fill(seed, direction, purpose, first_call, before, bits_a_word, plus, minus
 @jit
 def _fill_all(directions, signs, seed, purpose, first_call, before, bits_a_word, ones):  # type: ignore[no-untyped-def]
     """Fill a row of ``signs`` for each direction; ``ones`` holds the bits of +1 and -1."""
-    plus, minus = ones
-    for direction, row in zip(directions, signs):  # noqa: B905 -- numba's zip has no strict
-        _fill(seed, direction, purpose, first_call, before, bits_a_word, plus, minus, row)
+    for k in range(len(directions)):
+        stream = seed, directions[k], purpose, first_call, before, bits_a_word
+        _fill(*stream, ones[0], ones[1], signs[k])
 
 
 @numba.njit(nogil=True, cache=True, parallel=True, error_model="numpy")
@@ -59,8 +59,9 @@ def factor_signs_cpu(
     """Compute :func:`zo.method.kernels.factors.factor_signs` on as many threads as torch."""
     signs = torch.empty(len(directions), count, dtype=dtype)
     bits = BITS.get(dtype, torch.uint16)
-    plus, minus = torch.tensor([1.0, -1.0], dtype=dtype).view(bits).numpy()
-    stream = u64(seed), u64(purpose), u64(start // 128), start % 128, 32, (plus, minus)
+    # An array: a tuple does not pass into a parallel loop.
+    ones = torch.tensor([1.0, -1.0], dtype=dtype).view(bits).numpy()
+    stream = u64(seed), u64(purpose), u64(start // 128), start % 128, 32, ones
     arguments = np.array(directions, np.uint64), signs.view(bits).numpy(), *stream
     threads = torch.get_num_threads() if signs.numel() >= PARALLEL_FROM else 1
     if threads == 1:
