@@ -1,12 +1,14 @@
 """The equation, and the CPU kernel against it, bit for bit."""
 
 import math
+import os
 
 import pytest
 import torch
 
 from zo.method.estimator import float32
 from zo.method.kernels import replay_and_perturb
+from zo.method.kernels.cpu_random import forget_stale_kernels
 from zo.method.perturbation import (
     STORED_DTYPES,
     Change,
@@ -162,3 +164,16 @@ def test_small_steps_on_bf16_weights_are_realised():
     moved = stored.double() - before
     realised = (moved * wanted).sum() / (wanted * wanted).sum()
     assert 0.9 < realised < 1.1, z
+
+
+def test_compiled_kernels_older_than_a_source_are_forgotten(tmp_path):
+    folder = tmp_path / "kernels"
+    folder.mkdir()
+    source, old, new = folder / "random.py", folder / "a.nbi", folder / "b.nbi"
+    for path in (old, source, new):
+        path.touch()
+    os.utime(old, (1, 1))
+    os.utime(source, (2, 2))
+    os.utime(new, (3, 3))
+    forget_stale_kernels(tmp_path)
+    assert sorted(folder.iterdir()) == [new, source]

@@ -20,8 +20,9 @@ from zo.method.kernels.cpu_random import (
     KINDS,
     PARALLEL_FROM,
     TILE,
+    add_drawn,
+    draw,
     f32,
-    fill_z,
     jit,
     u64,
 )
@@ -37,31 +38,40 @@ from zo.method.passes import GROUP
 
 
 @jit
-def _add_directions(  # type: ignore[no-untyped-def]
-    x, directions, coefficients, seed, here, gaussian, bits_a_word, scratch, s
-):
-    """Add a change's directions to ``x``, in groups.
+def _scratch():  # type: ignore[no-untyped-def]
+    """Return ``words``, ``u``, ``v`` and ``z`` of :func:`draw`."""
+    return (
+        np.empty((4, TILE // 4), np.uint32),
+        np.empty(TILE // 4, np.float32),
+        np.empty((4, TILE // 4), np.float32),
+        np.empty(TILE, np.float32),
+    )
 
-    ``scratch`` is that of :func:`fill_z`, z the last; ``s`` is scratch too.
-    """
-    count, (words, u, v, z) = len(x), scratch
+
+@jit
+def _add_directions(x, directions, coefficients, seed, here, gaussian, scratch, s):  # type: ignore[no-untyped-def]
+    """Add a change's directions to ``x``, in groups whose sums ``s`` takes up."""
+    (words, u, v, z), total = scratch, s[: len(x)]
     for first in range(0, len(directions), GROUP):
-        terms = 0
-        for k in range(first, min(first + GROUP, len(directions))):
-            c = coefficients[k]
-            if c == f32(0.0):
-                continue
-            fill_z(seed, here, directions[k], gaussian, bits_a_word, words, u, v, z)
-            if terms == 0:
-                for i in range(count):
-                    s[i] = z[i] * c
-            else:
-                for i in range(count):
-                    s[i] = s[i] + z[i] * c
-            terms += 1
-        if terms > 0:
-            for i in range(count):
-                x[i] = x[i] + s[i]
+        stop = min(first + GROUP, len(directions))
+        terms = np.count_nonzero(coefficients[first:stop])
+        # The sum of nothing is -0.0, which changes no number that is added to it.
+        if terms > 1:
+            total[:] = f32(-0.0)
+        for k in range(first, stop):
+            if coefficients[k] != f32(0.0):
+                draw(seed, here, directions[k], gaussian, words, u, v, z)
+                into = total if terms > 1 else x
+                add_drawn(into, into, coefficients[k], gaussian, words, z)
+        if terms > 1:
+            for i in range(len(x)):
+                x[i] = x[i] + total[i]
+
+
+@jit
+def _whole_calls(count):  # type: ignore[no-untyped-def]
+    """Return ``count`` rounded up to whole calls of 128 signs."""
+    return (count + 127) // 128 * 128
 
 
 @jit
@@ -71,7 +81,6 @@ def _replay_and_perturb_float32(  # type: ignore[no-untyped-def]
     address,
     seed,
     gaussian,
-    bits_a_word,
     kind,
     steps,
     decays,
@@ -82,32 +91,37 @@ def _replay_and_perturb_float32(  # type: ignore[no-untyped-def]
     out,
 ):
     """Replay and perturb these tiles of float32 ``stored`` in place: nothing is to be rounded."""
-    z, s = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
-    u, v = np.empty(TILE // 4, np.float32), np.empty((4, TILE // 4), np.float32)
-    words = np.empty((4, TILE // 4), np.uint32)
+    last, s, scratch = np.empty(TILE, np.float32), np.empty(TILE, np.float32), _scratch()
+    words, u, v, z = scratch
     for tile in tiles:
         lo = tile * TILE
-        count, here, in_z = min(TILE, len(stored) - lo), address + u64(lo), -1
+        count, here, drawn = min(TILE, len(stored) - lo), address + u64(lo), -1
         # Slices start at zero: a loop with an index that may be negative is not vectorised.
-        x = stored[lo : lo + count]
+        in_place, here_stored = count % 128 == 0, stored[lo : lo + count]
+        x = here_stored if in_place else last[: _whole_calls(count)]
+        if not in_place:
+            x[:count] = here_stored
         for e in range(len(steps)):
             decay = decays[e]
             if decay != f32(1.0):
-                for i in range(count):
+                for i in range(len(x)):
                     x[i] = x[i] * decay
-            pair = directions[e], coefficients[e]
-            _add_directions(x, *pair, seed, here, gaussian, bits_a_word, (words, u, v, z), s)
+            _add_directions(x, directions[e], coefficients[e], seed, here, gaussian, scratch, s)
+        if not in_place:
+            here_stored[:] = x[:count]
         for row in range(len(probes)):
             c, y = scales[row], out[row, lo : lo + count]
             if c == f32(0.0):
-                for i in range(count):
-                    y[i] = x[i]
+                y[:] = x[:count]
                 continue
-            if in_z < 0 or probes[row] != probes[in_z]:
-                fill_z(seed, here, probes[row], gaussian, bits_a_word, words, u, v, z)
-                in_z = row
-            for i in range(count):
-                y[i] = x[i] + z[i] * c
+            if drawn < 0 or probes[row] != probes[drawn]:
+                draw(seed, here, probes[row], gaussian, words, u, v, z)
+                drawn = row
+            if in_place:
+                add_drawn(y, x, c, gaussian, words, z)
+            else:
+                add_drawn(s[: len(x)], x, c, gaussian, words, z)
+                y[:] = s[:count]
 
 
 @jit
@@ -117,7 +131,6 @@ def _replay_and_perturb(  # type: ignore[no-untyped-def]
     address,
     seed,
     gaussian,
-    bits_a_word,
     kind,
     steps,
     decays,
@@ -128,43 +141,34 @@ def _replay_and_perturb(  # type: ignore[no-untyped-def]
     out,
 ):
     """Replay and perturb these tiles of 16-bit ``stored``, each widened to float32 and rounded."""
-    x, y = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
-    z, u, v = (
-        np.empty(TILE, np.float32),
-        np.empty(TILE // 4, np.float32),
-        np.empty((4, TILE // 4), np.float32),
-    )
-    words = np.empty((4, TILE // 4), np.uint32)
+    tile_x, s, scratch = np.empty(TILE, np.float32), np.empty(TILE, np.float32), _scratch()
+    words, u, v, z = scratch
     calls, halves = rounding_scratch()
     for tile in tiles:
         lo = tile * TILE
-        count, here, in_z = min(TILE, len(stored) - lo), address + u64(lo), -1
+        count, here, drawn = min(TILE, len(stored) - lo), address + u64(lo), -1
         # Slices start at zero: a loop with an index that may be negative is not vectorised.
-        here_stored = stored[lo : lo + count]
+        here_stored, x = stored[lo : lo + count], tile_x[: _whole_calls(count)]
         load(here_stored, kind, x)
         for e in range(len(steps)):
             decay = decays[e]
             if decay != f32(1.0):
                 for i in range(count):
                     x[i] = x[i] * decay
-            pair = directions[e], coefficients[e]
-            _add_directions(
-                x[:count], *pair, seed, here, gaussian, bits_a_word, (words, u, v, z), y
-            )
-            round_stochastic(x[:count], kind, seed, here, steps[e], calls, halves, y)
+            _add_directions(x, directions[e], coefficients[e], seed, here, gaussian, scratch, s)
+            round_stochastic(x[:count], kind, seed, here, steps[e], calls, halves, s)
         if len(steps) > 0:
-            round_nearest(x, kind, here_stored)
+            round_nearest(x[:count], kind, here_stored)
         for row in range(len(probes)):
             c = scales[row]
             if c == f32(0.0):
-                round_nearest(x, kind, out[row, lo : lo + count])
+                round_nearest(x[:count], kind, out[row, lo : lo + count])
                 continue
-            if in_z < 0 or probes[row] != probes[in_z]:
-                fill_z(seed, here, probes[row], gaussian, bits_a_word, words, u, v, z)
-                in_z = row
-            for i in range(count):
-                y[i] = x[i] + z[i] * c
-            round_nearest(y, kind, out[row, lo : lo + count])
+            if drawn < 0 or probes[row] != probes[drawn]:
+                draw(seed, here, probes[row], gaussian, words, u, v, z)
+                drawn = row
+            add_drawn(s[: len(x)], x, c, gaussian, words, z)
+            round_nearest(s[:count], kind, out[row, lo : lo + count])
 
 
 @numba.njit(nogil=True, cache=True, parallel=True, error_model="numpy")
@@ -290,7 +294,6 @@ def _replay_and_perturb_dense(
         u64(address),
         u64(work.seed),
         work.distribution == "gaussian",
-        32,
         KINDS[weights.dtype],
         *_numbers(work),
         np.zeros((0, 0), stored.dtype) if out is None else numpy_view(out),

@@ -4,9 +4,16 @@ The equations are those of ``philox`` and ``perturbation``. Loops are branch-fre
 that LLVM vectorises them.
 """
 
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
 import numba
 import numpy as np
 import torch
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
 
 from zo.method import perturbation as p
 from zo.method.philox import MULTIPLIER_0, MULTIPLIER_1, ROUNDS, WEYL_0, WEYL_1, Purpose
@@ -17,9 +24,6 @@ TILE = 4096
 """Elements per tile; with its words and values it stays in the first two cache levels."""
 PARALLEL_FROM = 1 << 17
 """Below this many elements a second thread costs more than it gives."""
-
-ONE = np.uint32(0x3F800000)
-"""Bits of 1.0."""
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 BFLOAT16, FLOAT16 = 1, 2
@@ -33,6 +37,22 @@ _MUL_0, _MUL_1, _WEYL_0, _WEYL_1 = u64(MULTIPLIER_0), u64(MULTIPLIER_1), u64(WEY
 _MASK, _32 = u64(0xFFFFFFFF), u64(32)
 _LOG_P, _SIN_P, _COS_P = (tuple(f32(c) for c in poly) for poly in (p.LOG_P, p.SIN_P, p.COS_P))
 _LN_2 = f32(p.LN_2)
+
+
+def forget_stale_kernels(method: Path) -> None:
+    """Delete compiled kernels that are older than a source file of the method.
+
+    numba keeps a compiled function as long as the function's own file is the same; constants and
+    functions of other files are compiled into it.
+    """
+    newest = max(source.stat().st_mtime for source in method.rglob("*.py"))
+    with suppress(OSError):  # Where the folder is read-only, numba keeps them elsewhere.
+        for index in method.rglob("*.nbi"):
+            if index.stat().st_mtime < newest:
+                index.unlink(missing_ok=True)
+
+
+forget_stale_kernels(Path(__file__).parent.parent)
 
 jit = numba.njit(nogil=True, cache=True, fastmath=False, error_model="numpy")
 
@@ -115,12 +135,54 @@ def fill_signs(words, count, bits_a_word, one, bits):  # type: ignore[no-untyped
                 signs[b] = one ^ ((cleared >> u32(b)) << u32(31))
 
 
+@intrinsic
+def _add_signs(_context: Any, y: Any, x: Any, at: Any, word: Any, c: Any) -> Any:
+    """Compute ``y[at : at + 32] = x[at : at + 32] + z * c``, with z = 1 where a bit is set, else -1.
+
+    Elements of ``x`` and of ``y`` are adjacent float32. In LLVM's words, for its vectoriser finds no
+    way from the bits of a word to a vector of signs.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        y, x, at, word, c = arguments
+        vector, bits = ir.VectorType(ir.FloatType(), 32), ir.VectorType(ir.IntType(1), 32)
+
+        def place(kind: Any, array: Any) -> Any:
+            data = cgutils.create_struct_proxy(kind)(context, builder, array).data
+            return builder.bitcast(builder.gep(data, [at]), vector.as_pointer())
+
+        def splat(number: Any) -> Any:
+            undefined = ir.Constant(vector, ir.Undefined)
+            first = builder.insert_element(undefined, number, ir.Constant(ir.IntType(32), 0))
+            zeros = ir.Constant(ir.VectorType(ir.IntType(32), 32), [0] * 32)
+            return builder.shuffle_vector(first, undefined, zeros)
+
+        signs = builder.bitcast(word, bits)
+        term = builder.select(signs, splat(c), splat(builder.fneg(c)))
+        before = builder.load(place(signature.args[1], x), align=4)
+        builder.store(builder.fadd(before, term), place(signature.args[0], y), align=4)
+        return context.get_dummy_value()
+
+    return types.void(y, x, types.int64, types.uint32, types.float32), generate
+
+
 @jit
-def fill_z(seed, address, direction, gaussian, bits_a_word, words, u, v, z):  # type: ignore[no-untyped-def]
-    """Fill ``z[:TILE]`` with z(seed, direction, address ..)."""
+def draw(seed, address, direction, gaussian, words, u, v, z):  # type: ignore[no-untyped-def]
+    """Draw z(seed, direction, address ..) for a tile: ``z[:TILE]``, or of signs ``words`` alone."""
     if gaussian:
         fill_words(seed, address // u64(4), direction, GAUSSIAN, TILE // 4, words)
         _box_muller(words, TILE // 4, u, v, z)
     else:
         fill_words(seed, address // u64(128), direction, RADEMACHER, TILE // 128, words)
-        fill_signs(words, TILE // 128, bits_a_word, ONE, z.view(np.uint32))
+
+
+@jit
+def add_drawn(y, x, c, gaussian, words, z):  # type: ignore[no-untyped-def]
+    """Compute ``y = x + z * c`` with what was drawn; ``len(x)`` is a multiple of 128."""
+    if gaussian:
+        for i in range(len(x)):
+            y[i] = x[i] + z[i] * c
+    else:
+        for i in range(len(x) // 128):
+            for j in range(4):
+                _add_signs(y, x, 128 * i + 32 * j, words[j, i], c)
