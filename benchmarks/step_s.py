@@ -2,13 +2,16 @@
 processes.
 
     python benchmarks/step_s.py [--shapes 1x32,8x64,1x512] [--dtype float32] [--rounds 3]
-        [--distribution rank-one] [--directions 16]
+        [--distribution rank-one] [--directions 16] [--interleaved]
 
 OPT-125M's shape with random weights and random tokens. A round is a process of bare forwards, a run
 of ``launch/train.py`` with ``run.steps=7``, and bare forwards once more; the run's figure is the
 median of ``step_s`` in ``metrics.jsonl`` after the second step, the forwards' the median of both
 processes. There are two forwards a direction, one after the other; ``stacked`` is the same rows in
 one call. Prints one JSON object a shape.
+
+With ``--interleaved`` a round is a process that trains and runs the bare forwards after every step,
+so that both meet the same noise.
 """
 
 import argparse
@@ -46,6 +49,36 @@ with torch.no_grad():
 print(json.dumps(times[2:]))
 """
 
+INTERLEAVED = """
+import json, sys, time
+code, sizes, keys = sys.argv[1], sys.argv[2:7], sys.argv[7:]
+sys.argv = ["bare", *sizes]
+scope = {}
+exec(code, scope)
+from zo import Trainer, load_config
+from zo.run.trainer import Run
+times, step = [], Run.step
+
+def step_and_forwards(run, *arguments):
+    begun = time.perf_counter()
+    result = step(run, *arguments)
+    taken = time.perf_counter() - begun
+    times.append((taken, scope["seconds"](scope["probes"]), scope["seconds"](1)))
+    return result
+
+Run.step = step_and_forwards
+Trainer(load_config(keys[0].removeprefix("recipe="), keys[1:])).train()
+print(json.dumps(times[2:]))
+"""
+
+
+def interleaved(sizes, keys):
+    """Return seconds of (step, forwards, stacked forward) in turn, in one process."""
+    code = BARE.split("with torch.no_grad")[0]
+    command = [sys.executable, "-c", INTERLEAVED, code, *map(str, sizes), *keys]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    return json.loads(done.stdout.splitlines()[-1])
+
 
 def bare(*sizes):
     command = [sys.executable, "-c", BARE, *map(str, sizes)]
@@ -53,8 +86,8 @@ def bare(*sizes):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def step_s(folder, dtype, sequences, tokens, probes, distribution, run):
-    keys = [
+def keys_of(folder, dtype, sequences, tokens, probes, distribution, steps, run):
+    return [
         "recipe=opt-125m",
         f"model.name={folder}",
         "model.weights=random",
@@ -71,9 +104,13 @@ def step_s(folder, dtype, sequences, tokens, probes, distribution, run):
         "eval.every=0",
         "export.at_end=false",
         "run.snapshot_every=0",
-        "run.steps=7",
+        f"run.steps={steps}",
         f"run.dir={run}",
     ]
+
+
+def step_s(*sizes, run):
+    keys = keys_of(*sizes, 7, run)
     command = [sys.executable, str(ROOT / "launch" / "train.py"), *keys]
     subprocess.run(command, capture_output=True, text=True, check=True)
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
@@ -89,6 +126,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--distribution", default="rademacher")
     parser.add_argument("--directions", type=int, default=1)
+    parser.add_argument("--interleaved", action="store_true")
     arguments = parser.parse_args()
     for shape in arguments.shapes.split(","):
         sequences, tokens = map(int, shape.split("x"))
@@ -98,9 +136,13 @@ def main():
                 folder = Path(scratch) / "model"
                 OPTConfig(architectures=["OPTForCausalLM"]).save_pretrained(folder)
                 sizes = (folder, arguments.dtype, sequences, tokens, 2 * arguments.directions)
-                before = bare(*sizes)
                 run = Path(scratch) / "run"
-                step = statistics.median(step_s(*sizes, arguments.distribution, run))
+                if arguments.interleaved:
+                    keys = keys_of(*sizes, arguments.distribution, 14, run)
+                    rounds += interleaved(sizes, keys)
+                    continue
+                before = bare(*sizes)
+                step = statistics.median(step_s(*sizes, arguments.distribution, run=run))
                 apart, stacked = map(statistics.median, zip(*before, *bare(*sizes), strict=True))
             rounds.append((step, apart, stacked))
         step, apart, stacked = (statistics.median(column) for column in zip(*rounds, strict=True))

@@ -137,10 +137,10 @@ def fill_signs(words, count, bits_a_word, one, bits):  # type: ignore[no-untyped
 
 @intrinsic
 def _add_signs(_context: Any, y: Any, x: Any, at: Any, word: Any, c: Any) -> Any:
-    """Compute ``y[at : at + 32] = x[at : at + 32] + z * c``, with z = 1 where a bit is set, else -1.
+    """Compute ``y[at : at + 32] = x[at : at + 32] + z * c``, z being 1 where a bit is set, else -1.
 
-    Elements of ``x`` and of ``y`` are adjacent float32. In LLVM's words, for its vectoriser finds no
-    way from the bits of a word to a vector of signs.
+    Elements of ``x`` and of ``y`` are adjacent float32. Written in LLVM's own terms, for its
+    vectoriser finds no way from the bits of a word to a vector of signs.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -148,7 +148,8 @@ def _add_signs(_context: Any, y: Any, x: Any, at: Any, word: Any, c: Any) -> Any
         vector, bits = ir.VectorType(ir.FloatType(), 32), ir.VectorType(ir.IntType(1), 32)
 
         def place(kind: Any, array: Any) -> Any:
-            data = cgutils.create_struct_proxy(kind)(context, builder, array).data
+            proxy: Any = cgutils.create_struct_proxy(kind)  # type: ignore[no-untyped-call]
+            data = proxy(context, builder, array).data
             return builder.bitcast(builder.gep(data, [at]), vector.as_pointer())
 
         def splat(number: Any) -> Any:
@@ -185,4 +186,4 @@ def add_drawn(y, x, c, gaussian, words, z):  # type: ignore[no-untyped-def]
     else:
         for i in range(len(x) // 128):
             for j in range(4):
-                _add_signs(y, x, 128 * i + 32 * j, words[j, i], c)
+                _add_signs(y, x, 128 * i + 32 * j, words[j, i], c)  # type: ignore[call-arg]
