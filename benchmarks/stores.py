@@ -3,8 +3,8 @@
     python benchmarks/stores.py --shape opt-1.3b --tokens 512 \\
         --settings "store=device" "store=disk unit=module lag=4"
 
-The model has the shape of the recipe's and random weights in bfloat16; a setting is a list of keys
-of ``memory``. Prints for each:
+The model has the shape of the recipe's and random weights in bfloat16; a setting is a list of keys,
+of ``memory`` where they name no other group. Prints for each:
 
 - peak resident memory of the process;
 - over the second half of the steps, when all blocks have been written before: medians of step time,
@@ -64,29 +64,27 @@ def run(shape, tokens, steps, setting, folder):
     OPTConfig(**sizes, architectures=["OPTForCausalLM"]).save_pretrained(config)
     run_dir = folder / "run"
     shutil.rmtree(run_dir, ignore_errors=True)
-    command = [
-        sys.executable,
-        "launch/train.py",
-        "recipe=opt-1.3b",
-        f"model.name={config}",
-        "model.weights=random",
-    ]
-    command += [
-        "model.dtype=bfloat16",
-        "data.name=synthetic",
-        "data.dev=null",
-        "batch.sequences=1",
-        "batch.micro=1",
-    ]
-    command += [
-        f"batch.max_tokens={tokens}",
-        "estimator.distribution=rademacher",
-        f"run.steps={steps}",
-        "eval.every=0",
-    ]
-    command += [f"run.dir={run_dir}", "run.snapshot_every=0", "export.at_end=false"]
-    command += [f"memory.{word}" for word in words if "=" in word]
-    command += [f"profile.steps={steps}..{steps}"]
+    keys = {
+        "recipe": "opt-1.3b",
+        "model.name": config,
+        "model.weights": "random",
+        "model.dtype": "bfloat16",
+        "data.name": "synthetic",
+        "data.dev": "null",
+        "batch.sequences": 1,
+        "batch.micro": 1,
+        "batch.max_tokens": tokens,
+        "estimator.distribution": "rademacher",
+        "run.steps": steps,
+        "run.dir": run_dir,
+        "run.snapshot_every": 0,
+        "eval.every": 0,
+        "export.at_end": "false",
+        "profile.steps": f"{steps}..{steps}",
+    }
+    chosen = (word.partition("=") for word in words if "=" in word)
+    keys |= {key if "." in key else f"memory.{key}": value for key, _, value in chosen}
+    command = [sys.executable, "launch/train.py", *(f"{key}={keys[key]}" for key in keys)]
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

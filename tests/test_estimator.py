@@ -16,6 +16,7 @@ from zo.method.estimator import (
     estimate,
     float32,
     probes,
+    spread,
 )
 from zo.method.kernels import replay_and_perturb
 from zo.method.passes import Matrices
@@ -109,6 +110,14 @@ def test_rows_are_means_over_terms_not_over_micro_batches():
     assert (found.tokens, found.padded_tokens) == (14, 15)
     assert first == 2.0
     assert math.isnan(empty)
+
+
+def test_rounding_of_losses_is_that_of_their_logits():
+    # Each loss is a mean of four terms.
+    cells = torch.tensor([[8.0, 4, 1, 1], [-16.0, 4, 1, 1]], dtype=torch.float64)
+    table = LossTable([Probe(0, 1.0), Probe(0, -1.0)], 1).fill(cells)
+    assert spread("spsa", table) == (6.0, 3.0 * 2.0**-24)
+    assert spread("spsa", table, torch.finfo(torch.bfloat16).eps / 2) == (6.0, 3.0 * 2.0**-9)
 
 
 def test_only_directions_that_are_not_finite_count_as_zero():

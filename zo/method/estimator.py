@@ -172,21 +172,32 @@ def estimate(name: str, table: LossTable, eps: float) -> tuple[tuple[float, ...]
     return kept, sum(not isfinite(g) for g in raw)
 
 
-def spread(name: str, table: LossTable) -> tuple[float, float]:
+def spread(
+    name: str, table: LossTable, unit_roundoff: float = UNIT_ROUNDOFF
+) -> tuple[float, float]:
     """Return how far the losses of a table's pairs are apart, and how far rounding puts them.
 
+    A loss is a float32 mean over terms, each of which comes from logits of the model's dtype, whose
+    roundings average out.
+
+    Args:
+        name: of the estimator.
+        table: filled.
+        unit_roundoff: of the model's dtype.
+
     Returns:
-        Root mean square of the difference of a pair's mean losses, and the unit roundoff of float32
-        times the mean absolute loss; over the losses that are finite, not-a-number where none is.
+        Root mean square of the difference of a pair's mean losses, and the mean of the losses'
+        magnitudes times their relative rounding; over the losses that are finite, not-a-number
+        where none is.
     """
     found = _differences(table, ESTIMATORS[name].pairs(table.rows))
     apart = [difference / terms for difference, terms in found if terms and isfinite(difference)]
-    losses = [
-        abs(cell[0] / cell[1])
+    rounded = [
+        max(UNIT_ROUNDOFF, unit_roundoff / sqrt(cell[1])) * abs(cell[0] / cell[1])
         for cell in table.cell_values()
         if cell[1] and isfinite(cell[0] / cell[1])
     ]
     return (
         sqrt(sum(d * d for d in apart) / len(apart)) if apart else nan,
-        UNIT_ROUNDOFF * sum(losses) / len(losses) if losses else nan,
+        sum(rounded) / len(rounded) if rounded else nan,
     )

@@ -3,6 +3,8 @@
 import time
 from typing import Any
 
+import torch
+
 from zo.config.schema import Config
 from zo.distributed.mesh import Shape, idle_report
 from zo.distributed.process_group import Mesh
@@ -116,7 +118,8 @@ class Reporter:
             self.replica.traffic(),
             self.log.entries[-1],
         )
-        spread, resolution = estimator.spread(self.config.estimator.name, table)
+        roundoff = torch.finfo(getattr(torch, self.config.model.dtype)).eps / 2
+        spread, resolution = estimator.spread(self.config.estimator.name, table, roundoff)
         values: dict[str, Any] = {
             "step": entry.step,
             "loss": table.loss,
