@@ -1,12 +1,15 @@
 """Held-out accuracy of the quickstart's task over training time, by estimator and seed.
 
-    python benchmarks/learning.py --seconds 60 --seeds 0,1,2 [--only "rank-one, top 4"] \
-        --out learning.jsonl
+    python benchmarks/learning.py --time step_s.json
+    python benchmarks/learning.py --timed step_s.json --seconds 60 --seeds 0,1,2 \
+        [--only "rank-one, top 4"] [--processes 1] --out learning.jsonl
     python benchmarks/learning.py --plot learning.jsonl --to benchmarks/learning.png
 
-Each run is ``torchrun --nproc-per-node 2 launch/train.py``; a probe run of 3 steps sets its number
-of steps to what fits the seconds, so that every schedule ends in time. Prints a Markdown table.
-Learning rates are the best of those tried for the number of directions (see README.md).
+Each run is ``torchrun launch/train.py``. A step's time is measured first, by two processes on a
+quiet machine; it sets a run's number of steps, so that every schedule ends in time, and the seconds
+that are reported. The runs themselves have the same losses on any number of processes, and may
+share the machine. ``AdamW`` is torch's, on the same batches. Prints a Markdown table. Learning
+rates are the best of those tried for the number of directions (see README.md).
 """
 
 import argparse
@@ -16,9 +19,16 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections import defaultdict
-from functools import cache
 from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from zo import load_config
+from zo.io.quickstart import model_folder
+from zo.run.problem import build_problem
 
 ROOT = Path(__file__).resolve().parent.parent
 FULL = ["estimator.cover=full", "estimator.part=all", "estimator.directions=1"]
@@ -51,38 +61,82 @@ PROBES = {"top 1": 63, "top 2": 31, "top 4": 15, "top 8": 7, "top 16": 3, "sampl
 for _name, _settings in METHODS.items():
     _settings.append(f"estimator.probes={PROBES.get(_name.partition(', ')[2], 1)}")
 
-PROBE_STEPS = 3
+ADAMW = {"AdamW": (None, 2e-5), "AdamW, top 2": (2, 1e-4)}
+"""Layers, from the top, with the norm behind them (all parameters without a number), and rate."""
+TIMED_STEPS = 5
 
 
-def launch(settings, seed, steps, every):
-    """Train by torchrun on two ranks; return the lines of ``metrics.jsonl``."""
+def launch(settings, seed, steps, every, processes):
+    """Train by torchrun; return the lines of ``metrics.jsonl``."""
     with tempfile.TemporaryDirectory() as scratch:
         keys = [*settings, f"run.seed={seed}", f"run.steps={steps}", f"eval.every={every}"]
         keys += [f"run.dir={scratch}/run", "export.at_end=false"]
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-        command += [str(ROOT / "launch" / "train.py"), *keys]
+        command = [sys.executable, "-m", "torch.distributed.run"]
+        command += ["--nproc-per-node", str(processes), str(ROOT / "launch" / "train.py"), *keys]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
         return [json.loads(line) for line in open(f"{scratch}/run/metrics.jsonl")]
 
 
-@cache
-def steps_within(name, seconds, points):
-    """Return the steps that fit some seconds, a multiple of ``points``."""
-    timed = launch(METHODS[name], 0, PROBE_STEPS, 0)
-    step_s = statistics.median(line["step_s"] for line in timed[1:])
-    return max(points, int(seconds / step_s) // points * points)
+def adamw(name, seed, steps, every):
+    """Train by backward passes; return lines as ``metrics.jsonl`` has them."""
+    top, lr = ADAMW[name]
+    keys = ["batch.micro=16", "estimator.probes=1", "estimator.cover=full", "estimator.part=all"]
+    config = load_config("quickstart", [*keys, f"run.seed={seed}"])
+    problem = build_problem(config)
+    model = AutoModelForCausalLM.from_pretrained(model_folder("smollm2-135m-instruct")).eval()
+    if top is not None:
+        model.requires_grad_(False)
+        for module in (*model.model.layers[-top:], model.model.norm):
+            module.requires_grad_(True)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
+
+    def score(step):
+        with torch.no_grad():
+            terms = sum(problem.task.terms(model, batch) for batch in problem.dev_batches)
+        return {"step": step, "eval": problem.task.summarize(terms.tolist())}
+
+    yield score(0)
+    for step in range(1, steps + 1):
+        begun, batch = time.perf_counter(), problem.batches(step - 1, 0)
+        loss, terms = problem.objective(model, batch)[:2]
+        (loss / terms).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        tokens = int(batch["attention_mask"].sum())
+        yield {"step": step, "step_s": time.perf_counter() - begun, "tokens": tokens}
+        if every and (step % every == 0 or step == steps):
+            yield score(step)
 
 
-def train(name, seed, seconds, points):
-    """Train for some seconds; return a record with accuracy at several times."""
-    steps = steps_within(name, seconds, points)
-    curve, spent, tokens = [], 0.0, 0
-    for line in launch(METHODS[name], seed, steps, steps // points):
+def lines_of(name, seed, steps, every, processes):
+    """Train; return or yield the lines of ``metrics.jsonl``."""
+    if name in ADAMW:
+        return adamw(name, seed, steps, every)
+    return launch(METHODS[name], seed, steps, every, processes)
+
+
+def time_step(name):
+    """Return the seconds of a step on two cores."""
+    lines = lines_of(name, 0, TIMED_STEPS, 0, 2)
+    return statistics.median([line["step_s"] for line in lines if "step_s" in line][1:])
+
+
+def train(name, seed, step_s, seconds, points, processes):
+    """Train for some seconds; return a record with accuracy at several times.
+
+    A point is seconds, steps, tokens, accuracy.
+    """
+    steps = max(points, int(seconds / step_s) // points * points)
+    curve, tokens = [], 0
+    for line in lines_of(name, seed, steps, steps // points, processes):
+        tokens += line.get("tokens", 0)
         if "eval" in line:
-            curve.append((round(spent, 1), line["step"], tokens, line["eval"]["accuracy"]))
-        else:
-            spent, tokens = spent + line["step_s"], tokens + line["tokens"]
+            spent = round(line["step"] * step_s, 1)
+            curve.append((spent, line["step"], tokens, line["eval"]["accuracy"]))
     return {"method": name, "seed": seed, "curve": curve}
 
 
@@ -139,7 +193,10 @@ def main():
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--points", type=int, default=4)
     parser.add_argument("--seeds", default="0")
-    parser.add_argument("--only", action="append", choices=METHODS)
+    parser.add_argument("--only", action="append", choices=[*METHODS, *ADAMW])
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--time", type=Path)
+    parser.add_argument("--timed", type=Path)
     parser.add_argument("--out", type=Path, default=Path("learning.jsonl"))
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--to", type=Path)
@@ -149,9 +206,15 @@ def main():
         plot(records, arguments.to)
         print(table(records))
         return
-    for name in arguments.only or METHODS:
-        for seed in map(int, arguments.seeds.split(",")):
-            record = train(name, seed, arguments.seconds, arguments.points)
+    names = arguments.only or [*METHODS, *ADAMW]
+    if arguments.time:
+        arguments.time.write_text(json.dumps({name: time_step(name) for name in names}, indent=1))
+        return
+    step_s = json.loads(arguments.timed.read_text())
+    for seed in map(int, arguments.seeds.split(",")):
+        for name in names:
+            sizes = step_s[name], arguments.seconds, arguments.points, arguments.processes
+            record = train(name, seed, *sizes)
             with open(arguments.out, "a") as file:
                 file.write(json.dumps(record) + "\n")
             print(name, seed, record["curve"], flush=True)
