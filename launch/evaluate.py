@@ -1,6 +1,6 @@
 """Score a run or a plain model.
 
-launch/evaluate.py run=DIR [data=...], or launch/evaluate.py model.name=... [key=value ...]
+launch/evaluate.py run=DIR [step=N] [data=...], or launch/evaluate.py model.name=... [key=value ...]
 """
 
 import json
@@ -14,12 +14,12 @@ from zo.io.signals import end_on_signals
 if __name__ == "__main__":
     end_on_signals()  # Before the imports, which take seconds.
 
-from zo.config.cli import asked_for_text, existing_run, flag, run, split
+from zo.config.cli import asked_for_text, existing_run, flag, run, split, step_of
 from zo.config.recipes import DEFAULT, load_config
 from zo.errors import UserError
 
 USAGE = (
-    "usage: launch/evaluate.py run=DIR [data=FILE_OR_ID] [run.device=cpu|cuda] "
+    "usage: launch/evaluate.py run=DIR [step=N] [data=FILE_OR_ID] [run.device=cpu|cuda] "
     "[trust_remote_code=true], or [recipe=NAME] model.name=... [key=value ...]"
 )
 
@@ -29,7 +29,8 @@ BATCHES_AT_ONCE = 2
 
 def main(arguments: list[str]) -> None:
     """Print the scores as one JSON object."""
-    own, overrides = split(arguments, ("recipe", "run", "data", "run.device", "trust_remote_code"))
+    keys = ("recipe", "run", "step", "data", "run.device", "trust_remote_code")
+    own, overrides = split(arguments, keys)
     device = own.get("run.device")
     if "run" not in own and device is not None:
         overrides.append(f"run.device={device}")
@@ -43,6 +44,9 @@ def main(arguments: list[str]) -> None:
         )
     if "run" not in own and not any(o.startswith("model.name=") for o in overrides):
         raise UserError("nothing to score; give run=DIR, or model.name=HUB_ID_OR_FOLDER")
+    step = step_of(own)
+    if "run" not in own and step is not None:
+        raise UserError(f"step={step} is a step of a run; give run=DIR with it")
     trust = flag(own, "trust_remote_code", "without it no code of the model's own is run")
     path = existing_run(own["run"]) if "run" in own else None
     config = None if path else load_config(own.get("recipe", DEFAULT), overrides)
@@ -51,7 +55,8 @@ def main(arguments: list[str]) -> None:
     from zo.run.restore import adapted, load_plain, load_run
 
     if path:
-        finished = load_run(path, lambda config: adapted(config, own.get("data"), device, trust))
+        change = lambda config: adapted(config, own.get("data"), device, trust)  # noqa: E731
+        finished = load_run(path, change, step)
     else:
         finished = load_plain(
             adapted(config, own.get("data"), device, trust or config.model.trust_remote_code)

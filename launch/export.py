@@ -1,6 +1,6 @@
 """Write a run's model as a Hugging Face folder.
 
-launch/export.py run=DIR to=DIR [push=USER/NAME] [public=true]
+launch/export.py run=DIR to=DIR [step=N] [push=USER/NAME] [public=true]
 """
 
 import os
@@ -14,18 +14,19 @@ from zo.io.signals import end_on_signals
 if __name__ == "__main__":
     end_on_signals()  # Before the imports, which take seconds.
 
-from zo.config.cli import existing_run, flag, run, split
+from zo.config.cli import existing_run, flag, run, split, step_of
 from zo.errors import UserError
 
 USAGE = (
-    "usage: launch/export.py run=DIR to=DIR [push=USER/NAME] [public=true|false] "
+    "usage: launch/export.py run=DIR to=DIR [step=N] [push=USER/NAME] [public=true|false] "
     "[run.device=cpu|cuda] [trust_remote_code=true]"
 )
 
 
 def main(arguments: list[str]) -> None:
     """Rebuild the weights from base model and log, write the folder, and push it if asked to."""
-    own, rest = split(arguments, ("run", "to", "push", "public", "run.device", "trust_remote_code"))
+    keys = ("run", "to", "step", "push", "public", "run.device", "trust_remote_code")
+    own, rest = split(arguments, keys)
     if "--help" in rest or "-h" in rest:
         print(USAGE)
         return
@@ -38,7 +39,7 @@ def main(arguments: list[str]) -> None:
             "a model is exported by one process; start it with python launch/export.py, without "
             "torchrun"
         )
-    path, to = existing_run(own["run"]), Path(own["to"]).expanduser()
+    path, to, step = existing_run(own["run"]), Path(own["to"]).expanduser(), step_of(own)
 
     from zo.observe.metrics import last_scores
     from zo.run.export import write_folder
@@ -47,7 +48,8 @@ def main(arguments: list[str]) -> None:
 
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise UserError(f"to={to} exists and is not an empty folder; choose a new one")
-    finished = load_run(path, lambda config: adapted(config, None, own.get("run.device"), trust))
+    device = own.get("run.device")
+    finished = load_run(path, lambda config: adapted(config, None, device, trust), step)
     scores = last_scores(path / "metrics.jsonl", finished.steps)
     card = card_of(
         finished.content, finished.header, finished.steps, scores, finished.replica.fingerprint()

@@ -229,6 +229,15 @@ def test_a_run_from_start_to_hub_folder(command, overrides, tmp_path):
     assert json.loads(out)["eval"] == summary["eval"]
     assert json.loads(out)["fingerprint"] == summary["fingerprint"]
 
+    for step in (0, 2):
+        code, out, err = command("evaluate", f"run={run_dir}", f"step={step}")
+        assert code == 0, err
+        assert json.loads(out)["steps"] == step
+        assert {"step": step, "eval": json.loads(out)["eval"]} in lines
+    code, out, err = command("export", f"run={run_dir}", f"to={tmp_path}/none", "step=5")
+    assert (code, err.count("\n"), (tmp_path / "none").exists()) == (2, 1, False)
+    assert "whose last step is 4" in err
+
     code, out, err = command("export", f"run={run_dir}", f"to={tmp_path}/exported")
     assert code == 0, err
     trained = AutoModelForCausalLM.from_pretrained(run_dir / "model").state_dict()
@@ -462,6 +471,8 @@ def test_a_sequence_classifier_from_rows_to_folder(command, reviews, tmp_path, t
         ("evaluate", [], "nothing to score"),
         ("evaluate", ["run=nowhere"], "run=nowhere does not hold a run"),
         ("evaluate", ["run=nowhere", "update.lr=1"], "cannot be changed for a run"),
+        ("evaluate", ["model.name=a", "step=1"], "step=1 is a step of a run"),
+        ("export", ["run=README.md", "to=x", "step=-1"], "does not hold a run"),
         ("export", ["run=nowhere", "to=x"], "run=nowhere does not hold a run"),
         ("export", ["run=nowhere"], "usage: launch/export.py"),
         ("export", ["run=a", "to=b", "pull=c"], "pull=c is no argument"),

@@ -149,6 +149,17 @@ def flag(own: Mapping[str, str], key: str, meaning: str) -> bool:
     return value == "true"
 
 
+def step_of(own: Mapping[str, str]) -> int | None:
+    """Return a command's ``step=``, a step of a run; ``None`` where it is not given.
+
+    Raises:
+        UserError: it is no number.
+    """
+    if (value := own.get("step")) is not None and not value.isdecimal():
+        raise UserError(f"step={value} is no number; give a step of the run, 0 for the base model")
+    return None if value is None else int(value)
+
+
 def asked_for_text(
     arguments: list[str], recipe: str, overrides: list[str], usage: str
 ) -> str | None:

@@ -58,7 +58,7 @@ def restore_snapshot(
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A run's model at the last entry of its log."""
+    """A run's model after some entries of its log."""
 
     problem: Problem
     mesh: Mesh
@@ -68,19 +68,27 @@ class FinishedRun:
     steps: int
 
 
-def load_run(path: Path, change: Callable[[Config], Config] = lambda config: config) -> FinishedRun:
+def load_run(
+    path: Path,
+    change: Callable[[Config], Config] = lambda config: config,
+    step: int | None = None,
+) -> FinishedRun:
     """Rebuild the weights of a run, in the store that it trained with.
 
     Args:
         path: folder of the run; nothing is written there.
         change: makes a new configuration of the run's, for example with other data to score.
+        step: after which the weights are wanted, 0 for the base model; ``None`` for the last.
 
     Raises:
-        UserError: there is no run, or its base model or log has changed.
+        UserError: there is no run, or no such step in it, or its base model or log has changed.
     """
     folder = RunFolder(path)
     content = folder.read_config()
     header, entries = logs.read(folder.log_file)
+    if step is not None and step > len(entries):
+        raise UserError(f"step={step} is not in run={path}, whose last step is {len(entries)}")
+    entries = entries[:step]
     config = change(config_of(content["config"]))
     problem, mesh, replica = _load(config, folder.blocks(0))
     if replica.store.base != header.get("base"):
@@ -91,7 +99,9 @@ def load_run(path: Path, change: Callable[[Config], Config] = lambda config: con
             f"{found[2]} in config.yaml; restore this run's log"
         )
     log = Log(header, entries)
-    restore_snapshot(folder, replica, log, Progress(0, 0, mesh.rank == 0).say)
+    # Snapshots after the step that is wanted are no news.
+    say = Progress(0, 0, mesh.rank == 0).say if step is None else lambda line: None
+    restore_snapshot(folder, replica, log, say)
     replica.open(log)
     return FinishedRun(problem, mesh, replica, content, header, len(entries))
 
