@@ -504,24 +504,14 @@ def test_cfg_job_is_the_resolved_configuration(command):
     assert "name: facebook/opt-13b" in out
 
 
-def test_a_sweep_under_torchrun_is_refused(command, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+def test_a_grid_is_another_command(command):
     code, _, err = command("train", "-m", "update.lr=1e-4,1e-5")
     assert (code, err.count("\n")) == (2, 1)
-    assert "sweep with python" in err
+    assert "launch/sweep.py" in err
 
 
-@pytest.mark.slow
-def test_a_sweep_makes_one_run_each_and_hydra_writes_nothing(overrides, tmp_path):
-    settings = [*overrides, "run.steps=1", "eval.every=0", "update.lr=1e-4,1e-5"]
-    settings = [s for s in settings if s != "update.lr=1e-3"]
-    run = subprocess.run(
-        [sys.executable, ROOT / "launch" / "train.py", "-m", *settings],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    assert len([line for line in run.stdout.splitlines() if "fingerprint" in line]) == 2
-    assert {path.name for path in tmp_path.iterdir()} <= {"runs"}
-    assert len(list((tmp_path / "runs").iterdir())) == 2
+def test_a_sweep_under_torchrun_is_refused(command, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, err = command("sweep", "update.lr=1e-4,1e-5")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "start it with python" in err

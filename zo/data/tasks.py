@@ -23,6 +23,8 @@ from zo.model.info import ModelInfo
 Batch = Mapping[str, Tensor]
 IGNORED = -100
 """Label of tokens without a loss."""
+SHORT_SEQUENCES, SHORT_TOKENS = 2, 32
+"""Sequences, and tokens of each, that show how a model computes."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,16 @@ class Task:
     def objective(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the sum of losses and the number of terms; float64 of shape ``[2]``."""
         return self.terms(model, batch)[:2]
+
+    def shorten(self, batch: Batch) -> Batch:
+        """Return a part of a micro-batch with tokens that have a loss, to check a model with."""
+        # Padding is on the left but for a classifier.
+        tokens = slice(SHORT_TOKENS) if self.kind == "class" else slice(-SHORT_TOKENS, None)
+        rows = {key: value[:SHORT_SEQUENCES] for key, value in batch.items()}
+        labels = rows.pop("labels")
+        short = {key: value[:, tokens] for key, value in rows.items()}
+        # The label of a token is that of the logits before it.
+        return short | {"labels": labels if labels.dim() == 1 else labels[:, -SHORT_TOKENS + 1 :]}
 
     def summarize(self, sums: Sequence[float]) -> dict[str, float]:
         """Return the scores of a data set from the sums of ``terms`` over its batches."""

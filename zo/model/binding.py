@@ -74,6 +74,10 @@ class Binding:
             else:
                 target.data = view
 
+    def forget(self) -> None:
+        """Drop the views that are kept, and so the memory that only they refer to."""
+        self._views.clear()
+
     def release(self, block: Block) -> None:
         """Point a block's parameters back at placeholders."""
         self.chunks.pop(block.index, None)

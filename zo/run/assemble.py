@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from zo.config.schema import Config
@@ -74,14 +75,20 @@ def assemble(
     """
     columns = range(min(CHECKED_BATCHES, config.batch.columns))
     batches = [to_device(problem.batches(0, column), mesh) for column in columns]
-    forwards, wide = ([_forward(problem, b) for b in of] for of in (batches, map(_widen, batches)))
+    forwards = [_forward(problem, batch) for batch in batches]
+    # Cells of a whole micro-batch, all at once and in float64, could take more memory than the run.
+    short = batches if problem.task is None else [problem.task.shorten(b) for b in batches]
+    probed = {
+        torch.float64: [_forward(problem, _widen(batch)) for batch in short],
+        torch.float32: [_forward(problem, batch) for batch in short],
+    }
     models = (
         [problem.narrow, problem.skeleton] if problem.narrow is not None else [problem.skeleton]
     )
     unit = config.memory.unit
     with phase("checking that block-by-block forwards equal plain forwards, bit for bit"):
         distribution = config.estimator.distribution
-        checked = self_check(models, forwards, mesh.device, distribution, unit, wide)
+        checked = self_check(models, forwards, mesh.device, distribution, unit, probed)
     layout, model = find_layout(problem.skeleton, unit, checked.merged), problem.build()
     structure = Structure.of(layout, problem.skeleton, checked)
     size = sum(b.size_bytes for b in layout.blocks) / 2**20

@@ -5,7 +5,7 @@ that hold the probes. Only here may bits differ; the losses must agree within ``
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,14 +29,15 @@ TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}
 PROBES = (Probe(0, 0.0625), Probe(0, -0.0625), Probe(1, 0.0625))
 """Far larger than any eps, so that a probe that is missing changes every loss."""
 SEED = 1
+PIECE = 1 << 22
+"""Elements written at once."""
 
 Forward = Callable[[nn.Module], Tensor]
 
 
 def choose_meeting(
     small: nn.Module,
-    forwards: Sequence[Forward],
-    wide: Sequence[Forward],
+    forwards: Mapping[torch.dtype, Sequence[Forward]],
     device: torch.device,
     written: frozenset[str],
     visits: Sequence[str],
@@ -45,8 +46,7 @@ def choose_meeting(
 
     Args:
         small: a small model with weights.
-        forwards: micro-batches to try.
-        wide: the same for a model in float64.
+        forwards: micro-batches to try, for a model in float64 and in float32.
         device: the device to compute on.
         written: modules whose probes are written with what is inside of them.
         visits: modules that enter blocks, in the order of the forward.
@@ -54,10 +54,10 @@ def choose_meeting(
     Returns:
         Empty if no way is right, so that all probes must be written.
     """
-    for dtype, of in ((torch.float64, wide), (torch.float32, forwards)):
+    for dtype, tolerance in TOLERANCE.items():
         model = copy.deepcopy(small).to(dtype)
         try:
-            return _choose(model, of, device, written, visits, TOLERANCE[dtype])
+            return _choose(model, forwards[dtype], device, written, visits, tolerance)
         except RuntimeError:
             if dtype == torch.float32:
                 raise
@@ -167,15 +167,21 @@ def _bound_at_each_use(
     finally:
         for hook in hooks:
             hook.remove()
+        replica.binding.forget()
 
 
 def probed(group: Block, stored: Sequence[Tensor], distribution: str, probe: Probe) -> list[Tensor]:
     """Return a group's flat tensors, one a segment, the trainable ones as copies with a probe."""
     found = list(stored)
     for i, segment in enumerate(group.trainable):
-        found[i] = written_probes(
-            stored[i], segment.start, SEED, distribution, [probe], segment.matrices
-        )[0]
+        found[i] = torch.empty_like(stored[i])
+        # In pieces, for the equation in float64 takes several times the memory of its result.
+        for start in range(0, segment.numel, PIECE):
+            piece, address = stored[i][start : start + PIECE], segment.start + start
+            (written,) = written_probes(
+                piece, address, SEED, distribution, [probe], segment.matrices
+            )
+            found[i][start : start + PIECE] = written
     return found
 
 

@@ -6,7 +6,7 @@ forwards, and the losses are compared with ``torch.equal``.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,7 +98,7 @@ def self_check(
     device: torch.device,
     distribution: str,
     unit: str = "layer",
-    wide: Sequence[Forward] | None = None,
+    short: Mapping[torch.dtype, Sequence[Forward]] | None = None,
 ) -> Checked:
     """Choose the blocks of a model and the form of its probes, and check them.
 
@@ -109,7 +109,8 @@ def self_check(
         device: the device to compute on.
         distribution: of the directions.
         unit: ``layer`` or ``module``.
-        wide: the same micro-batches for a model in float64.
+        short: short micro-batches to try probes with, for a model in float64 and in float32;
+            several cells of them are computed at once. By default ``forwards``.
 
     Returns:
         The blocks to merge, the order of the forward, and the form of the probes.
@@ -119,12 +120,12 @@ def self_check(
     """
     for model in models[:-1]:
         try:
-            return _check(miniature(model), forwards, device, distribution, unit, wide)
+            return _check(miniature(model), forwards, device, distribution, unit, short)
         except UserError:
             raise
         except (RuntimeError, ValueError, IndexError):
             continue  # Not every narrow model can run; the full width decides.
-    return _check(miniature(models[-1]), forwards, device, distribution, unit, wide)
+    return _check(miniature(models[-1]), forwards, device, distribution, unit, short)
 
 
 def _check(
@@ -133,7 +134,7 @@ def _check(
     device: torch.device,
     distribution: str,
     unit: str,
-    wide: Sequence[Forward] | None,
+    short: Mapping[torch.dtype, Sequence[Forward]] | None,
 ) -> Checked:
     merged: frozenset[str] = frozenset()
     lists = layer_lists(small)
@@ -150,7 +151,8 @@ def _check(
             if distribution != "rank-one":
                 return Checked(merged, entered)
             written = _read_outside_their_module(small, forwards)
-            meet = choose_meeting(small, forwards, wide or forwards, device, written, entered)
+            short = short or dict.fromkeys((torch.float64, torch.float32), forwards)
+            meet = choose_meeting(small, short, device, written, entered)
             return Checked(merged, entered, meet, written if meet else frozenset())
         owners = {
             n.rpartition(".")[0]
@@ -323,6 +325,7 @@ def _compare(
         for probe in probes:
             _write_probe(replica, distribution, probe)
             plain += [forward(small) for forward in forwards]
+            replica.binding.forget()
         replica.close()
     same = all(
         torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(plain, in_lockstep, strict=True)
