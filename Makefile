@@ -8,4 +8,4 @@ types:
 fast:
 	pytest -q -m "not slow" -n 2 --dist loadfile
 test:
-	pytest -n 3 --dist loadfile
+	pytest -n 3 --dist worksteal

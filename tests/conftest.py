@@ -39,6 +39,9 @@ CHAT = (
     "{% if add_generation_prompt %}<assistant> {% endif %}"
 )
 
+torch.set_num_threads(1)
+"""Workers of the suite share the cores: threads in each would mostly wait for one another's."""
+
 
 def make_tokenizer():
     vocabulary = {token: i for i, token in enumerate(["<pad>", "<unk>", "<eos>", *WORDS])}

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from logs import same_log
-from ranks import context, lives, train
+from ranks import lives, server, train
 
 from zo.config.schema import MeshConfig
 from zo.distributed.mesh import Shape, fit, idle_report, places
@@ -265,6 +265,7 @@ def test_a_barrier_waits_for_all_with_few_requests():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
+    context = server()
     found = context.Queue()
     processes = [context.Process(target=barrier_and_count, args=(i, port, found)) for i in range(4)]
     for process in processes:
@@ -286,6 +287,7 @@ def held_bytes():
 @pytest.mark.slow
 def test_four_ranks_hold_one_copy_together():
     """Each process's own memory, as the system counts it."""
+    context = server()
     found = context.Queue()
     processes = [context.Process(target=keep_slice, args=(i, 4, found)) for i in range(4)]
     for process in processes:

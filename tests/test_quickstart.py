@@ -2,13 +2,12 @@
 
 import hashlib
 import json
-import multiprocessing
 import os
 from dataclasses import replace
 
 import pytest
 import torch
-from ranks import RECIPE, train
+from ranks import RECIPE, server, train
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from zo.errors import UserError
@@ -89,7 +88,7 @@ def count_rows(cache, results):
 
 
 def test_ranks_that_start_together_fill_the_cache_once(tmp_path):
-    context = multiprocessing.get_context("forkserver")
+    context = server()
     results = context.Queue()
     processes = [
         context.Process(target=count_rows, args=(str(tmp_path / "cache"), results))

@@ -16,6 +16,7 @@ from zo.streaming.transfer import Mark, Queue, Slot, Staging
 pytestmark = pytest.mark.slow
 
 BITS = ["model.dtype=bfloat16", "update.weight_decay=0.1", "run.steps=5", "mesh.check_every=2"]
+BITS.append("data.dev_examples=4")
 PLACES = [
     ["memory.store=host", "memory.unit=layer", "memory.slots=2", "memory.lag=1"],
     ["memory.store=host", "memory.unit=module", "memory.slots=4", "memory.lag=2"],

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_llama
-from ranks import context, train
+from ranks import server, train
 from safetensors.torch import load_file
 
 from zo.config.schema import MemoryConfig
@@ -90,6 +90,7 @@ def peak_of_a_snapshot(folder, found):
 
 
 def test_a_snapshot_takes_no_more_memory_than_two_blocks(tmp_path):
+    context = server()
     found = context.Queue()
     process = context.Process(target=peak_of_a_snapshot, args=(tmp_path, found))
     process.start()
