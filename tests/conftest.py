@@ -158,6 +158,6 @@ def pytest_runtest_logreport(report):
         return
     if "PYTEST_XDIST_WORKER" in os.environ:
         return  # The process that started the workers has every report too.
-    if any(words in report.longrepr[2] for words in ("deepnvme needs", "iproute2")):
+    if any(words in report.longrepr[2] for words in ("deepnvme needs", "iproute2", "chromium")):
         with open(listed, "a") as file:
             file.write(report.nodeid + "\n")

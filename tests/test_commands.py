@@ -201,6 +201,9 @@ def test_a_run_from_start_to_hub_folder(command, overrides, tmp_path):
         "config.yaml",
         "steps.log",
         "metrics.jsonl",
+        "events.jsonl",
+        "status.json",
+        "report.html",
         "model",
     }
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

@@ -60,6 +60,7 @@ def test_a_killed_run_of_a_diagonal_table_goes_on_to_the_same_bits(overrides, tm
     assert len(read(tmp_path / "run" / "steps.log")[1][0].scalars) == 8
 
 
+RECORD = ("events.jsonl", "status.json", "report.html")
 STARTS = {
     f"{'before' if before else 'after'} {function} {call}": ("os", function, call, before)
     for function, calls in (("fsync", 4), ("rename", 2))
@@ -90,6 +91,7 @@ def test_a_start_that_was_killed_starts_again(overrides, uninterrupted, tmp_path
     assert {path.name for path in (tmp_path / "run").iterdir()} >= {"lock"}
     assert train(settings)["steps"] == 1
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        *RECORD,
         "config.yaml",
         "steps.log",
         "metrics.jsonl",
@@ -127,6 +129,7 @@ def test_a_start_without_room_starts_again(overrides, tmp_path, place):
     assert "cannot be written: File too large; choose another folder or make room" in said
     assert train(settings)["steps"] == 1
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        *RECORD,
         "config.yaml",
         "steps.log",
         "metrics.jsonl",

@@ -224,6 +224,9 @@ class RunConfig:
     ranks. Products of a few rows in float32 may depend on it."""
     max_skipped: int = 10
     """Steps in a row that may give no finite estimate before the run stops."""
+    trackers: list[str] | None = None
+    """Trackers of accelerate that get the metrics, such as ``[wandb]``; by default tensorboard
+    where it is installed; ``[]``: none."""
 
     def __post_init__(self) -> None:
         for key in ("steps", "seed", "snapshot_every"):

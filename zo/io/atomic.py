@@ -85,3 +85,21 @@ def write_whole(path: Path, data: bytes) -> None:
     """
     with replacing(path) as beside:
         beside.write_bytes(data)
+
+
+def write_for_readers(path: Path, data: bytes) -> None:
+    """Write a file that readers see whole or not at all; a power cut may lose it.
+
+    It syncs nothing, for files that are made again every few seconds.
+
+    Raises:
+        OSError: the disk refuses; the file is as it was.
+    """
+    beside = path.with_name(f"{path.name}.new")
+    try:
+        beside.write_bytes(data)
+        os.replace(beside, path)
+    except OSError:
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise

@@ -4,8 +4,8 @@ A second SIGTERM ends the process at once, too.
 
 A process that a signal ends does not unwind: an exception raised by a handler could be swallowed in
 a library, in a destructor or in a greenlet, and a process that waits for another rank in C would
-never see it. It prints one line, removes unfinished folders, and exits. The log is as safe as after
-``kill -9``.
+never see it. It prints one line, does what :func:`before_end` has, removes unfinished folders, and
+exits. The log is as safe as after ``kill -9``.
 """
 
 import ctypes
@@ -16,7 +16,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -24,8 +24,12 @@ ANSWER_S = 0.5
 """Seconds that the main thread has to answer a signal; it may be in a long call, and another thread
 answers then."""
 
+LAST_ACT_S = 1.0
+"""Seconds that what is to be done before a signal's end may take; a dead disk must not delay it."""
+
 _stopping: list[threading.Event] = []
 _unfinished: set[Path] = set()
+_last_acts: list[Callable[[], None]] = []
 _remedy = ["start the same command again"]
 
 
@@ -80,6 +84,16 @@ def unfinished(path: Path) -> Iterator[None]:
         _unfinished.discard(path)
 
 
+@contextmanager
+def before_end(act: Callable[[], None]) -> Iterator[None]:
+    """Have a function called if a signal ends the process within this block."""
+    _last_acts.append(act)
+    try:
+        yield
+    finally:
+        _last_acts.remove(act)
+
+
 _pipe = -1
 """Read end of the pipe into which Python writes a byte for each signal, whatever the main thread
 does."""
@@ -110,6 +124,10 @@ def _answer(number: int) -> None:
 
 def _end(number: int) -> None:
     _say(f"ended by {signal.Signals(number).name}; {_remedy[0]}")
+    with suppress(RuntimeError):  # No thread can be started.
+        thread = threading.Thread(target=lambda: [act() for act in _last_acts], daemon=True)
+        thread.start()
+        thread.join(LAST_ACT_S)
     for path in list(_unfinished):
         shutil.rmtree(path, ignore_errors=True)
     with suppress(Exception):
@@ -132,6 +150,7 @@ def _forget() -> None:
             signal.signal(number, signal.SIG_DFL)
     _stopping.clear()
     _unfinished.clear()
+    _last_acts.clear()
 
 
 PR_SET_PDEATHSIG = 1

@@ -1,1 +1,1 @@
-"""Metrics, progress and the timeline of a run."""
+"""Metrics, progress, record, page, trackers and timeline of a run."""

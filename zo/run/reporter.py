@@ -1,10 +1,12 @@
-"""Reports of a run in progress: metrics, progress, warnings and the timeline."""
+"""Reports of a run in progress: metrics, record, page, trackers, progress, warnings, timeline."""
 
 import time
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
+from zo.config.redact import without_secrets_in
 from zo.config.schema import Config
 from zo.distributed.mesh import Shape, idle_report
 from zo.distributed.process_group import Mesh
@@ -12,9 +14,12 @@ from zo.errors import UserError
 from zo.method import estimator
 from zo.method.table import LossTable
 from zo.observe.metrics import MetricsFile, memory
-from zo.observe.progress import Progress
+from zo.observe.progress import Progress, scores_text
+from zo.observe.record import ENDS, Record
+from zo.observe.report import Report
+from zo.observe.trackers import Trackers
 from zo.state.log import Log
-from zo.state.run_folder import RunFolder
+from zo.state.run_folder import RunFolder, flatten
 from zo.streaming.cache import Traffic
 from zo.streaming.replica import Replica
 
@@ -39,9 +44,15 @@ class Reporter:
     """The reports of one run; rank 0 writes files and prints, other ranks only count."""
 
     def __init__(
-        self, config: Config, mesh: Mesh, folder: RunFolder, log: Log, replica: Replica
+        self,
+        config: Config,
+        mesh: Mesh,
+        folder: RunFolder,
+        log: Log,
+        replica: Replica,
+        record: Record,
     ) -> None:
-        """Open the metrics file after the last step of the log."""
+        """Open the files after the last step of the log; ``record`` has what was said before."""
         self.config, self.mesh, self.folder, self.log, self.replica = (
             config,
             mesh,
@@ -51,13 +62,35 @@ class Reporter:
         )
         self.scores: dict[str, float] = {}
         """The newest scores on held-out data."""
-        self.progress = Progress(config.run.steps, log.version, mesh.rank == 0)
-        say = self.progress.say
-        self.metrics = (
-            MetricsFile(folder.metrics_file, log.version, say) if mesh.rank == 0 else None
-        )
+        self._first_scores: dict[str, float] = {}
+        """The run's first ones, if they are older."""
+        self.record = record
+        self.progress = Progress(config.run.steps, log.version, mesh.rank == 0, record.event)
+        self.metrics: MetricsFile | None = None
+        self._first: tuple[int, dict[str, float]] | None = None
+        """Step and scores of the run's first evaluation."""
+        if mesh.rank == 0:
+            self._open()
         self._skipped_in_a_row, self._said_rounding = 0, False
         self._started, self._before, self._sent = 0.0, Traffic(), 0
+
+    def _open(self) -> None:
+        """Open the files of rank 0."""
+        folder, warn = self.folder, self.progress.warn
+        self.record.open(folder.path, self.log.version)
+        self.metrics = MetricsFile(folder.metrics_file, self.log.version, warn)
+        self._first = min(self.metrics.scores.items(), default=None)
+        self.report = Report(folder.path, warn)
+        settings = flatten(without_secrets_in(asdict(self.config)))
+        self.trackers = Trackers(self.config.run.trackers, folder.path, settings, warn)
+        self.enter("starting")
+
+    def enter(self, phase: str, **more: Any) -> None:
+        """Record the phase of the run; ``more`` as :meth:`zo.observe.record.Record.status`."""
+        if self.mesh.rank == 0:
+            self.record.step = step = self.log.version
+            self.record.status(phase, self.config.run.steps, self.progress.left_s(step), **more)
+            self.report.refresh(now=phase in ENDS or phase == "starting")
 
     def _rows(self, table: LossTable) -> tuple[int, int]:
         """Return the tokens of this rank's folds, and of one fold, at most."""
@@ -79,9 +112,9 @@ class Reporter:
         if written := self.replica.said_of_probes():
             self.progress.say(written)
         if idle := idle_of(config, shape):
-            self.progress.say(idle)
+            self.progress.warn(idle)
         if config.estimator.distribution == "gaussian" and config.update.lr >= FIRST_ORDER_LR:
-            self.progress.say(
+            self.progress.warn(
                 f"warning: update.lr={config.update.lr} is a usual rate of first-order training; "
                 "full fine-tuning by Gaussian directions usually diverges there: MeZO uses 1e-7 to "
                 "1e-6 for all parameters, 1e-4 for LoRA"
@@ -142,11 +175,13 @@ class Reporter:
         values |= {} if self.config.update.clip is None else {"clipped": clipped}
         if self.metrics:
             self.metrics.write(values)
-        self.progress.step(values, self.scores)
+            self.trackers.log(values, entry.step)
+        self.progress.step(values, self.scores, self._first_scores)
+        self.enter("training")
         self._warn(entry.step, entry.scalars, skipped)
         self._warn_of_rounding(entry.step, spread, resolution)
         for name in self.replica.corrupt():
-            self.progress.say(
+            self.progress.warn(
                 f"block {name} was corrupt on disk and was rebuilt from the base and the log"
             )
         if entry.step in self.config.profile.range[-1:]:
@@ -155,12 +190,12 @@ class Reporter:
 
     def _warn(self, step: int, scalars: tuple[float, ...], skipped: int) -> None:
         if skipped:
-            self.progress.say(
+            self.progress.warn(
                 f"step {step}: {skipped} of {len(scalars)} directions had no finite loss and count "
                 "as zero"
             )
         elif not any(scalars):
-            self.progress.say(
+            self.progress.warn(
                 f"step {step}: every projected gradient is exactly zero: the perturbation does not "
                 "change the loss; raise estimator.eps, or set model.dtype=float32"
             )
@@ -177,7 +212,7 @@ class Reporter:
         # Where no pair differs, the step has no projected gradient, which is said already.
         if not self._said_rounding and 0.0 < spread < LEAST_SPREAD * resolution:
             self._said_rounding = True
-            self.progress.say(
+            self.progress.warn(
                 f"step {step}: the probes' losses differ by {spread:.1e}, less than {LEAST_SPREAD} "
                 f"times their rounding of {resolution:.1e}: raise estimator.eps"
             )
@@ -192,10 +227,14 @@ class Reporter:
     def evaluated(self, step: int, scores: dict[str, float], is_new: bool) -> None:
         """Record and print the scores of a step."""
         self.scores = scores
+        self._first = self._first or (step, scores)
+        self._first_scores = self._first[1] if self._first[0] < step else {}
         if self.metrics and is_new:
             self.metrics.write({"step": step, "eval": scores})
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in scores.items())
-        self.progress.say(f"step {step}/{self.config.run.steps}  dev {shown}")
+            self.trackers.log({f"dev/{name}": value for name, value in scores.items()}, step)
+        shown = scores_text(scores, self._first_scores)
+        self.progress.say(f"step {step}/{self.config.run.steps}  dev {shown}", "score")
+        self.enter("training")
 
     def _draw_timeline(self) -> None:
         if self.mesh.rank == 0:
@@ -207,8 +246,17 @@ class Reporter:
             folder = self.folder.path
             self.replica.timeline.save(folder / "timeline.json", folder / "timeline.png", title)
 
-    def close(self) -> None:
-        """Close the metrics file and the bar."""
-        self.progress.close()
+    def end(self, phase: str, **more: Any) -> None:
+        """Record how the run ended, and close the files.
+
+        Args:
+            phase: ``finished``, ``stopped`` or ``failed``.
+            more: ``summary`` or ``error``.
+        """
         if self.metrics:
             self.metrics.close()
+            if "error" in more:
+                self.record.event("error", more["error"])
+            self.enter(phase, **more)
+            self.trackers.finish()
+            self.record.close()

@@ -25,10 +25,10 @@ from zo.config.schema import Config
 from zo.data.tasks import Batch
 from zo.distributed.mesh import fit
 from zo.distributed.process_group import Mesh
-from zo.errors import UserError
+from zo.errors import RankError, UserError
 from zo.io.determinism import explain_nondeterminism, make_deterministic
 from zo.io.hardware import choose_device
-from zo.io.signals import set_remedy, termination
+from zo.io.signals import before_end, set_remedy, termination
 from zo.method import estimator
 from zo.method.entry import Entry
 from zo.method.part import layers_reached
@@ -37,7 +37,9 @@ from zo.method.update import clip, learning_rate
 from zo.model.folds import ALONE, Together
 from zo.observe.metrics import finite_or_none
 from zo.observe.progress import Progress
+from zo.observe.record import Record
 from zo.observe.timeline import check_drawable
+from zo.observe.trackers import check_trackers
 from zo.run.assemble import assemble, to_device
 from zo.run.audit import Audit
 from zo.run.evaluate import evaluate
@@ -136,16 +138,17 @@ class Run:
         self.folder = self._choose_folder()
         self.is_writer = self._lock(resources)
         self._prepare_process()
-        progress, blocks = Progress(0, 0, mesh.rank == 0), self.folder.blocks(mesh.rank)
+        record, blocks = Record(), self.folder.blocks(mesh.rank)
+        progress = Progress(0, 0, mesh.rank == 0, record.event)
         with progress.phase(f"reading model {config.model.name} and data {config.data.name}"):
             self.problem = own or build_problem(config)
         self.replica, self.structure = assemble(self.problem, config, mesh, blocks, progress.phase)
         self._check_structure()
         self.log = self._open_log(command)
-        restore_snapshot(self.folder, self.replica, self.log, progress.say)
+        restore_snapshot(self.folder, self.replica, self.log, progress.warn)
         self.replica.open(self.log)
         self.audit = Audit(self.replica) if config.mesh.check_every else None
-        self.reporter = Reporter(config, mesh, self.folder, self.log, self.replica)
+        self.reporter = Reporter(config, mesh, self.folder, self.log, self.replica, record)
 
     def _arrange_mesh(self) -> None:
         """Size the axes of the mesh to the table, which has the same shape in every step."""
@@ -177,12 +180,13 @@ class Run:
         return is_writer
 
     def _prepare_process(self) -> None:
-        """Set the number of threads, and check that a timeline that is asked for can be drawn."""
+        """Set the number of threads, and check that what is to be drawn and tracked can be."""
         if (threads := self.config.run.threads) is not None:
             check_threads(threads, os.cpu_count() or 1)
             torch.set_num_threads(threads)
         if self.config.profile.range:
             check_drawable()
+        check_trackers(self.config.run.trackers)
 
     def _check_structure(self) -> None:
         """Check what the estimator asks of the model.
@@ -221,7 +225,22 @@ class Run:
 
     def to_end(self, asked: threading.Event) -> dict[str, Any]:
         """Train, evaluate, export; stop after a step once ``asked`` is set, on any rank."""
-        config, begun, loss, stops = self.config, time.monotonic(), None, False
+        begun, reporter = time.monotonic(), self.reporter
+        try:
+            with before_end(partial(reporter.enter, "stopped")):
+                loss = self._loop(asked)
+                summary = self._finish(loss, time.monotonic() - begun)
+        except BaseException as error:
+            said = error if isinstance(error, UserError | RankError) else repr(error)
+            is_asked_for = isinstance(error, KeyboardInterrupt)
+            reporter.end("stopped" if is_asked_for else "failed", error=str(said))
+            raise
+        reporter.end("finished" if summary["fingerprint"] else "stopped", summary=summary)
+        return summary
+
+    def _loop(self, asked: threading.Event) -> float | None:
+        """Train to the last step, or until ``asked`` is set; return the last step's loss."""
+        config, loss, stops = self.config, None, False
         try:
             self.reporter.say_first(self._table(1))
             self._evaluate()
@@ -241,9 +260,9 @@ class Run:
                     f"{config.run.steps}; the same command resumes from there"
                 )
         finally:
-            self.reporter.close()
+            self.reporter.progress.close()
             self.log.close()
-        return self._finish(loss, time.monotonic() - begun)
+        return loss
 
     def step(self, asked: bool = False) -> tuple[LossTable, int, int, bool]:
         """Fill one table, and log its scalars; replay moves the weights at their next visits.
@@ -341,6 +360,7 @@ class Run:
             return
         scores = known = self.reporter.known_scores(step)
         if scores is None:
+            self.reporter.enter("evaluating")
             at_once = len(self._table(1).cells)
             scores = evaluate(self.replica, problem.task, problem.dev_batches, self.mesh, at_once)
         self.reporter.evaluated(step, scores, is_new=known is None)
@@ -358,6 +378,7 @@ class Run:
             "fingerprint": fingerprint,
         }
         if fingerprint is not None and self.config.export.at_end and self.problem.exportable:
+            self.reporter.enter("exporting")
             self._export(fingerprint)
         self.replica.close(give_back=self.problem.own and finished)
         self.mesh.barrier()

@@ -3,6 +3,9 @@
     config.yaml     resolved configuration, versions, base model and its fingerprint
     steps.log       the log
     metrics.jsonl   one object a step and an evaluation
+    events.jsonl    what the run said
+    status.json     its phase and step
+    report.html     the run as a page
     snapshots/      weights at some versions, the last two
     blocks/         what a disk store wrote back, a folder a rank
     lock            held by a running process
