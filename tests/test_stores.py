@@ -24,6 +24,7 @@ from transformers import (
 from zo import Trainer
 from zo.errors import UserError
 from zo.model import blocks
+from zo.observe.timeline import overlap
 from zo.run import trainer
 from zo.state.log import read
 
@@ -439,6 +440,7 @@ def test_a_timeline_is_drawn(overrides, tmp_path):
     events = json.loads((tmp_path / "run" / "timeline.json").read_text())["traceEvents"]
     tracks = [e["args"]["name"] for e in events if e["ph"] == "M"]
     assert tracks == [
+        "step",
         "read",
         "wait",
         "replay+perturb",
@@ -448,7 +450,16 @@ def test_a_timeline_is_drawn(overrides, tmp_path):
     spans = [e for e in events if e["ph"] == "X"]
     assert {e["tid"] for e in spans} == set(range(len(tracks)))
     assert all(e["ts"] >= 0 and e["dur"] >= 0 for e in spans)
+    assert [e["name"] for e in spans if e["tid"] == 0] == ["3", "4"]
     assert (tmp_path / "run" / "timeline.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_overlap_of_a_timeline_counts_transfers_while_computing():
+    compute = [("forward 0", "a", 1.0, 3.0), ("replay+perturb", "a", 2.0, 4.0)]
+    spans = [*compute, ("step", "1", 0.0, 9.0), ("wait", "b", 0.0, 9.0)]
+    assert overlap(spans) is None
+    spans += [("read", "b", 0.0, 2.0), ("write-back", "a", 3.0, 5.0), ("upload", "b", 7.0, 8.0)]
+    assert overlap(spans) == pytest.approx(2 / 5)
 
 
 MISTAKES = {

@@ -1,13 +1,13 @@
 """Timeline of steps: a trace for Chrome or Perfetto, and a picture of it.
 
-Tracks, one row of the picture each: read, upload, a slice's catch-up and gather, replay+perturb,
-forward of each cell, write-back, and the compute's waits for a block. On a GPU a span on a stream
-is timed by the stream's own events.
+Tracks, one row of the picture each: step, read, upload, a slice's catch-up and gather,
+replay+perturb, forward of each cell, write-back, and the compute's waits for a block. On a GPU a
+span on a stream is timed by the stream's own events.
 """
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from zo.errors import UserError
 
 COLOURS = {
+    "step": "#b0b7bf",
     "read": "#4878a8",
     "upload": "#6aa5c9",
     "catch-up": "#e5ae38",
@@ -25,6 +26,9 @@ COLOURS = {
     "write-back": "#8172b3",
 }
 """Tracks from top to bottom, and their colours; a track of cells has a row for each cell."""
+TRANSFERS, COMPUTE = ("read", "upload", "gather", "write-back"), ("forward", "replay+perturb")
+Span = tuple[str, str, float, float]
+"""Track, name, start and stop in seconds."""
 
 
 class Clock(Protocol):
@@ -73,7 +77,7 @@ class Timeline:
         finally:
             self._spans.append((track, name, start, moment()))
 
-    def spans(self) -> list[tuple[str, str, float, float]]:
+    def spans(self) -> list[Span]:
         """Return track, name, start and stop of each span by start, in seconds since the first."""
 
         def seconds(moment: Any) -> float:
@@ -123,6 +127,28 @@ class Timeline:
             ) from error
 
 
+def overlap(spans: Sequence[Span]) -> float | None:
+    """Return the share of the transfers' time at which a forward or a replay ran, too.
+
+    ``None`` where nothing was transferred.
+    """
+    compute = sorted((a, b) for track, _, a, b in spans if _kind(track) in COMPUTE)
+    merged: list[tuple[float, float]] = []
+    for a, b in compute:
+        if merged and a <= merged[-1][1]:
+            merged[-1] = merged[-1][0], max(merged[-1][1], b)
+        else:
+            merged.append((a, b))
+    transfers = [(a, b) for track, _, a, b in spans if _kind(track) in TRANSFERS]
+    shared = sum(max(0.0, min(b, d) - max(a, c)) for a, b in transfers for c, d in merged)
+    total = sum(b - a for a, b in transfers)
+    return shared / total if total else None
+
+
+def _kind(track: str) -> str:
+    return track.partition(" ")[0]
+
+
 def _row(track: str) -> tuple[int, int]:
     kind, _, number = track.partition(" ")
     return list(COLOURS).index(kind), int(number or 0)
@@ -143,9 +169,7 @@ def check_drawable() -> None:
         ) from error
 
 
-def _draw(
-    spans: list[tuple[str, str, float, float]], tracks: list[str], picture: Path, title: str
-) -> None:
+def _draw(spans: list[Span], tracks: list[str], picture: Path, title: str) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(14, 1.4 + 0.45 * len(tracks)), layout="constrained")
@@ -153,8 +177,14 @@ def _draw(
     for i, track in enumerate(tracks):
         bars = [(a, max(b - a, 1e-6)) for found, _, a, b in spans if found == track]
         busy = sum(width for _, width in bars)
-        axes.broken_barh(bars, (i - 0.38, 0.76), facecolors=COLOURS[track.partition(" ")[0]])
+        axes.broken_barh(bars, (i - 0.38, 0.76), facecolors=COLOURS[_kind(track)])
         axes.text(1.005, i, f"{busy:.2f} s", transform=axes.get_yaxis_transform(), va="center")
+    for track, name, a, b in spans:
+        if track == "step":
+            axes.axvline(a, color=COLOURS["step"], linewidth=0.8, zorder=0)
+            axes.text((a + b) / 2, tracks.index(track), name, ha="center", va="center")
+    if (share := overlap(spans)) is not None:
+        title += f"; {share:.0%} of transfers while computing"
     axes.set_yticks(range(len(tracks)), tracks)
     axes.set_ylim(len(tracks) - 0.5, -0.5)
     axes.set_xlim(0, max((stop for *_, stop in spans), default=1.0))

@@ -10,7 +10,7 @@ from zo.config.redact import without_secrets_in
 from zo.config.schema import Config
 from zo.distributed.mesh import Shape, idle_report
 from zo.distributed.process_group import Mesh
-from zo.errors import UserError
+from zo.errors import RankError, UserError
 from zo.method import estimator
 from zo.method.table import LossTable
 from zo.observe.metrics import MetricsFile, memory
@@ -246,6 +246,14 @@ class Reporter:
             folder = self.folder.path
             self.replica.timeline.save(folder / "timeline.json", folder / "timeline.png", title)
 
+    def fail(self, error: BaseException) -> None:
+        """Record an error that ends the run, or a user's interrupt."""
+        said = error if isinstance(error, UserError | RankError) else repr(error)
+        if self.mesh.rank == 0:
+            self.record.event("error", str(said))
+        ended = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
+        self.end(ended, error=str(said))
+
     def end(self, phase: str, **more: Any) -> None:
         """Record how the run ended, and close the files.
 
@@ -255,8 +263,6 @@ class Reporter:
         """
         if self.metrics:
             self.metrics.close()
-            if "error" in more:
-                self.record.event("error", more["error"])
             self.enter(phase, **more)
             self.trackers.finish()
             self.record.close()

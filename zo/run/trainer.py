@@ -25,7 +25,7 @@ from zo.config.schema import Config
 from zo.data.tasks import Batch
 from zo.distributed.mesh import fit
 from zo.distributed.process_group import Mesh
-from zo.errors import RankError, UserError
+from zo.errors import UserError
 from zo.io.determinism import explain_nondeterminism, make_deterministic
 from zo.io.hardware import choose_device
 from zo.io.signals import before_end, set_remedy, termination
@@ -231,9 +231,7 @@ class Run:
                 loss = self._loop(asked)
                 summary = self._finish(loss, time.monotonic() - begun)
         except BaseException as error:
-            said = error if isinstance(error, UserError | RankError) else repr(error)
-            is_asked_for = isinstance(error, KeyboardInterrupt)
-            reporter.end("stopped" if is_asked_for else "failed", error=str(said))
+            reporter.fail(error)
             raise
         reporter.end("finished" if summary["fingerprint"] else "stopped", summary=summary)
         return summary
@@ -246,7 +244,8 @@ class Run:
             self._evaluate()
             while self.log.version < config.run.steps and not stops:
                 self.reporter.begin_step()
-                table, skipped, clipped, stops = self.step(asked.is_set())
+                with self.replica.timeline.span("step", f"{self.log.version + 1}"):
+                    table, skipped, clipped, stops = self.step(asked.is_set())
                 loss = table.loss
                 self.reporter.end_step(table, skipped, clipped)
                 self._after_step()
