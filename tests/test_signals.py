@@ -107,6 +107,8 @@ def test_ctrl_c_in_a_step_loses_no_step(long_run, tmp_path):
         130,
         f"ended by SIGINT; no completed step is lost: the same command with run.dir={tmp_path}/run",
     )
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["phase"] == "stopped"
+    assert 'class="pill stopped"' in (tmp_path / "run" / "report.html").read_text()
     steps = len(read(tmp_path / "run" / "steps.log")[1])
     assert steps >= 1
     again = start("train", [*long_run, f"run.steps={steps + 1}"], tmp_path)
