@@ -66,11 +66,6 @@ class Trackers:
         self._warn = warn
         self._trackers: list[GeneralTracker] = []
         wanted = ([DEFAULT] if DEFAULT in _installed() else []) if names is None else names
-        if not wanted:
-            return
-        # accelerate's log needs a state, which would join torchrun's ranks by a group of its own.
-        with patch_environment(local_rank=-1):
-            PartialState()
         plain = {
             key: value if isinstance(value, bool | int | float | str) else str(value)
             for key, value in settings.items()
@@ -79,6 +74,9 @@ class Trackers:
             self._attempt(name, partial(self._start, name, folder, plain))
 
     def _start(self, name: str, folder: Path, settings: Mapping[str, Any]) -> None:
+        # accelerate's log needs a state, which would join torchrun's ranks by a group of its own.
+        with patch_environment(local_rank=-1):
+            PartialState()
         make = LOGGER_TYPE_TO_CLASS[name]
         tracker = make(PROJECT, folder / name) if make.requires_logging_directory else make(PROJECT)
         tracker.main_process_only = False  # This process is rank 0 by our own count.
