@@ -17,6 +17,7 @@ PLAIN = [
     "update.lr=1.5e-4",
     "update.clip=null",
     "update.schedule=linear",
+    "run.trackers=[]",
 ]
 
 
