@@ -223,6 +223,8 @@ class Run:
         """Train, evaluate, export; stop after a step once ``asked`` is set, on any rank."""
         config, begun, loss, stops = self.config, time.monotonic(), None, False
         try:
+            for line in self.problem.report.lines() if self.problem.report else ():
+                self.reporter.progress.say(line)
             self.reporter.say_first(self._table(1))
             self._evaluate()
             while self.log.version < config.run.steps and not stops:
