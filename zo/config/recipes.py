@@ -142,9 +142,7 @@ def _explain(error: Exception) -> str:
         name = str(full_key or "").split(".")[-1]
         known = [key for key, _, _ in keys()]
         close = (
-            [OTHER_NAMES[name]]
-            if name in OTHER_NAMES
-            else []
+            [key for other, key in OTHER_NAMES.items() if other == name]
             or [key for key in known if key.split(".")[-1] == name]
             or [key for key in known if name and key.split(".")[-1][:2] == name[:2]]
         )
