@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -20,7 +21,7 @@ from zo.errors import UserError
 
 USAGE = (
     "usage: [torchrun --nproc-per-node N] launch/train.py [recipe=NAME] [key=value ...] "
-    "[--help | --cfg job]"
+    "[--check | --help | --cfg job]"
 )
 
 
@@ -30,6 +31,8 @@ def main(arguments: list[str]) -> None:
     recipe = own.get("recipe", DEFAULT)
     if text := asked_for_text(arguments, recipe, overrides, USAGE):
         print(text)
+    elif "--check" in arguments:
+        check(load_config(recipe, [o for o in overrides if o != "--check"]))
     elif "-m" in arguments or "--multirun" in arguments:
         raise UserError("a grid of runs is started by launch/sweep.py recipe=NAME key=a,b")
     else:
@@ -45,6 +48,20 @@ def train(config: Config, command: str) -> None:
     summary = Trainer(config, command=command).train()
     if int(os.environ.get("RANK", 0)) == 0 and summary["fingerprint"]:
         print(json.dumps(summary), flush=True)
+
+
+def check(config: Config) -> None:
+    """Report on the data of a run; no weights are loaded, and nothing is written."""
+    if int(os.environ.get("RANK", 0)):
+        return
+    from zo.run.problem import build_problem
+
+    report = build_problem(config).report
+    if report is None:
+        print("data: synthetic", file=sys.stderr)
+        return
+    print(*report.lines(), sep="\n", file=sys.stderr)
+    print(json.dumps(asdict(report)))
 
 
 if __name__ == "__main__":

@@ -63,8 +63,8 @@ MISTAKES = {
     "part of the weights": (["model.name={partial}"], "lacks 1 weights, model.norm.weight"),
     "missing file": (["data.name=missing.jsonl"], "data.name=missing.jsonl does not exist"),
     "unknown kind of file": (
-        ["data.name=data.txt"],
-        "data.name=data.txt is not a file of a known kind",
+        ["data.name=data.doc"],
+        "data.name=data.doc is not a file of a known kind",
     ),
     "empty file": (["data.name={data}"], "is empty", ""),
     "invalid JSON": (

@@ -135,7 +135,7 @@ def test_the_kinds_of_rows(tokenizer, tmp_path):
     the, good, great, end = tokenizer.convert_tokens_to_ids(["the", "good", "great", "<eos>"])
     cases = {
         "prompted": ([{"prompt": "the", "completion": "good great"}], (the, good, great, end), 1),
-        "text": ([{"text": "the good great"}], (the, good, great), 1),
+        "text": ([{"text": "the good great"}], (the, good, great, end), 1),
     }
     for name, (rows, ids, target) in cases.items():
         data = built(
@@ -144,7 +144,7 @@ def test_the_kinds_of_rows(tokenizer, tmp_path):
         assert data.train == [Example(ids, target)]
 
 
-def test_messages_are_trained_on_the_last_one(tokenizer, tmp_path):
+def test_the_answer_of_messages_is_trained_on(tokenizer, tmp_path):
     said = [{"role": "user", "content": "the film"}, {"role": "assistant", "content": "good great"}]
     data = built(
         tokenizer,
@@ -153,7 +153,7 @@ def test_messages_are_trained_on_the_last_one(tokenizer, tmp_path):
     (example,) = data.train
     assert tokenizer.decode(example.ids[example.target :]).split() == ["good", "great"]
     for bad in ([], said[:1]):
-        with pytest.raises(UserError, match="row 1: messages must end"):
+        with pytest.raises(UserError, match="row 1: messages must"):
             built(
                 tokenizer,
                 DataConfig(name=write(tmp_path / "b.jsonl", [{"messages": bad}]), dev_examples=0),
@@ -375,7 +375,7 @@ def test_an_empty_completion_is_refused_by_its_row(tokenizer, tmp_path):
 @pytest.mark.parametrize("messages", [["hello"], [None], "hello", [{"content": "x"}]])
 def test_messages_of_another_form_are_refused_by_their_row(tokenizer, tmp_path, messages):
     name = write(tmp_path / "a.jsonl", [{"messages": messages}])
-    with pytest.raises(UserError, match="row 1: messages must end"):
+    with pytest.raises(UserError, match="row 1: messages must"):
         built(tokenizer, DataConfig(name=name, dev_examples=0))
 
 

@@ -13,7 +13,8 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS = re.compile(
-    r"(reading model |checking that |loading weights: |quickstart in |step \d+/\d+  |error: )"
+    r"(data: |reading model |checking that |loading weights: |quickstart in |step \d+/\d+  "
+    r"|error: )"
 )
 
 

@@ -4,7 +4,7 @@ import ast
 import inspect
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, FrozenInstanceError, fields, is_dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,30 @@ from zo.errors import UserError
 
 FOLDER = Path(__file__).resolve().parents[2] / "recipes"
 DEFAULT = "quickstart"
+OTHER_NAMES = {
+    "learning_rate": "update.lr",
+    "lr_scheduler_type": "update.schedule",
+    "epsilon": "estimator.eps",
+    "zo_eps": "estimator.eps",
+    "num_samples": "estimator.directions",
+    "max_length": "batch.max_tokens",
+    "max_seq_length": "batch.max_tokens",
+    "batch_size": "batch.sequences",
+    "per_device_train_batch_size": "batch.micro",
+    "model_name_or_path": "model.name",
+    "model_id": "model.name",
+    "torch_dtype": "model.dtype",
+    "tokenizer_name": "model.tokenizer",
+    "dataset": "data.name",
+    "dataset_name": "data.name",
+    "train_file": "data.name",
+    "validation_file": "data.dev",
+    "output_dir": "run.dir",
+    "max_steps": "run.steps",
+    "eval_steps": "eval.every",
+    "save_steps": "run.snapshot_every",
+}
+"""Our keys by the names that they have in other libraries and in the papers' code."""
 
 
 def _schema() -> DictConfig:
@@ -68,7 +92,10 @@ def load_config(recipe: str = DEFAULT, overrides: Sequence[str] = ()) -> Config:
 
 def as_config(node: DictConfig) -> Config:
     """Return a composed node as a checked configuration."""
-    made = OmegaConf.to_object(node)
+    try:
+        made = OmegaConf.to_object(node)
+    except FrozenInstanceError as error:  # A key that + added.
+        raise UserError(f"unknown key: {error}; see --help for all keys") from error
     assert isinstance(made, Config)
     return made
 
@@ -112,11 +139,13 @@ def _explain(error: Exception) -> str:
     outer = str(error).split("\n")[0]
     full_key = getattr(error.__cause__, "full_key", None)
     if inner.startswith("Key "):
-        close = [
-            key
-            for key, _, _ in keys()
-            if full_key and key.split(".")[-1][:2] == str(full_key).split(".")[-1][:2]
-        ]
+        name = str(full_key or "").split(".")[-1]
+        known = [key for key, _, _ in keys()]
+        close = (
+            [key for other, key in OTHER_NAMES.items() if other == name]
+            or [key for key in known if key.split(".")[-1] == name]
+            or [key for key in known if name and key.split(".")[-1][:2] == name[:2]]
+        )
         hint = f"did you mean {' or '.join(close[:3])}? " if close else ""
         return f"unknown key {full_key or outer}; {hint}see --help for all keys"
     return f"{outer.rstrip('.')}: {inner}" if inner else outer

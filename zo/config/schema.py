@@ -9,6 +9,7 @@ value, constraint, remedy.
 import math
 import re
 from dataclasses import dataclass, field
+from typing import Any
 
 from zo.config.checks import MAX_THREADS, at_least, at_most, choice, template_columns
 from zo.config.table import BatchConfig as BatchConfig
@@ -58,15 +59,17 @@ class ModelConfig:
 class DataConfig:
     """Examples and their prompts."""
 
-    name: str = ""
-    """A task (``movie-reviews``), a file (.jsonl, .json, .csv, .parquet), a hub id, or
-    ``synthetic``."""
+    name: Any = ""
+    """A task (``movie-reviews``), a file (.jsonl, .json, .csv, .tsv, .parquet, or .txt, one text),
+    a list or a pattern of files, a folder, a hub id, or ``synthetic``."""
     subset: str | None = None
     """Configuration of a hub data set, such as ``sst2`` of ``nyu-mll/glue``."""
     split: str = "train"
-    """Split of a hub data set to train on."""
-    dev: str | None = None
-    """File or split to evaluate on; without it, examples are held out of the training data."""
+    """Split of a hub data set or a folder to train on."""
+    dev: Any = None
+    """Files or a split to evaluate on; without it, examples are held out of the training data."""
+    columns: Any = None
+    """Names of your columns where they are other ones: ``{text: review, label: sentiment}``."""
     dev_examples: int = 256
     """Examples evaluated on, at most; held out of the training data, at most a fifth of it."""
     train_examples: int | None = None
@@ -79,6 +82,15 @@ class DataConfig:
     with its space."""
 
     def __post_init__(self) -> None:
+        for key in ("name", "dev"):
+            if (value := getattr(self, key)) is not None:
+                files = value if isinstance(value, list) else [value]
+                object.__setattr__(self, key, ",".join(str(file) for file in files))
+        if not isinstance(self.columns or {}, dict):
+            raise UserError(
+                f"data.columns={self.columns} is not a mapping; give our names and yours, such as "
+                "data.columns='{text: review, label: sentiment}'"
+            )
         at_least("data.dev_examples", self.dev_examples, 0)
         if self.train_examples is not None:
             at_least("data.train_examples", self.train_examples, 1)

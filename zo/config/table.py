@@ -21,6 +21,9 @@ class BatchConfig:
     """Sequences that one forward sees."""
     max_tokens: int = 512
     """Tokens a sequence at most; a longer one loses the start of its prompt."""
+    bucket: int | None = None
+    """Steps whose sequences are sorted by length together, so that those of a step are alike and
+    little of a micro-batch is padding; by default 1."""
     fold: int | None = None
     """Cells of the loss table, micro-batch after micro-batch, that go through one matrix product
     together and that one rank computes: a part of a micro-batch's cells or whole micro-batches. By
@@ -28,8 +31,9 @@ class BatchConfig:
     which have no such product."""
 
     def __post_init__(self) -> None:
-        if self.fold is not None:
-            at_least("batch.fold", self.fold, 1)
+        for key in ("bucket", "fold"):
+            if (count := getattr(self, key)) is not None:
+                at_least(f"batch.{key}", count, 1)
         for key in ("sequences", "micro"):
             at_least(f"batch.{key}", getattr(self, key), 1)
         at_most("batch.sequences", self.sequences, MAX_CELLS)

@@ -2,8 +2,9 @@
 
 Sequence p of a run is element ``p % n`` of the permutation of epoch ``p // n``, which sorts the n
 examples by Philox keys. The sequences of a step are sorted by length before they are cut into
-micro-batches, which saves padding. There is no state, worker or call order: any rank can make any
-batch of any step.
+micro-batches, which saves padding; with ``batch.bucket`` those of several steps are, before they
+are dealt out to the steps in a random order. There is no state, worker or call order: any rank can
+make any batch of any step.
 """
 
 import hashlib
@@ -15,6 +16,7 @@ from typing import Any
 from zo.config.schema import BatchConfig, Config
 from zo.data import tasks
 from zo.data.encode import Encoder
+from zo.data.report import DataReport, make_report
 from zo.data.rows import Rows, permutation
 from zo.data.tasks import Batch, Example, Task
 from zo.method.philox import Purpose, word_stream
@@ -39,6 +41,7 @@ class Data:
         seed: int,
         together: int = 1,
         dev_batch: int | None = None,
+        report: DataReport | None = None,
     ) -> None:
         """Store the examples; draw nothing yet.
 
@@ -50,21 +53,27 @@ class Data:
             seed: the run's.
             together: consecutive micro-batches that are padded to one length, those of a fold.
             dev_batch: examples of a batch to evaluate on; as many as in a micro-batch by default.
+            report: on the examples.
         """
         self.task, self.train, self.dev, self.batch, self.seed = task, train, dev, batch, seed
         self._together, self._dev_batch = together, dev_batch or batch.micro
+        self.report = report
 
     def batches(self, step: int, column: int) -> Batch:
         """Return the micro-batch of a step (from 0) and a column."""
-        drawn = [
-            self.train[i]
-            for i in sequence_numbers(self.seed, step, self.batch.sequences, len(self.train))
-        ]
-        drawn.sort(key=lambda e: len(e.ids))
+        drawn = self._drawn(step)
         micro, wide = self.batch.micro, self.batch.micro * self._together
         first = column // self._together * wide
         among = drawn[first : first + wide]
         return self.task.collate(drawn[column * micro : (column + 1) * micro], among)
+
+    def _drawn(self, step: int) -> list[Example]:
+        """Return the examples of a step, sorted by length."""
+        count, bucket = self.batch.sequences, self.batch.bucket or 1
+        numbers = sequence_numbers(self.seed, step // bucket, count * bucket, len(self.train))
+        drawn = sorted((self.train[i] for i in numbers), key=lambda e: len(e.ids))
+        place = permutation(self.seed, step // bucket, bucket, Purpose.BUCKET)[step % bucket]
+        return drawn[place * count : (place + 1) * count]
 
     @cached_property
     def dev_batches(self) -> list[Batch]:
@@ -78,7 +87,8 @@ class Data:
         """SHA-256 of the tokenised training examples."""
         digest = hashlib.sha256()
         for example in self.train:
-            digest.update(json.dumps([example.ids, example.target]).encode())
+            ignored = [example.ignored] if example.ignored else []
+            digest.update(json.dumps([example.ids, example.target, *ignored]).encode())
         return digest.hexdigest()
 
 
@@ -126,31 +136,36 @@ def build_data(
         UserError: the columns fit no task, a label is not in the label set, or a label word is
             several tokens.
     """
-    pad = pad_id(tokenizer)
+    pad, vocab_size = pad_id(tokenizer, info.vocab_size), info.vocab_size
     classifier = info.task == "sequence-classification"
     if rows.synthetic:
         task = tasks.classification(info, pad) if classifier else tasks.completion(info, pad)
-        return SyntheticData(task, config.batch, config.run.seed, info.vocab_size, len(classes))
-    encoder = Encoder(rows, tokenizer, config.batch.max_tokens)
+        return SyntheticData(task, config.batch, config.run.seed, vocab_size, len(classes))
+    encoder = Encoder(rows, tokenizer, config.batch.max_tokens, vocab_size)
+    names, warnings = list(classes), []
     if classifier:
-        task, encode = (
-            tasks.classification(info, pad),
-            encoder.labelled("{text}", classes, special_tokens=True),
-        )
+        task = tasks.classification(info, pad)
+        encoding = encoder.labelled("{text}", names, is_classifier=True)
     elif "label" in rows.columns and rows.template and rows.label_words:
-        task = tasks.choice(info, pad, encoder.word_ids(rows.label_words))
-        encode = encoder.labelled(rows.template, rows.label_words, special_tokens=False)
+        names = rows.label_words
+        task = tasks.choice(info, pad, encoder.word_ids(names))
+        encoding = encoder.labelled(rows.template, names, is_classifier=False)
+        warnings = encoder.warnings_of(names)
     else:
-        task, encode = tasks.completion(info, pad), encoder.completion()
-    train = [encode(origin, row) for origin, row in rows.train_with_origins()]
-    dev = [encode(origin, row) for origin, row in rows.dev_with_origins()]
+        task, encoding = tasks.completion(info, pad), encoder.language()
+    encoded = [encoding.encode(*row) for row in rows.numbered_train]
+    train = [example for row in encoded for example in row.examples]
+    dev = [example for row in rows.numbered_dev for example in encoding.encode(*row).examples]
     grid, batch = config.grid, config.batch
     # As many rows go through a product at once as in training.
     together, at_once = max(1, grid.fold // grid.height), grid.fold * batch.micro
-    return Data(task, train, dev, batch, config.run.seed, together, at_once)
+    report = make_report(
+        encoding, encoded, len(rows.numbered_dev), batch.max_tokens, tokenizer, names, warnings
+    )
+    return Data(task, train, dev, batch, config.run.seed, together, at_once, report)
 
 
-def pad_id(tokenizer: Any) -> int:
-    """Return the padding token; masks hide it, so any token serves if there is none."""
+def pad_id(tokenizer: Any, vocab_size: int) -> int:
+    """Return the padding token; masks hide it, so any of the model's serves if there is none."""
     known = (getattr(tokenizer, "pad_token_id", None), getattr(tokenizer, "eos_token_id", None), 0)
-    return next(i for i in known if i is not None)
+    return next(i for i in known if i is not None and i < vocab_size)

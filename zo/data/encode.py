@@ -1,26 +1,59 @@
-"""Tokenise rows: a template and a label, a prompt and its completion, a text, or chat messages.
+"""Tokenise rows: a label after a template, a completion after its prompt, conversations, texts.
 
-Sequences longer than ``batch.max_tokens`` are cut. A message about a row names its file and number.
+A sequence has ``batch.max_tokens`` at most: a longer one loses the start of its prompt, and only
+an answer that is longer by itself loses its end; a text is cut in pieces. A message about a row
+names its file and number.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
-
-from jinja2 import TemplateError
+from functools import cached_property, partial
+from typing import Any, NamedTuple
 
 from zo.config.checks import template_columns
-from zo.data.rows import Origin, Row, Rows, label_index, read_label
+from zo.data.chat import Chat, Sample, read_turns
+from zo.data.files import Origin, Row
+from zo.data.rows import Rows, label_index, read_label
 from zo.data.tasks import Example
 from zo.errors import UserError
+
+INSTRUCTIONS = ("instruction", "question", "query", "prompt", "INSTRUCTION")
+INPUTS = ("input", "context")
+ANSWERS = ("output", "response", "answer", "completion", "RESPONSE")
+SYSTEMS = ("system", "system_prompt")
+
+
+class Encoded(NamedTuple):
+    """A row as examples."""
+
+    examples: list[Example]
+    tokens: int
+    """Tokens of the row before it was cut."""
+    has_end: bool = True
+    """False if an answer was cut at its end."""
+
+
+class Encoding(NamedTuple):
+    """The encoder that fits the columns of a data set."""
+
+    encode: Callable[[Origin, Row], Encoded]
+    columns: tuple[str, ...]
+    """The columns that it reads."""
+    trained: str
+    """Phrase: what is trained on, and why."""
+    in_pieces: bool = False
+    """True if what is too long is cut in pieces."""
 
 
 class Encoder:
     """Converts the rows of one data set to examples."""
 
-    def __init__(self, rows: Rows, tokenizer: Any, max_tokens: int) -> None:
+    def __init__(self, rows: Rows, tokenizer: Any, max_tokens: int, vocab_size: int) -> None:
         """Encode ``rows`` with a tokenizer, at most ``max_tokens`` each."""
         self.rows, self.tokenizer, self.max_tokens = rows, tokenizer, max_tokens
-        self.name = rows.config.name
+        self.name, self._vocab_size = rows.config.name, vocab_size
+        self._start, self._end = (
+            getattr(tokenizer, f"{which}_token_id", None) for which in ("bos", "eos")
+        )
 
     def word_ids(self, words: Sequence[str]) -> list[int]:
         """Return the one token of each label word.
@@ -28,7 +61,7 @@ class Encoder:
         Raises:
             UserError: a word is several tokens.
         """
-        ids = [self.tokenizer(word, add_special_tokens=False)["input_ids"] for word in words]
+        ids = [self._ids(word) for word in words]
         for word, tokens in zip(words, ids, strict=True):
             if len(tokens) != 1:
                 pieces = self.tokenizer.convert_ids_to_tokens(tokens)
@@ -36,23 +69,35 @@ class Encoder:
                     f"data.label_words: {word!r} is {len(tokens)} tokens {pieces}; use a word of "
                     "one token"
                 )
-        return [tokens[0] for tokens in ids]
+        found = [tokens[0] for tokens in ids]
+        self._check_vocabulary("data.label_words", found)
+        return found
 
-    def labelled(
-        self, template: str, names: Sequence[str], special_tokens: bool
-    ) -> Callable[[Origin, Row], Example]:
-        """Return the encoder of rows with a label, for a choice or a classifier.
+    def warnings_of(self, words: Sequence[str]) -> list[str]:
+        """Return a warning if a space in front would make another token of a label word."""
+        if (self.rows.template or " ")[-1].isspace():
+            return []
+        bare = [w for w in words if not w[0].isspace() and self._ids(w) != self._ids(f" {w}")]
+        spaced = ",".join(f"'{'' if word[0].isspace() else ' '}{word}'" for word in words)
+        return [
+            f"data.label_words: {word!r} has no leading space, and does not occur so after a word; "
+            f'use data.label_words="[{spaced}]"'
+            for word in bare[:1]
+        ]
+
+    def labelled(self, template: str, names: Sequence[str], is_classifier: bool) -> Encoding:
+        """Return the encoding of rows with a label, for a choice or a classifier.
 
         Args:
             template: used unless ``data.template`` is set.
             names: label words or class names, in the order of the targets.
-            special_tokens: cut long sequences at the end; else at the start, as a choice needs.
+            is_classifier: cut long sequences at the end; else at the start, as a choice needs.
         """
         template = self.rows.template or template
         columns = template_columns(template)
         self._need({*columns, "label"}, f"for the template {template!r}")
 
-        def encode(origin: Origin, row: Row) -> Example:
+        def encode(origin: Origin, row: Row) -> Encoded:
             label = read_label(origin, row)
             target = label_index(label, names)
             if target is None:
@@ -64,100 +109,202 @@ class Encoder:
             text = template.format_map(
                 {column: self._text(origin, row, column) for column in columns}
             )
-            ids = self._ids(text, add_special_tokens=True)
-            kept = ids[: self.max_tokens] if special_tokens else ids[-self.max_tokens :]
-            return self._example(origin, kept, target)
+            ids = self._ids(text, special_tokens=True)
+            kept = ids
+            if len(ids) > self.max_tokens and is_classifier:
+                kept = self.tokenizer(text, truncation=True, max_length=self.max_tokens)[
+                    "input_ids"
+                ]
+            elif len(ids) > self.max_tokens:
+                kept = [ids[i] for i in self._kept(ids, len(ids))]
+            return Encoded([self._example(origin, kept, target)], len(ids))
 
-        return encode
+        shown = ", ".join(map(repr, names[:8])) + (", ..." if len(names) > 8 else "")
+        why = "the model is a sequence classifier" if is_classifier else "rows have a label"
+        what = "class" if is_classifier else "label word"
+        trained = f"the {what} after {template!r}, one of {shown}: {why}"
+        return Encoding(encode, (*columns, "label"), trained)
 
-    def completion(self) -> Callable[[Origin, Row], Example]:
-        """Return the encoder of rows with ``messages``, ``prompt``, ``completion`` or ``text``."""
+    def language(self) -> Encoding:
+        """Return the encoding of rows without a label, by the names of their columns.
+
+        Raises:
+            UserError: the columns fit none.
+        """
         columns = self.rows.columns
-        if "messages" in columns:
-            return self._messages
-        if {"prompt", "completion"} <= columns:
-            return self._prompted
-        label_hint = (
-            "; a label needs data.template and data.label_words" if "label" in columns else ""
+        for key in ("messages", "conversations"):
+            if key in columns:
+                how = "every turn of the assistant, by the tokenizer's chat template"
+                return Encoding(partial(self._conversation, key), (key,), how)
+        if columns >= {"prompt", "completion"}:
+            how = "the completion of each prompt"
+            return Encoding(self._prompted, ("prompt", "completion"), how)
+        ask, answer, system, more = (
+            next((column for column in known if column in columns), "")
+            for known in (INSTRUCTIONS, ANSWERS, SYSTEMS, INPUTS)
         )
-        if "text" in columns and not label_hint:
-            return lambda origin, row: self._joined(
-                origin, [], self._ids(self._text(origin, row, "text"), True)
+        if ask and answer:
+            has_chat = bool(self.tokenizer.chat_template)
+            by = "by the tokenizer's chat template" if has_chat else "under ### Response:"
+            return Encoding(
+                partial(self._instructed, ask, answer, system, more),
+                tuple(column for column in (system, ask, more, answer) if column),
+                f"the {answer} of each {ask}, {by}",
             )
+        hint = ""
+        if "label" in columns:
+            hint = "; a label needs data.template and data.label_words"
+        elif self.rows.template and self.rows.label_words:
+            hint = (
+                "; label is missing, which data.template and data.label_words need: name it with "
+                "data.columns={label: ...}, or set both to null"
+            )
+        if "text" in columns and not hint:
+            return Encoding(self._pieces, ("text",), "every token of each text", in_pieces=True)
         raise UserError(
             f"data.name={self.name} has columns {', '.join(sorted(columns))}; use text, prompt and "
-            f"completion, or messages{label_hint}"
+            f"completion, instruction and output, or messages{hint}"
         )
 
-    def _prompted(self, origin: Origin, row: Row) -> Example:
-        prompt = self._ids(self._text(origin, row, "prompt"), add_special_tokens=True)
-        completion = self._ids(self._text(origin, row, "completion"), add_special_tokens=False)
-        end = self.tokenizer.eos_token_id
-        return self._joined(origin, prompt, completion + ([] if end is None else [end]))
+    @cached_property
+    def _chat(self) -> Chat:
+        return Chat(self.tokenizer, self._ids, self.name)
 
-    def _messages(self, origin: Origin, row: Row) -> Example:
-        """Encode the last message as the completion of the ones before it."""
-        messages = row.get("messages")
-        objects = isinstance(messages, list) and all(isinstance(m, dict) for m in messages)
-        if not messages or not objects or messages[-1].get("role") != "assistant":
-            raise UserError(f"{origin}: messages must end with one of role assistant")
-        if not self.tokenizer.chat_template:
-            raise UserError(
-                f"data.name={self.name} has messages, but the model's tokenizer has no chat "
-                "template; use prompt and completion"
-            )
-        try:
-            before = self.tokenizer.apply_chat_template(
-                messages[:-1], tokenize=False, add_generation_prompt=True
-            )
-            rendered = self.tokenizer.apply_chat_template(messages, tokenize=False)
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise UserError(
-                f"{origin}: the model's chat template rejects the messages: {reason}"
-            ) from error
-        if not rendered.startswith(before):
-            raise UserError(
-                f"{origin}: the chat template's text of all messages does not begin with its text "
-                "of the messages before the last one; use prompt and completion"
-            )
-        return self._joined(
-            origin, self._ids(before, False), self._ids(rendered[len(before) :], False)
+    def _conversation(self, key: str, origin: Origin, row: Row) -> Encoded:
+        turns = read_turns(origin, row.get(key), self._shown(key))
+        return self._answered(origin, self._chat.samples(origin, turns))
+
+    def _prompted(self, origin: Origin, row: Row) -> Encoded:
+        prompt, completion = row.get("prompt"), row.get("completion")
+        if isinstance(prompt, list) and isinstance(completion, list):
+            first, key = len(prompt), self._shown("completion")
+            turns = read_turns(origin, prompt + completion, key, first)
+            return self._answered(origin, self._chat.samples(origin, turns, first))
+        prompt = self._text(origin, row, "prompt")
+        return self._completed(origin, prompt, self._answer(origin, row, "completion"))
+
+    def _instructed(
+        self, ask: str, answer: str, system: str, more: str, origin: Origin, row: Row
+    ) -> Encoded:
+        """Encode a row of an instruction and its answer; columns ``system``, ``more`` may be ""."""
+        said, wanted = self._text(origin, row, ask), self._answer(origin, row, answer)
+        about, given = (
+            self._text(origin, row, column) if row.get(column) else "" for column in (system, more)
         )
+        if self.tokenizer.chat_template:
+            turns = [
+                {"role": "system", "content": about},
+                {"role": "user", "content": f"{said}\n\n{given}" if given else said},
+                {"role": "assistant", "content": wanted},
+            ]
+            return self._answered(origin, self._chat.samples(origin, turns[0 if about else 1 :]))
+        headed = [about, f"### Instruction:\n{said}", given and f"### Input:\n{given}"]
+        prompt = "\n\n".join(part for part in (*headed, "### Response:\n") if part)
+        return self._completed(origin, prompt, wanted)
 
-    def _joined(self, origin: Origin, prompt: list[int], completion: list[int]) -> Example:
-        """Cut to ``max_tokens``: the completion at its end, then the prompt at its start."""
-        completion = completion[: self.max_tokens]
-        room = self.max_tokens - len(completion)
-        prompt = prompt[len(prompt) - room :] if len(prompt) > room else prompt
-        if not completion:
+    def _completed(self, origin: Origin, prompt: str, completion: str) -> Encoded:
+        before, after = self._ids(prompt, special_tokens=True), self._ended(self._ids(completion))
+        trained = [False] * len(before) + [True] * len(after)
+        return self._answered(origin, [(before + after, trained)])
+
+    def _answered(self, origin: Origin, samples: Sequence[Sample]) -> Encoded:
+        """Return samples as examples of at most ``max_tokens``, which keep the last answer."""
+        examples, has_end = [], True
+        for ids, trained in samples:
+            starts = (i for i, now in enumerate(trained) if now and not (i and trained[i - 1]))
+            kept = self._kept(ids, max(starts, default=0))
+            # The first token of a sequence has no context, so it cannot have a loss.
+            losses = [i for i in range(1, len(kept)) if trained[kept[i]]]
+            if not losses:
+                raise UserError(
+                    f"{origin}: the completion is empty, so it has no token to train on; remove "
+                    "the row"
+                )
+            ignored = set(range(losses[0], len(kept))).difference(losses)
+            cut = [ids[i] for i in kept]
+            examples.append(self._example(origin, cut, losses[0], tuple(sorted(ignored))))
+            has_end &= kept[-1] == len(ids) - 1
+        return Encoded(examples, max(len(ids) for ids, _ in samples), has_end)
+
+    def _pieces(self, origin: Origin, row: Row) -> Encoded:
+        """Cut a text in pieces; every token but the first has a loss in one of them.
+
+        A piece begins with the token before it, or with the text's start-of-sequence token.
+        """
+        text = self._answer(origin, row, "text")
+        ids = self._ended(self._ids(text, special_tokens=True))
+        (first, *rest), room = ids, self.max_tokens - 1
+        if not rest:
+            raise UserError(f"{origin} is 1 token; give at least 2")
+        examples = []
+        for at in range(0, len(rest), room):
+            context = rest[at - 1] if at and first != self._start else first
+            examples.append(self._example(origin, [context, *rest[at : at + room]], 1))
+        return Encoded(examples, len(ids))
+
+    def _kept(self, ids: Sequence[int], answer: int) -> list[int]:
+        """Return the positions to keep of a sequence, which may be too long.
+
+        They are its start-of-sequence token and its end, but not less than the first tokens of
+        what begins at ``answer``.
+        """
+        if len(ids) <= self.max_tokens:
+            return list(range(len(ids)))
+        head = int(answer > 0 and ids[0] == self._start)
+        room = self.max_tokens - head
+        start = min(answer, len(ids) - room)
+        return [*range(head), *range(start, start + room)]
+
+    def _example(
+        self, origin: Origin, ids: Sequence[int], target: int, ignored: tuple[int, ...] = ()
+    ) -> Example:
+        if not ids:
+            raise UserError(f"{origin} is 0 tokens; give at least 1")
+        self._check_vocabulary(str(origin), ids)
+        return Example(tuple(ids), target, ignored)
+
+    def _check_vocabulary(self, where: str, ids: Sequence[int]) -> None:
+        if (largest := max(ids)) >= self._vocab_size:
             raise UserError(
-                f"{origin}: the completion is empty, so it has no token to train on; remove the row"
+                f"{where}: the tokenizer makes token {largest}, but the model's vocabulary has "
+                f"{self._vocab_size}; use the tokenizer that the model was trained with"
             )
-        # The first token of a sequence has no context, so it cannot have a loss.
-        return self._example(origin, prompt + completion, max(1, len(prompt)), 2)
 
-    def _example(self, origin: Origin, ids: list[int], target: int, least: int = 1) -> Example:
-        if len(ids) < least:
-            raise UserError(f"{origin} is {len(ids)} tokens; give at least {least}")
-        return Example(tuple(ids), target)
+    def _ids(self, text: str, special_tokens: bool = False) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=special_tokens)["input_ids"])
 
-    def _ids(self, text: str, add_special_tokens: bool) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
+    def _ended(self, ids: list[int]) -> list[int]:
+        """Return ids that end with the end-of-sequence token, if there is one."""
+        return ids if self._end is None or ids[-1:] == [self._end] else [*ids, self._end]
 
     def _text(self, origin: Origin, row: Row, column: str) -> str:
-        text = row.get(column)
+        text, shown = row.get(column), self._shown(column)
         if text is None:
             raise UserError(
-                f"{origin}: column {column} is empty or missing; give its text, or remove the row"
+                f"{origin}: column {shown} is empty or missing; give its text, or remove the row"
             )
         if not isinstance(text, str):
-            raise UserError(f"{origin}: column {column} holds {type(text).__name__}, not text")
+            raise UserError(f"{origin}: column {shown} holds {type(text).__name__}, not text")
         return text
+
+    def _answer(self, origin: Origin, row: Row, column: str) -> str:
+        """Return a text that is trained on, which must not be blank."""
+        text = self._text(origin, row, column)
+        if not text.strip():
+            raise UserError(
+                f"{origin}: the {self._shown(column)} is empty, so it has no token to train on; "
+                "remove the row"
+            )
+        return text
+
+    def _shown(self, column: str) -> str:
+        """Return the user's name of a column."""
+        return str((self.rows.config.columns or {}).get(column, column))
 
     def _need(self, columns: set[str], why: str) -> None:
         if missing := columns - self.rows.columns:
             raise UserError(
                 f"data.name={self.name} has columns {', '.join(sorted(self.rows.columns))}, not "
-                f"{', '.join(sorted(missing))} {why}; rename the columns or change data.template"
+                f"{', '.join(sorted(missing))} {why}; name them with data.columns, or change "
+                "data.template"
             )

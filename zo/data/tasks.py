@@ -34,6 +34,8 @@ class Example:
     ids: tuple[int, ...]
     target: int
     """Index of the label; for a completion, the position of the first token with a loss."""
+    ignored: tuple[int, ...] = ()
+    """Positions after ``target`` without a loss: what stands between an assistant's turns."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,7 @@ def completion(info: ModelInfo, pad: int) -> Task:
         labels = torch.full((len(examples), longest), IGNORED)
         for row, e in zip(labels, examples, strict=True):
             row[longest - (len(e.ids) - e.target) :] = torch.tensor(e.ids[e.target :])
+            row[[longest - len(e.ids) + i for i in e.ignored]] = IGNORED
         return _pad_left(examples, among, info, pad) | {"labels": labels}
 
     def terms(model: nn.Module, batch: Batch) -> Tensor:

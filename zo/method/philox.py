@@ -31,6 +31,7 @@ class Purpose(enum.IntEnum):
     ROW = 5
     COLUMN = 6
     PART = 7
+    BUCKET = 8
 
 
 def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from zo.config.schema import Config
 from zo.data.batches import build_data, pad_id
+from zo.data.report import DataReport
 from zo.data.rows import Rows
 from zo.data.tasks import Batch, Task
 from zo.errors import UserError
@@ -31,6 +32,7 @@ class Problem:
     batches: Callable[[int, int], Batch]
     """Step, from 0, and column -> micro-batch."""
     data_checksum: str = ""
+    report: DataReport | None = None
     task: Task | None = None
     dev_batches: Sequence[Batch] = ()
     tokenizer: Any = None
@@ -73,7 +75,8 @@ def build_problem(config: Config) -> Problem:
     classes = (
         rows.class_names(loader.class_names) if loader.task == "sequence-classification" else []
     )
-    loader.set_classes(classes, pad_id(tokenizer))
+    vocab_size = loader.hf_config.get_text_config().vocab_size
+    loader.set_classes(classes, pad_id(tokenizer, vocab_size))
     skeleton = loader.skeleton()
     data = build_data(rows, config, tokenizer, loader.info(skeleton), classes)
     return Problem(
@@ -83,6 +86,7 @@ def build_problem(config: Config) -> Problem:
         objective=data.task.objective,
         batches=data.batches,
         data_checksum=data.checksum,
+        report=data.report,
         task=data.task,
         dev_batches=data.dev_batches,
         tokenizer=tokenizer,
