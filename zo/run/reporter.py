@@ -8,6 +8,7 @@ import torch
 
 from zo.config.redact import without_secrets_in
 from zo.config.schema import Config
+from zo.data.report import DataReport
 from zo.distributed.mesh import Shape, idle_report
 from zo.distributed.process_group import Mesh
 from zo.errors import RankError, UserError
@@ -98,8 +99,10 @@ class Reporter:
         of_fold = table.fold * batch.micro * batch.max_tokens
         return len(table.folds(self.mesh.rank, shape.perturb, shape.data)) * of_fold, of_fold
 
-    def say_first(self, table: LossTable) -> None:
-        """Print the run's model, mesh, memory, warnings and first step."""
+    def say_first(self, table: LossTable, data: DataReport | None) -> None:
+        """Print the run's data, model, mesh, memory, warnings and first step."""
+        for line in data.lines() if data else ():
+            self.progress.say(line)
         config, layout, shape = self.config, self.replica.layout, self.mesh.shape
         self.progress.say(
             f"{config.recipe or 'run'} in {self.folder.path}: {layout.numel:,} parameters in "

@@ -78,7 +78,7 @@ def expand(recipe: str, overrides: Sequence[str], folder: Path) -> list[Point]:
     points = []
     for number, chosen in enumerate(product(*values), 1):
         load_config(recipe, [*fixed, *chosen])
-        label = re.sub(r"[^A-Za-z0-9=.,+-]+", "_", ",".join(chosen))[:120]
+        label = re.sub(r"[^A-Za-z0-9.-]+", "_", " ".join(chosen))[:100]
         points.append(Point(chosen, fixed, folder / f"{number:03d}-{label or recipe}"))
     return points
 
@@ -112,12 +112,11 @@ def run_points(
 
 def _run(recipe: str, point: Point, processes: int) -> Result:
     command = command_of(recipe, point, processes)
-    python = [sys.executable]
-    if processes > 1:
-        python += ["-m", "torch.distributed.run", *command[1:3]]
-    arguments = command[command.index("launch/train.py") + 1 :]
+    at = command.index("launch/train.py")
+    # Of this environment, whatever PATH says.
+    program = str(Path(sys.executable).with_name(command[0]))
     with subprocess.Popen(
-        [*python, str(TRAIN), *arguments, f"run.dir={point.folder}"],
+        [program, *command[1:at], str(TRAIN), *command[at + 1 :], f"run.dir={point.folder}"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -240,9 +240,7 @@ class Run:
         """Train to the last step, or until ``asked`` is set; return the last step's loss."""
         config, loss, stops = self.config, None, False
         try:
-            for line in self.problem.report.lines() if self.problem.report else ():
-                self.reporter.progress.say(line)
-            self.reporter.say_first(self._table(1))
+            self.reporter.say_first(self._table(1), self.problem.report)
             self._evaluate()
             while self.log.version < config.run.steps and not stops:
                 self.reporter.begin_step()
