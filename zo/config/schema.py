@@ -47,8 +47,16 @@ class ModelConfig:
     else ``eager``."""
     trust_remote_code: bool = False
     """Run code that the model's repository brings."""
+    train: str | None = None
+    """Names of the parameters to train, as shell patterns separated by |, such as
+    '*.v_proj.*|*norm*'; the others are frozen. All by default."""
 
     def __post_init__(self) -> None:
+        if self.train is not None and not all(p.strip() for p in self.train.split("|")):
+            raise UserError(
+                f"model.train={self.train!r} has an empty pattern; give patterns of parameter "
+                "names separated by |, such as '*.v_proj.*|*norm*', or leave it out to train all"
+            )
         choice("model.weights", self.weights, ("pretrained", "random"))
         choice("model.dtype", self.dtype, ("float32", "bfloat16", "float16"))
         choice("model.task", self.task, ("auto", *TASKS))

@@ -25,6 +25,7 @@ from zo.io.engines import Engine
 from zo.model.checkpoint import CheckpointSource, shard_files
 from zo.model.info import ModelInfo
 from zo.model.source import RandomSource, WeightSource
+from zo.model.trained import train_only
 
 # Loading bars would appear between the run's own lines, once per rank.
 logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -223,6 +224,7 @@ class ModelLoader:
                     parameter.data = parameter.data.to(plan[by_group[str(found.lastgroup)]])
         # init_empty_weights makes a new Parameter for each name, which unties tied ones.
         model.tie_weights()
+        train_only(model, self.config.train)
         return model.eval()
 
     def _attentions(self, hf_config: Any) -> list[str]:

@@ -30,6 +30,8 @@ class Structure:
     """Modules that enter its groups, in the order of the forward."""
     layers: tuple[int, ...]
     """Places of its layers in that order."""
+    trained: range
+    """Places from the first to the last module that enters a group with a trainable parameter."""
     meet: str
     written: frozenset[str]
     """See :class:`zo.model.form.Form`."""
@@ -38,8 +40,11 @@ class Structure:
     def of(cls, layout: Layout, model: nn.Module, checked: Checked) -> "Structure":
         """Return the facts of a model that was checked on a smaller copy."""
         order = forward_order(layout, model, checked.visits)
+        entered = {m for group in layout.groups if group.trainable for m in group.modules}
+        places = [at for at, module in enumerate(order) if module in entered]
+        trained = range(places[0], places[-1] + 1)
         layers = tuple(layer_places(model, order))
-        return cls(order, layers, checked.meet, checked.written)
+        return cls(order, layers, trained, checked.meet, checked.written)
 
     def header(self) -> dict[str, Any]:
         """Return what the log's header says of it."""
@@ -82,7 +87,8 @@ def assemble(
     with phase("checking that block-by-block forwards equal plain forwards, bit for bit"):
         distribution = config.estimator.distribution
         checked = self_check(models, forwards, mesh.device, distribution, unit, wide)
-    layout, model = find_layout(problem.skeleton, unit, checked.merged), problem.build()
+    layout = find_layout(problem.skeleton, unit, checked.merged, checked.resident)
+    model = problem.build()
     structure = Structure.of(layout, problem.skeleton, checked)
     size = sum(b.size_bytes for b in layout.blocks) / 2**20
     with phase(f"loading weights: {size:,.1f} MiB"), mesh.agreed():

@@ -14,6 +14,7 @@ from zo.errors import UserError
 from zo.io.engines import Engine
 from zo.model.build import ModelLoader
 from zo.model.source import ModelSource, WeightSource
+from zo.model.trained import train_only
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,20 @@ def own_problem(
     model: nn.Module,
     objective: Callable[[nn.Module, Batch], Tensor],
     batches: Callable[[int, int], Batch],
+    train: str | None = None,
 ) -> Problem:
-    """Return the problem of a user's own model, objective and batches."""
+    """Return the problem of a user's own model, objective and batches.
+
+    Args:
+        model: with ``train``, ``requires_grad`` of its parameters is *set in place*.
+        objective: see :class:`Problem`.
+        batches: see :class:`Problem`.
+        train: ``model.train``.
+
+    Raises:
+        UserError: a pattern of ``train`` matches no parameter.
+    """
+    train_only(model, train)
     return Problem(
         model,
         model.eval,

@@ -98,6 +98,11 @@ def load_run(
             f"run={path}: steps.log belongs to another run: its {found[0]} is {found[1]}, and "
             f"{found[2]} in config.yaml; restore this run's log"
         )
+    if (train := header.get("train")) != config.model.train:
+        raise UserError(
+            f"run={path}: model.train is {config.model.train!r} in config.yaml and {train!r} in "
+            "steps.log; put the config.yaml back that the run wrote"
+        )
     log = Log(header, entries)
     # Snapshots after the step that is wanted are no news.
     say = Progress(0, 0, mesh.rank == 0).say if step is None else lambda line: None

@@ -31,7 +31,7 @@ from zo.io.hardware import choose_device
 from zo.io.signals import set_remedy, termination
 from zo.method import estimator
 from zo.method.entry import Entry
-from zo.method.part import layers_reached
+from zo.method.part import fewest_layers, layers_reached
 from zo.method.table import LossTable
 from zo.method.update import clip, learning_rate
 from zo.model.folds import ALONE, Together
@@ -90,7 +90,9 @@ class Trainer:
             raise UserError("a model of your own needs model=, objective= and batches= together")
         self.config, self._command = config, command
         self._own = (
-            own_problem(model, objective, batches) if model and objective and batches else None
+            own_problem(model, objective, batches, config.model.train)
+            if model and objective and batches
+            else None
         )
 
     def train(self) -> dict[str, Any]:
@@ -192,6 +194,13 @@ class Run:
         """
         self._part(1)
         settings, parameters = self.config.estimator, self.replica.layout.parameters
+        layers, trained = self.structure.layers, self.structure.trained
+        least = fewest_layers(settings.part, len(layers))
+        if least is not None and layers[-least] >= trained.stop:
+            raise UserError(
+                f"estimator.part={settings.part} has steps that reach no trained parameter; use "
+                "estimator.part=all, or train parameters of the top layers with model.train"
+            )
         if settings.distribution == "rank-one" and all(len(p.spec.shape) < 2 for p in parameters):
             raise UserError(
                 "estimator.distribution=rank-one is of matrices, and the model trains none; use "
@@ -211,6 +220,8 @@ class Run:
             "weight_decay": config.update.weight_decay,
             **self.structure.header(),
         }
+        if (train := config.model.train) is not None:
+            header["train"] = train
         check_alike(self.mesh, base, self.problem.data_checksum)
         facts = {
             "versions": versions(self.mesh.device),
@@ -280,7 +291,8 @@ class Run:
         layers = self.structure.layers
         setting, seed = self.config.estimator.part, self.config.run.seed
         reached = layers_reached(setting, step, seed, len(layers))
-        return 0 if reached is None else layers[-reached]
+        # Below the first trained module all cells are the same computation.
+        return max(self.structure.trained.start, 0 if reached is None else layers[-reached])
 
     def _lr(self, step: int) -> float:
         """Return the learning rate of a step, from 1."""
