@@ -93,6 +93,19 @@ def test_files_of_frozen_blocks_are_not_touched(overrides, tmp_path):
     assert {name for name in after if after[name] != before[name]} == {"000003.block"}
 
 
+def test_a_file_holds_what_is_trained_of_a_block_and_is_rebuilt(overrides, tmp_path):
+    """The frozen rest is read from the checkpoint; the file's own bytes are checked as ever."""
+    settings = [*overrides, "model.train=*.v_proj.*", "memory.store=disk", "memory.lag=1"]
+    run(settings, tmp_path / "run")
+    paths = sorted((tmp_path / "run").rglob("*.block"))
+    assert [path.stat().st_size for path in paths] == 3 * [2 * 4096]  # A header and 2 KiB.
+    data = bytearray(paths[0].read_bytes())
+    data[5000] ^= 4
+    paths[0].write_bytes(data)
+    found = run(settings, tmp_path / "run", "run.steps=6")
+    assert found["fingerprint"] == run(settings, tmp_path / "new", "run.steps=6")["fingerprint"]
+
+
 @pytest.mark.parametrize("probes", [[], RANK_ONE], ids=["dense", "rank-one"])
 def test_what_lies_below_the_first_trained_layer_is_computed_once(
     overrides, tmp_path, monkeypatch, probes
