@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,16 @@ class Structure:
     def header(self) -> dict[str, Any]:
         """Return what the log's header says of it."""
         return {"order": list(self.order), "meet": self.meet, "written": sorted(self.written)}
+
+
+def trained_header(config: Config) -> dict[str, Any]:
+    """Return what the log's header says of the parameters that are trained, where not all are."""
+    found: dict[str, Any] = {}
+    if config.model.train is not None:
+        found["train"] = config.model.train
+    if config.peft.type is not None:
+        found["peft"] = asdict(config.peft)
+    return found
 
 
 def assemble(

@@ -80,7 +80,7 @@ def build_problem(config: Config) -> Problem:
     """
     if not config.data.name:
         raise UserError("data.name is empty; give a file, a hub id, a task or synthetic")
-    loader, rows = ModelLoader(config.model), Rows(config.data)
+    loader, rows = ModelLoader(config.model, config.peft), Rows(config.data)
     loader.check_positions(config.batch.max_tokens)
     tokenizer = None if rows.synthetic else loader.tokenizer()
     classes = (

@@ -38,7 +38,7 @@ from zo.model.folds import ALONE, Together
 from zo.observe.metrics import finite_or_none
 from zo.observe.progress import Progress
 from zo.observe.timeline import check_drawable
-from zo.run.assemble import assemble, to_device
+from zo.run.assemble import assemble, to_device, trained_header
 from zo.run.audit import Audit
 from zo.run.evaluate import evaluate
 from zo.run.export import write_folder
@@ -88,6 +88,11 @@ class Trainer:
         own = [part is not None for part in (model, objective, batches)]
         if any(own) and not all(own):
             raise UserError("a model of your own needs model=, objective= and batches= together")
+        if any(own) and config.peft.type is not None:
+            raise UserError(
+                f"peft.type={config.peft.type} adds adapters to a model of the hub or a folder; "
+                "add them to a model of your own by peft.inject_adapter_in_model"
+            )
         self.config, self._command = config, command
         self._own = (
             own_problem(model, objective, batches, config.model.train)
@@ -219,9 +224,8 @@ class Run:
             "seed": config.run.seed,
             "weight_decay": config.update.weight_decay,
             **self.structure.header(),
+            **trained_header(config),
         }
-        if (train := config.model.train) is not None:
-            header["train"] = train
         check_alike(self.mesh, base, self.problem.data_checksum)
         facts = {
             "versions": versions(self.mesh.device),
