@@ -59,7 +59,7 @@ def add_adapters(model: nn.Module, settings: PeftConfig, base: str, revision: st
     options |= {"base_model_name_or_path": base, "revision": revision, "task_type": "CAUSAL_LM"}
     if settings.type == "ia3":
         options |= {} if targets is None else {"feedforward_modules": []}
-        config = peft.IA3Config(**options)
+        config: Any = peft.IA3Config(**options)
     else:
         config = peft.LoraConfig(r=settings.rank or 8, lora_alpha=settings.alpha or 16, **options)
     on_meta = any(p.device.type == "meta" for p in model.parameters())
