@@ -14,7 +14,7 @@ import transformers as t
 from safetensors.torch import load_file, save_file
 from test_lockstep import FAMILIES, SIZES, build
 
-from zo.config.schema import MemoryConfig, ModelConfig
+from zo.config.schema import MemoryConfig, ModelConfig, PeftConfig
 from zo.errors import UserError
 from zo.io.block_file import Header, checksum
 from zo.io.engines import ENGINES
@@ -100,6 +100,7 @@ def test_parameters_that_stay_float32_do(tmp_path):
     )
     loader = ModelLoader.__new__(ModelLoader)
     loader.config, loader.hf_config, loader.task = ModelConfig(dtype="float16"), config, "causal-lm"
+    loader.peft = PeftConfig()
     from zo.model import build as models
 
     kept = dict(models.AUTO_CLASS)

@@ -22,6 +22,8 @@ from zo.method.update import RULES, SCHEDULES
 
 TASKS = ("causal-lm", "sequence-classification")
 """Names of :data:`zo.model.build.AUTO_CLASS`, which imports transformers."""
+ADAPTERS = ("lora", "ia3")
+"""Adapters that :mod:`zo.model.adapters` adds, which imports torch."""
 STORES = ("device", "host", "disk")
 """Names of the stores that :mod:`zo.streaming.replica` makes, which imports torch."""
 
@@ -48,11 +50,49 @@ class ModelConfig:
     else ``eager``."""
     trust_remote_code: bool = False
     """Run code that the model's repository brings."""
+    train: str | None = None
+    """Names of the parameters to train, as shell patterns separated by |, such as
+    '*.v_proj.*|*norm*'; the others are frozen. All by default."""
 
     def __post_init__(self) -> None:
+        if self.train is not None and not all(p.strip() for p in self.train.split("|")):
+            raise UserError(
+                f"model.train={self.train!r} has an empty pattern; give patterns of parameter "
+                "names separated by |, such as '*.v_proj.*|*norm*', or leave it out to train all"
+            )
         choice("model.weights", self.weights, ("pretrained", "random"))
         choice("model.dtype", self.dtype, ("float32", "bfloat16", "float16"))
         choice("model.task", self.task, ("auto", *TASKS))
+
+
+@dataclass(frozen=True)
+class PeftConfig:
+    """Adapters: small trained modules beside the frozen model."""
+
+    type: str | None = None
+    """``lora`` or ``ia3``, by the package peft (extra ``peft``); none by default."""
+    rank: int | None = None
+    """Rank of LoRA; 8 by default."""
+    alpha: int | None = None
+    """LoRA's output is scaled by alpha / rank; 16 by default."""
+    targets: list[str] | None = None
+    """Ends of the names of the modules to adapt, such as [q_proj,v_proj], or [all-linear]; by
+    default what peft takes for the model's family."""
+
+    def __post_init__(self) -> None:
+        if self.type is not None:
+            choice("peft.type", self.type, ADAPTERS)
+        given = [key for key in ("rank", "alpha", "targets") if getattr(self, key) is not None]
+        for key in ("rank", "alpha"):
+            at_least(f"peft.{key}", 1 if key not in given else getattr(self, key), 1)
+        of_lora = [key for key in given if key != "targets" and self.type != "lora"]
+        if of_lora or (given and self.type is None):
+            raise UserError(
+                f"peft.{(of_lora or given)[0]} has no effect with peft.type={self.type}; set "
+                f"peft.type={'lora' if of_lora else ' or '.join(ADAPTERS)}, or leave it out"
+            )
+        if self.targets == []:
+            raise UserError("peft.targets is empty; name modules, or leave it out")
 
 
 @dataclass(frozen=True)
@@ -279,6 +319,7 @@ class Config:
     recipe: str = ""
     """Name of the recipe it came from; a label."""
     model: ModelConfig = field(default_factory=ModelConfig)
+    peft: PeftConfig = field(default_factory=PeftConfig)
     data: DataConfig = field(default_factory=DataConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     estimator: EstimatorConfig = field(default_factory=EstimatorConfig)
@@ -292,6 +333,11 @@ class Config:
 
     def __post_init__(self) -> None:
         check_table(self.batch, self.estimator)
+        if self.peft.type is not None and self.model.train is not None:
+            raise UserError(
+                f"model.train={self.model.train!r} and peft.type={self.peft.type} both say what is "
+                "trained; leave one of them out"
+            )
         if self.mesh.slice > 1 and self.memory.store == "device":
             raise UserError(
                 f"mesh.slice={self.mesh.slice} cuts weights that come to the device at every "

@@ -63,6 +63,14 @@ def layers_reached(part: str, step: int, seed: int, layers: int) -> int | None:
     return _drawn(step, seed, layers)
 
 
+def fewest_layers(part: str, layers: int) -> int | None:
+    """Return how many top layers any step's directions reach at least; ``None``: everything."""
+    kind, top = parse(part)
+    if kind == "sampled":
+        return min(max(1, layers // divisor) for _, divisor in SHARES if divisor is not None)
+    return top or None
+
+
 def _drawn(step: int, seed: int, layers: int) -> int | None:
     """Return the layers of one step of ``sampled``."""
     # Imported here: the configuration reads a part's name without the seconds that torch takes.

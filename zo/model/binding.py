@@ -11,7 +11,7 @@ from math import nan
 import torch
 from torch import Tensor, nn
 
-from zo.model.layout import Block, Layout, Placed, views
+from zo.model.layout import Block, Layout, Placed, Spec, views
 
 
 class Binding:
@@ -38,9 +38,7 @@ class Binding:
         empty = self._placeholders[placed.name]
         if any(p.device.type == "meta" for p in named.values()):
             shared = nn.Parameter(empty, requires_grad=not placed.spec.frozen)
-            for name in named:
-                owner, _, leaf = name.rpartition(".")
-                self.model.get_submodule(owner)._parameters[leaf] = shared
+            self._stand_for(placed.spec, shared)
             return [shared]
         objects = list({id(p): p for p in named.values()}.values())
         for parameter in objects:
@@ -85,6 +83,18 @@ class Binding:
             if part.rows is None:
                 for target in self._targets[part.parameter.name]:
                     target.data = self._placeholders[part.parameter.name]
+
+    def hold(self, spec: Spec, values: Tensor) -> None:
+        """Give a parameter that is in no block its weights; one that is not on meta has them."""
+        if self.model.get_parameter(spec.names[0]).device.type == "meta":
+            shared = nn.Parameter(values.to(self._device), requires_grad=False)
+            self._stand_for(spec, shared)
+
+    def _stand_for(self, spec: Spec, shared: nn.Parameter) -> None:
+        """Let one object be a parameter under all of its names."""
+        for name in spec.names:
+            owner, _, leaf = name.rpartition(".")
+            self.model.get_submodule(owner)._parameters[leaf] = shared
 
     def stored(self, parameter: Placed) -> Tensor:
         """Return the weights that a parameter is bound to."""

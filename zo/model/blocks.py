@@ -41,14 +41,14 @@ def layer_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
     return found
 
 
-def tied(model: nn.Module, trainable: bool = True) -> list[tuple[str, ...]]:
-    """Return all names of each trainable (else each frozen) parameter, in the model's order.
+def tied(model: nn.Module, trainable: bool | None = True) -> list[tuple[str, ...]]:
+    """Return all names of each trainable, frozen, or (``None``) any parameter, in model order.
 
     The names of a tied parameter form one tuple.
     """
     groups: dict[object, list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if parameter.requires_grad == trainable:
+        if trainable in (None, parameter.requires_grad):
             # Loaded models tie two Parameter objects on one storage; on meta only identity tells.
             stored = parameter.device.type != "meta" and parameter.numel() > 0
             key = (parameter.data_ptr(), parameter.shape) if stored else id(parameter)
@@ -56,7 +56,12 @@ def tied(model: nn.Module, trainable: bool = True) -> list[tuple[str, ...]]:
     return [tuple(names) for names in groups.values()]
 
 
-def find_layout(model: nn.Module, unit: str = "layer", merged: Collection[str] = ()) -> Layout:
+def find_layout(
+    model: nn.Module,
+    unit: str = "layer",
+    merged: Collection[str] = (),
+    resident: Collection[str] = (),
+) -> Layout:
     """Cut a model into blocks and give its trainable parameters their addresses.
 
     Args:
@@ -64,6 +69,8 @@ def find_layout(model: nn.Module, unit: str = "layer", merged: Collection[str] =
         unit: ``layer`` or ``module``.
         merged: modules that form one block with all their descendants, named as by
             :func:`pattern`.
+        resident: frozen parameters outside the layers that no visit can serve; as those of modules
+            that contain the layers, they are in no block.
 
     Raises:
         UserError: no parameter is trainable, or one belongs to a module that contains the layers,
@@ -71,11 +78,21 @@ def find_layout(model: nn.Module, unit: str = "layer", merged: Collection[str] =
     """
     names = tied(model)
     if not names:
-        raise UserError("the model has no trainable parameter; set requires_grad on those to train")
+        raise UserError(
+            "the model has no trainable parameter; name those to train with model.train, or set "
+            "their requires_grad"
+        )
     lists = layer_lists(model)
     layers = {f"{name}.{i}" for name, members in lists.items() for i in range(len(members))}
-    # Frozen parameters of a layer are streamed with it; others stay on the device.
-    names += [n for n in tied(model, trainable=False) if all(_inside(name, layers) for name in n)]
+    names += [
+        frozen
+        for frozen in tied(model, trainable=False)
+        if all(
+            _inside(name, layers)
+            or not (name in resident or _is_around(name.rpartition(".")[0], lists))
+            for name in frozen
+        )
+    ]
     names.sort(key=_order(model))
     layout = lay_out(_merge(model, names, _group_entry_module(names, lists, layers)))
     if unit == "layer":
@@ -113,6 +130,11 @@ def _inside(parameter: str, layers: Collection[str]) -> str | None:
     return next((m for m in _modules_above(parameter) if m in layers), None)
 
 
+def _is_around(module: str, lists: Collection[str]) -> bool:
+    """Return True if a module contains a list of layers."""
+    return any(name.startswith(f"{module}." if module else "") for name in lists)
+
+
 def _order(model: nn.Module) -> Callable[[tuple[str, ...]], int]:
     """Return a sort key that puts groups of names into the model's order."""
     place = {name: i for i, (name, _) in enumerate(model.named_parameters(remove_duplicate=False))}
@@ -124,21 +146,18 @@ def _group_entry_module(
 ) -> Callable[[str], str]:
     owners = {name.rpartition(".")[0] for names in groups for name in names}
 
-    def around(module: str) -> bool:
-        return any(name.startswith(f"{module}." if module else "") for name in lists)
-
     def entry_module(parameter: str) -> str:
         """Return the module whose forward a visit of this parameter hooks."""
         if layer := _inside(parameter, layers):
             return layer
         above = _modules_above(parameter)
-        if around(above[-1]):
+        if _is_around(above[-1], lists):
             raise UserError(
                 f"parameter {parameter} is not in a block: its module "
-                f"{above[-1] or '(root)'} contains the transformer layers; freeze it "
-                "(requires_grad=False) or use a model without it"
+                f"{above[-1] or '(root)'} contains the transformer layers; leave it out of "
+                "model.train, or use a model without it"
             )
-        return next(m for m in above if not around(m) and m in owners)
+        return next(m for m in above if not _is_around(m, lists) and m in owners)
 
     return entry_module
 

@@ -18,13 +18,15 @@ from transformers import (
 from transformers.core_model_loading import build_glob_alternation
 from transformers.utils import logging
 
-from zo.config.schema import TASKS, ModelConfig
+from zo.config.schema import TASKS, ModelConfig, PeftConfig
 from zo.errors import UserError
 from zo.io import quickstart as assets
 from zo.io.engines import Engine
+from zo.model.adapters import AdaptedSource, add_adapters, initial_adapters
 from zo.model.checkpoint import CheckpointSource, shard_files
 from zo.model.info import ModelInfo
 from zo.model.source import RandomSource, WeightSource
+from zo.model.trained import train_only
 
 # Loading bars would appear between the run's own lines, once per rank.
 logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -49,11 +51,12 @@ WIDTHS, LENGTHS = (
 class ModelLoader:
     """A model's configuration, and from it the tokenizer, the skeleton and the weight source."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, peft: PeftConfig | None = None) -> None:
         """Read the model's configuration.
 
         Raises:
-            UserError: the folder or hub id does not exist, or its configuration is unknown.
+            UserError: the folder or hub id does not exist, its configuration is unknown, or
+                adapters are asked for and it is not of a causal language model.
         """
         if not config.name:
             raise UserError(
@@ -66,6 +69,13 @@ class ModelLoader:
         self.hub = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
         self.hf_config: Any = self._read("model.name", self.path, AutoConfig)
         self.task = self._task()
+        self.peft = peft or PeftConfig()
+        if self.peft.type is not None and self.task != "causal-lm":
+            raise UserError(
+                f"peft.type={self.peft.type} is for causal language models, and model.name="
+                f"{config.name} is a sequence classifier, whose head it would not train; choose "
+                "what to train by model.train"
+            )
 
     def _read(self, key: str, path: str, kind: Any) -> Any:
         """Read a configuration or tokenizer from a folder or the hub."""
@@ -198,6 +208,14 @@ class ModelLoader:
             )
 
     def _on_meta(self, hf_config: Any) -> Any:
+        """Build a model on meta with its adapters, and mark what is trained."""
+        model = self._bare(hf_config)
+        train_only(model, self.config.train)
+        if self.peft.type is not None:
+            add_adapters(model, self.peft, self.config.name, self.config.revision)
+        return model.eval()
+
+    def _bare(self, hf_config: Any) -> Any:
         asked = self.config.attention
         try:
             with init_empty_weights(include_buffers=False):
@@ -257,6 +275,13 @@ class ModelLoader:
         Raises:
             UserError: there are no weights, or some are missing.
         """
+        if self.peft.type is None:
+            return self._base(skeleton, seed, engine)
+        base = self._base(self._bare(self.hf_config), seed, engine)
+        return AdaptedSource(base, initial_adapters(self._bare(self.hf_config), self.peft, seed))
+
+    def _base(self, skeleton: nn.Module, seed: int, engine: Engine) -> WeightSource:
+        """Return the source of the weights of a model without adapters."""
         fresh = RandomSource(skeleton, seed)
         if self.config.weights == "random":
             return fresh

@@ -223,6 +223,11 @@ class Slice:
         start = min(self.index * self.stride(block), block.size_bytes)
         return range(start, min(start + self.stride(block), block.size_bytes))
 
+    def changing(self, block: Block) -> range:
+        """Return the first bytes of the slice, whole grains, beyond which nothing is trained."""
+        own, trained = self.within(block), -(-block.trainable_bytes // GRAIN) * GRAIN
+        return range(own.start, max(own.start, min(own.stop, trained)))
+
 
 WHOLE = Slice()
 

@@ -117,7 +117,6 @@ class Probing:
             name: part.parameter
             for group in binding.layout.groups
             for part in group.parts
-            if not part.parameter.spec.frozen
             for name in part.parameter.spec.names
         }
         in_chunks = {
@@ -142,9 +141,10 @@ class Probing:
         if not own:
             return
         self._module_position[name] = self._position_of[own[0].name]
-        if name in in_chunks:
-            return  # Its chunks are computed by :meth:`linear` and :meth:`embedding`.
-        if name not in written and is_plain(module) and self._is_trained(name, "weight"):
+        own = [p for p in own if not p.spec.frozen]
+        if not own or name in in_chunks:
+            return  # Chunks are computed by :meth:`linear` and :meth:`embedding`.
+        if name not in written and is_plain(module) and self._trained(name, "weight"):
             make = self._embedding if isinstance(module, nn.Embedding) else self._linear
             self._patches.replace(module, make(name, module))
         else:
@@ -158,11 +158,12 @@ class Probing:
         return list(dict.fromkeys(pattern(name, lists) for name in self._with_matrices))
 
     def positions(self) -> dict[str, int]:
-        """Return the modules with trainable parameters, and the position of each."""
+        """Return the modules with parameters, trained or frozen, and the position of each."""
         return dict(self._module_position)
 
-    def _is_trained(self, name: str, leaf: str) -> bool:
-        return (f"{name}.{leaf}" if name else leaf) in self._placed
+    def _trained(self, name: str, leaf: str) -> Placed | None:
+        placed = self._placed.get(_join(name, leaf))
+        return None if placed is None or placed.spec.frozen else placed
 
     @contextmanager
     def computing(self, probes: tuple[Probe, ...]) -> Iterator[None]:
@@ -180,6 +181,8 @@ class Probing:
 
     def _probes(self, parameter: Placed) -> tuple[Probe, ...]:
         """Return the probes of a parameter in the current forward; empty at the weights alone."""
+        if parameter.spec.frozen:
+            return ()
         probes = self._active.get(getcurrent(), ())
         return probes if self._position_of[parameter.name] >= self.part else ()
 
@@ -223,7 +226,7 @@ class Probing:
 
     def _linear(self, name: str, module: nn.Module) -> Callable[[Tensor], Tensor]:
         inner, part = module.forward, Part(self._placed[_join(name, "weight")])
-        bias = self._placed.get(_join(name, "bias"))
+        bias = self._trained(name, "bias")
 
         def forward(x: Tensor) -> Tensor:
             probes = self._probes(part.parameter)

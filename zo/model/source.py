@@ -82,14 +82,14 @@ class RandomSource:
     def __init__(self, model: nn.Module, seed: int) -> None:
         """Use the structure and configuration of a transformers ``model``; it may be on meta."""
         self._model, self._seed = model, seed
-        self._cached: tuple[int, Tensor] | None = None
+        self._cached: tuple[Block, Tensor] | None = None
 
     def read(self, block: Block, layout: Layout, image: Tensor, start: int = 0) -> None:
         """See :class:`WeightSource`."""
         group = layout.group_of[block.index]
-        if self._cached is None or self._cached[0] != group.index:
+        if self._cached is None or self._cached[0] is not group:
             self._cached = None
-            self._cached = group.index, self._initialised(group)
+            self._cached = group, self._initialised(group)
         made = {
             part.parameter.name: view for part, view in views(group, group.carve(self._cached[1]))
         }

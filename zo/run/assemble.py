@@ -2,16 +2,18 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from zo.config.schema import Config
+from zo.config.schema import Config, EstimatorConfig
 from zo.data.tasks import Batch
 from zo.distributed.process_group import Mesh
+from zo.errors import UserError
+from zo.method.part import fewest_layers, layers_reached
 from zo.model.blocks import find_layout
 from zo.model.form import forward_order, layer_places
 from zo.model.layout import Layout
@@ -31,6 +33,8 @@ class Structure:
     """Modules that enter its groups, in the order of the forward."""
     layers: tuple[int, ...]
     """Places of its layers in that order."""
+    trained: range
+    """Places from the first to the last module that enters a group with a trainable parameter."""
     meet: str
     written: frozenset[str]
     """See :class:`zo.model.form.Form`."""
@@ -39,12 +43,55 @@ class Structure:
     def of(cls, layout: Layout, model: nn.Module, checked: Checked) -> "Structure":
         """Return the facts of a model that was checked on a smaller copy."""
         order = forward_order(layout, model, checked.visits)
+        entered = {m for group in layout.groups if group.trainable for m in group.modules}
+        places = [at for at, module in enumerate(order) if module in entered]
+        trained = range(places[0], places[-1] + 1)
         layers = tuple(layer_places(model, order))
-        return cls(order, layers, checked.meet, checked.written)
+        return cls(order, layers, trained, checked.meet, checked.written)
+
+    def fork(self, part: str, step: int, seed: int) -> int:
+        """Return the place of the first module that a step's directions reach.
+
+        Raises:
+            UserError: the model has too few layers.
+        """
+        reached = layers_reached(part, step, seed, len(self.layers))
+        # Below the first trained module all cells are the same computation.
+        return max(self.trained.start, 0 if reached is None else self.layers[-reached])
+
+    def check(self, settings: EstimatorConfig, layout: Layout) -> None:
+        """Check what an estimator asks of the model.
+
+        Raises:
+            UserError: the model has too few layers, none that is trained, or no matrix.
+        """
+        self.fork(settings.part, 1, 0)
+        least = fewest_layers(settings.part, len(self.layers))
+        if least is not None and self.layers[-least] >= self.trained.stop:
+            raise UserError(
+                f"estimator.part={settings.part} has steps that reach no trained parameter; use "
+                "estimator.part=all, or train parameters of the top layers with model.train"
+            )
+        matrices = any(len(parameter.spec.shape) >= 2 for parameter in layout.parameters)
+        if settings.distribution == "rank-one" and not matrices:
+            raise UserError(
+                "estimator.distribution=rank-one is of matrices, and the model trains none; use "
+                "estimator.distribution=rademacher"
+            )
 
     def header(self) -> dict[str, Any]:
         """Return what the log's header says of it."""
         return {"order": list(self.order), "meet": self.meet, "written": sorted(self.written)}
+
+
+def trained_header(config: Config) -> dict[str, Any]:
+    """Return what the log's header says of the parameters that are trained, where not all are."""
+    found: dict[str, Any] = {}
+    if config.model.train is not None:
+        found["train"] = config.model.train
+    if config.peft.type is not None:
+        found["peft"] = asdict(config.peft)
+    return found
 
 
 def assemble(
@@ -89,7 +136,8 @@ def assemble(
     with phase("checking that block-by-block forwards equal plain forwards, bit for bit"):
         distribution = config.estimator.distribution
         checked = self_check(models, forwards, mesh.device, distribution, unit, probed)
-    layout, model = find_layout(problem.skeleton, unit, checked.merged), problem.build()
+    layout = find_layout(problem.skeleton, unit, checked.merged, checked.resident)
+    model = problem.build()
     structure = Structure.of(layout, problem.skeleton, checked)
     size = sum(b.size_bytes for b in layout.blocks) / 2**20
     with phase(f"loading weights: {size:,.1f} MiB"), mesh.agreed():

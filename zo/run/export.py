@@ -23,6 +23,7 @@ from zo.errors import UserError
 from zo.io.atomic import replacing
 from zo.io.hardware import name_accelerator
 from zo.io.signals import unfinished
+from zo.model.adapters import has_adapters, save_adapters
 from zo.run.model_card import Card, model_card, one_line
 from zo.state.run_folder import check_replaceable, manifest
 
@@ -97,7 +98,12 @@ class _Content:
     """Names, shapes and ties of the tensors of a model, before any weight is read."""
 
     def __init__(self, model: nn.Module) -> None:
+        self.is_adapter = has_adapters(model)
+        """True if only the trained parameters are written, in the format of ``peft``."""
         state = model.state_dict(keep_vars=True)
+        if self.is_adapter:
+            trained = {n for n, p in model.named_parameters() if p.requires_grad}
+            state = {name: tensor for name, tensor in state.items() if name in trained}
         parameters: dict[object, list[str]] = {}
         for name, tensor in state.items():
             # Loaded models tie two Parameter objects on one storage; the storage of a
@@ -118,6 +124,8 @@ class _Content:
 
         A part has at most ``most_bytes``, or one layer.
         """
+        if self.is_adapter:
+            return [list(self.names)]
         layers: dict[str, list[str]] = {}
         for name in self.names:
             found = LAYER.match(name)
@@ -202,6 +210,9 @@ def _write_weights(
     parts = content.parts(model, most_bytes)
     weight_map: dict[str, str] = {}
     for number, state in _states(content, source if streamed else None, parts):
+        if content.is_adapter:
+            save_adapters(model, state, folder)
+            continue
         if len(parts) == 1:
             save(folder, state_dict=state, max_shard_size=SHARD_BYTES)
             continue  # Exhaust the source: other ranks may take part in its passes.
@@ -248,7 +259,9 @@ def _states(
 
     yield from ((number, state(number)) for number, count in enumerate(left) if not count)
     for name, tensor in source.tensors() if source is not None else ():
-        first = next(f for f, names in content.names.items() if name in names)
+        first = next((f for f, names in content.names.items() if name in names), None)
+        if first is None:
+            continue  # The base of adapters.
         number = of_part[first]
         held[number][first] = tensor.detach().to("cpu", copy=True).contiguous()
         left[number] -= 1

@@ -15,6 +15,7 @@ from zo.errors import UserError
 from zo.io.engines import Engine
 from zo.model.build import ModelLoader
 from zo.model.source import ModelSource, WeightSource
+from zo.model.trained import train_only
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,20 @@ def own_problem(
     model: nn.Module,
     objective: Callable[[nn.Module, Batch], Tensor],
     batches: Callable[[int, int], Batch],
+    train: str | None = None,
 ) -> Problem:
-    """Return the problem of a user's own model, objective and batches."""
+    """Return the problem of a user's own model, objective and batches.
+
+    Args:
+        model: with ``train``, ``requires_grad`` of its parameters is *set in place*.
+        objective: see :class:`Problem`.
+        batches: see :class:`Problem`.
+        train: ``model.train``.
+
+    Raises:
+        UserError: a pattern of ``train`` matches no parameter.
+    """
+    train_only(model, train)
     return Problem(
         model,
         model.eval,
@@ -69,7 +82,7 @@ def build_problem(config: Config) -> Problem:
     """
     if not config.data.name:
         raise UserError("data.name is empty; give a file, a hub id, a task or synthetic")
-    loader, rows = ModelLoader(config.model), Rows(config.data)
+    loader, rows = ModelLoader(config.model, config.peft), Rows(config.data)
     loader.check_positions(config.batch.max_tokens)
     tokenizer = None if rows.synthetic else loader.tokenizer()
     classes = (

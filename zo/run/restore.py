@@ -14,7 +14,7 @@ from zo.errors import UserError
 from zo.io.determinism import explain_nondeterminism, make_deterministic
 from zo.io.hardware import choose_device
 from zo.observe.progress import Progress
-from zo.run.assemble import assemble
+from zo.run.assemble import assemble, trained_header
 from zo.run.model_card import Card
 from zo.run.problem import Problem, build_problem
 from zo.state import log as logs
@@ -97,6 +97,11 @@ def load_run(
         raise UserError(
             f"run={path}: steps.log belongs to another run: its {found[0]} is {found[1]}, and "
             f"{found[2]} in config.yaml; restore this run's log"
+        )
+    if {key: header[key] for key in ("train", "peft") if key in header} != trained_header(config):
+        raise UserError(
+            f"run={path}: config.yaml and steps.log differ in model.train or peft; put the "
+            "config.yaml back that the run wrote"
         )
     log = Log(header, entries)
     # Snapshots after the step that is wanted are no news.

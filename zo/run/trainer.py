@@ -31,7 +31,6 @@ from zo.io.hardware import choose_device
 from zo.io.signals import before_end, set_remedy, termination
 from zo.method import estimator
 from zo.method.entry import Entry
-from zo.method.part import layers_reached
 from zo.method.table import LossTable
 from zo.method.update import clip, learning_rate
 from zo.model.folds import ALONE, Together
@@ -40,7 +39,7 @@ from zo.observe.progress import Progress
 from zo.observe.record import Record
 from zo.observe.timeline import check_drawable
 from zo.observe.trackers import check_trackers
-from zo.run.assemble import assemble, to_device
+from zo.run.assemble import assemble, to_device, trained_header
 from zo.run.audit import Audit
 from zo.run.evaluate import evaluate
 from zo.run.export import write_folder
@@ -90,9 +89,16 @@ class Trainer:
         own = [part is not None for part in (model, objective, batches)]
         if any(own) and not all(own):
             raise UserError("a model of your own needs model=, objective= and batches= together")
+        if any(own) and config.peft.type is not None:
+            raise UserError(
+                f"peft.type={config.peft.type} adds adapters to a model of the hub or a folder; "
+                "add them to a model of your own by peft.inject_adapter_in_model"
+            )
         self.config, self._command = config, command
         self._own = (
-            own_problem(model, objective, batches) if model and objective and batches else None
+            own_problem(model, objective, batches, config.model.train)
+            if model and objective and batches
+            else None
         )
 
     def train(self) -> dict[str, Any]:
@@ -143,7 +149,7 @@ class Run:
         with progress.phase(f"reading model {config.model.name} and data {config.data.name}"):
             self.problem = own or build_problem(config)
         self.replica, self.structure = assemble(self.problem, config, mesh, blocks, progress.phase)
-        self._check_structure()
+        self.structure.check(config.estimator, self.replica.layout)
         self.log = self._open_log(command)
         restore_snapshot(self.folder, self.replica, self.log, progress.warn)
         self.replica.open(self.log)
@@ -188,20 +194,6 @@ class Run:
             check_drawable()
         check_trackers(self.config.run.trackers)
 
-    def _check_structure(self) -> None:
-        """Check what the estimator asks of the model.
-
-        Raises:
-            UserError: the model has too few layers, or no matrix.
-        """
-        self._part(1)
-        settings, parameters = self.config.estimator, self.replica.layout.parameters
-        if settings.distribution == "rank-one" and all(len(p.spec.shape) < 2 for p in parameters):
-            raise UserError(
-                "estimator.distribution=rank-one is of matrices, and the model trains none; use "
-                "estimator.distribution=rademacher"
-            )
-
     def _open_log(self, command: str) -> Log:
         """Check that all ranks have the same weights and data, and create or open the log."""
         config, base = self.config, self.replica.store.base
@@ -214,6 +206,7 @@ class Run:
             "seed": config.run.seed,
             "weight_decay": config.update.weight_decay,
             **self.structure.header(),
+            **trained_header(config),
         }
         check_alike(self.mesh, base, self.problem.data_checksum)
         facts = {
@@ -295,10 +288,7 @@ class Run:
 
     def _part(self, step: int) -> int:
         """Return the position of the first block that a step's directions reach."""
-        layers = self.structure.layers
-        setting, seed = self.config.estimator.part, self.config.run.seed
-        reached = layers_reached(setting, step, seed, len(layers))
-        return 0 if reached is None else layers[-reached]
+        return self.structure.fork(self.config.estimator.part, step, self.config.run.seed)
 
     def _lr(self, step: int) -> float:
         """Return the learning rate of a step, from 1."""

@@ -4,7 +4,7 @@ Constructors take their sizes from here, so the sums that a run prints, and a pl
 allocated. Activations are not counted: they depend on the forward, and are freed by PyTorch.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -45,7 +45,7 @@ def within_slot(slot: Tensor, own: range) -> Tensor:
 
 def scratch_bytes(blocks: Sequence[Block]) -> int:
     """Return the memory of written probes: two copies of any block but the largest, or one."""
-    sizes = sorted((b.trainable_bytes for b in blocks), reverse=True)
+    sizes = sorted((b.trainable_bytes for b in blocks if b.trainable), reverse=True)
     distinct = sorted(set(sizes), reverse=True)
     return max(sizes[0], PROBES_AT_ONCE * (distinct[1] if len(distinct) > 1 else distinct[0]))
 
@@ -55,17 +55,20 @@ def stored_bytes(layout: Layout, own: Slice) -> int:
     return sum(len(own.within(block)) for block in layout.blocks)
 
 
-def file_bytes(block: Block, own: Slice) -> int:
-    """Return the size of the file of a block's slice."""
-    return PAGE + own.stride(block)
+def file_bytes(kept: range) -> int:
+    """Return the size of the file of the bytes that are kept of a block."""
+    return PAGE + padded(len(kept))
 
 
-def disk_bytes(layout: Layout, own: Slice) -> int:
+def disk_bytes(kept: Iterable[range]) -> int:
     """Return the room that a disk store needs.
 
     A block is written beside its old file, which is kept to write the next one of its size over.
+
+    Args:
+        kept: for each block the bytes that are written.
     """
-    sizes = [file_bytes(block, own) for block in layout.blocks]
+    sizes = [file_bytes(of) for of in kept if of]
     return sum(sizes) + sum(set(sizes))
 
 
@@ -152,7 +155,8 @@ def budget(
     if store == "host":
         host["weights"] = stored_bytes(layout, own)
     if store == "disk":
-        disk["blocks"] = disk_bytes(layout, own)
+        # Blocks that are slow to make are kept whole, which only their source knows.
+        disk["blocks"] = disk_bytes(own.changing(block) for block in layout.blocks)
         if not on_host:
             host["staging"] = 2 * STAGING_BUFFERS * slot_bytes(max(sizes), own.of)
     return Budget({}, {**device, **host}, disk) if on_host else Budget(device, host, disk)

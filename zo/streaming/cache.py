@@ -273,14 +273,15 @@ class SlotCache:
         return self._write_back.submit(partial(self._keep, block, version, memory), after)
 
     def _keep(self, block: Block, version: int, memory: Tensor) -> None:
-        """Queue the copy of a block's slice out of a slot; to a disk, end it."""
-        own, image = self._store.slice.within(block), self._store.memory(block)
+        """Queue the copy of what a store keeps of a block out of a slot; to a disk, end it."""
+        own, image = self._store.kept(block), self._store.memory(block)
         if self._device.shares_host_memory:
             with self._timeline.span("write-back", block.name):
                 self._store.keep(block, memory, version)
         elif image is not None:
             with self._timeline.span("write-back", block.name):
-                self._device.copy(image, within_slot(memory, own), self._write_back.stream)
+                kept = within_slot(memory, own)
+                self._device.copy(image[: len(own)], kept, self._write_back.stream)
             self._store.versions[block.index] = version
         else:
             staged = self._staging["out"]

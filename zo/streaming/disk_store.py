@@ -1,4 +1,8 @@
-"""Store ``disk``: a read-only base, and over it a file for each block written back."""
+"""Store ``disk``: a read-only base, and over it a file for each block written back.
+
+A file holds what training changes; the frozen rest of a block is always read from the base. Blocks
+that are slow to make from the base are kept whole.
+"""
 
 import os
 from collections.abc import Sequence
@@ -49,19 +53,23 @@ class DiskStore:
         self._run: str | None = None
         """Identity of the run, once its log is known."""
         self._base, self._engine, self._folder = base, engine, folder
+        self._kept = {
+            block.index: slice.within(block) if base.is_expensive(block) else slice.changing(block)
+            for block in layout.blocks
+        }
         self._headers: dict[int, Header] = {}
         self._spare: dict[int, Path] = {}
         """Files that a newer one took the place of, one of each size."""
         self._on_disk = {b.index for b in layout.blocks if self._header(b) is not None}
         if writable:
             self._check_room()
+        self._frozen: dict[int, str] = {}
+        """Checksums of what files do not hold of a block."""
         self._checksums = self._read_base()
 
     def _check_room(self) -> None:
-        needed = disk_bytes(self.layout, self.slice)
-        held = sum(
-            file_bytes(b, self.slice) for b in self.layout.blocks if b.index in self._on_disk
-        )
+        needed = disk_bytes(self._kept.values())
+        held = sum(file_bytes(self._kept[index]) for index in self._on_disk)
         free = hardware.free_disk_bytes(self._folder)
         if needed - held > free:
             raise UserError(
@@ -82,6 +90,7 @@ class DiskStore:
             image = within_slot(slot, own)
             self._base.read(block, self.layout, image, own.start)
             checksums.append(checksum(image))
+            self._frozen[block.index] = checksum(image[len(self._kept[block.index]) :])
             self.found.add(block, image, own.start)
             self.found.complete(self._base.read)
             if (
@@ -129,14 +138,14 @@ class DiskStore:
                 header = Header.parse(file.read(PAGE))
         except OSError:
             return None
-        expected = block.name, self._digest, len(self.slice.within(block))
+        expected = block.name, self._digest, len(self._kept[block.index])
         ours = header is not None and (header.block, header.layout, header.size_bytes) == expected
         return header if ours else None
 
     def _framed(self, block: Block, slot: Tensor) -> Tensor:
-        """Return the slice of a block in a slot with the page before it, as in its file."""
+        """Return what is kept of a block in a slot with the page before it, as in its file."""
         start = self.slice.index * self.slice.stride(block)
-        return slot[start : start + file_bytes(block, self.slice)]
+        return slot[start : start + file_bytes(self._kept[block.index])]
 
     def allocate(self, size_bytes: int) -> Tensor:
         """See :class:`Store`."""
@@ -148,7 +157,8 @@ class DiskStore:
 
     def fetch(self, block: Block, slot: Tensor) -> int:
         """Fill a slot (see :class:`Store`); a corrupt file is replaced by base and replay."""
-        image, header = within_slot(slot, self.slice.within(block)), self._headers.get(block.index)
+        own, kept = self.slice.within(block), self._kept[block.index]
+        image, header = within_slot(slot, own), self._headers.get(block.index)
         if header is not None:
             framed = self._framed(block, slot)
             try:
@@ -157,13 +167,17 @@ class DiskStore:
                 # this name.
                 if (
                     Header.parse(framed[:PAGE].numpy().tobytes()) == header
-                    and checksum(image) == header.checksum
+                    and checksum(within_slot(slot, kept)) == header.checksum
                 ):
+                    if len(kept) < len(own):
+                        frozen = range(kept.stop, own.stop)
+                        expected = self._frozen[block.index]
+                        self._read_anew(block, within_slot(slot, frozen), frozen.start, expected)
                     return header.version
             except OSError:
                 pass  # As good as corrupt.
             self._give_up(block)
-        self._read_anew(block, image)
+        self._read_anew(block, image, own.start, self._checksums[block.index])
         return 0
 
     def _give_up(self, block: Block) -> None:
@@ -172,29 +186,34 @@ class DiskStore:
         del self._headers[block.index]
         self.versions[block.index] = 0
 
-    def _read_anew(self, block: Block, image: Tensor) -> None:
+    def _read_anew(self, block: Block, image: Tensor, start: int, expected: str) -> None:
+        """Read some bytes of a block from the base and compare their checksum."""
         try:
-            self._base.read(block, self.layout, image, self.slice.within(block).start)
+            self._base.read(block, self.layout, image, start)
             # A block that is made, or converted, brings what it was made of.
             self._base.clear_cache()
         except OSError as error:
             raise UserError(f"the base model cannot be read: {error}; restore it") from error
-        if checksum(image) != self._checksums[block.index]:
+        if checksum(image) != expected:
             raise UserError(
                 f"the base model changed during the run: block {block.name} differs; "
                 "restore it and start the same command again"
             )
 
+    def kept(self, block: Block) -> range:
+        """See :class:`Store`."""
+        return self._kept[block.index]
+
     def keep(self, block: Block, slot: Tensor, version: int) -> None:
         """Write a block back (see :class:`Store`): beside, then renamed; over a retired file."""
-        path, own, framed = self._path(block), self.slice.within(block), self._framed(block, slot)
-        if not own:
+        path, kept, framed = self._path(block), self.kept(block), self._framed(block, slot)
+        if not kept:
             self.versions[block.index] = version
             return
-        image = within_slot(slot, own)
+        image = within_slot(slot, kept)
         run = self._run if version else ""
         assert run is not None  # Versions begin with a log.
-        header = Header(block.name, self._digest, run, version, len(own), checksum(image))
+        header = Header(block.name, self._digest, run, version, len(kept), checksum(image))
         under = framed[:PAGE].clone()  # The end of the slice before, or nothing.
         framed[:PAGE] = torch.frombuffer(bytearray(header.page()), dtype=torch.uint8)
         beside = self._file_to_write(block)
@@ -210,7 +229,7 @@ class DiskStore:
                     OSError
                 ):  # Some file systems have no hard links, and so no spare files.
                     os.link(path, retired)
-                    self._spare[file_bytes(block, self.slice)] = retired
+                    self._spare[file_bytes(kept)] = retired
             beside.rename(path)
         except OSError as error:
             beside.unlink(missing_ok=True)
@@ -228,7 +247,7 @@ class DiskStore:
 
     def _file_to_write(self, block: Block) -> Path:
         """Return the file to write before its rename: a retired one of its size, or a new one."""
-        spare = self._spare.pop(file_bytes(block, self.slice), None)
+        spare = self._spare.pop(file_bytes(self._kept[block.index]), None)
         if spare is not None:
             try:
                 # Until the folder is synced, a power cut may bring the old name back, to what is
@@ -248,5 +267,10 @@ class DiskStore:
         if header is None:
             self._base.read(block, self.layout, image, start)
             return 0
-        self._engine.read(self._path(block), PAGE + start - self.slice.within(block).start, image)
+        kept = self._kept[block.index]
+        count = min(image.numel(), max(0, kept.stop - start))
+        if count:
+            self._engine.read(self._path(block), PAGE + start - kept.start, image[:count])
+        if count < image.numel():
+            self._base.read(block, self.layout, image[count:], start + count)
         return header.version

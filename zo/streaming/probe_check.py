@@ -41,6 +41,7 @@ def choose_meeting(
     device: torch.device,
     written: frozenset[str],
     visits: Sequence[str],
+    resident: frozenset[str] = frozenset(),
 ) -> str:
     """Return where cells meet (see :class:`zo.model.form.Form`): the fastest way that is right.
 
@@ -50,6 +51,7 @@ def choose_meeting(
         device: the device to compute on.
         written: modules whose probes are written with what is inside of them.
         visits: modules that enter blocks, in the order of the forward.
+        resident: frozen parameters that are in no block.
 
     Returns:
         Empty if no way is right, so that all probes must be written.
@@ -57,7 +59,8 @@ def choose_meeting(
     for dtype, tolerance in TOLERANCE.items():
         model = copy.deepcopy(small).to(dtype)
         try:
-            return _choose(model, forwards[dtype], device, written, visits, tolerance)
+            layout = find_layout(model, resident=resident)
+            return _choose(model, layout, forwards[dtype], device, written, visits, tolerance)
         except RuntimeError:
             if dtype == torch.float32:
                 raise
@@ -67,13 +70,13 @@ def choose_meeting(
 
 def _choose(
     model: nn.Module,
+    layout: Layout,
     forwards: Sequence[Forward],
     device: torch.device,
     written: frozenset[str],
     visits: Sequence[str],
     tolerance: float,
 ) -> str:
-    layout = find_layout(model, "layer")
     order = forward_order(layout, model, visits)
     layers = layer_places(model, order)
     parts = [0, layers[-1]] if layers else [0]

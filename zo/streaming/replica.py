@@ -117,7 +117,9 @@ class Replica:
             block = Block(0, (), (Part(Placed(spec, 0)),))
             image = torch.empty(block.size_bytes, dtype=torch.uint8)
             source.read(block, Layout((block,), (block,)), image)
-            self._found.add_parameter(spec, image[: spec.size_bytes].view(spec.dtype))
+            values = image[: spec.size_bytes].view(spec.dtype)
+            self._found.add_parameter(spec, values)
+            self.binding.hold(spec, values.view(spec.shape))
         source.clear_cache()
 
     def exchange_digests(self) -> None:

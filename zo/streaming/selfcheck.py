@@ -49,7 +49,8 @@ Forward = Callable[[nn.Module], Tensor]
 def miniature(model: nn.Module, seed: int = 0) -> nn.Module:
     """Copy the first layers of each list, with small random weights on CPU.
 
-    At least two layers, and one of each kind. The model may be on meta; no large tensor is copied.
+    At least two layers, and one of each kind; what is trained in any layer is trained in the copy's
+    layers. The model may be on meta; no large tensor is copied.
     """
     generator = torch.Generator().manual_seed(seed)
     lists, named = layer_lists(model), dict(model.named_parameters(remove_duplicate=False))
@@ -57,11 +58,13 @@ def miniature(model: nn.Module, seed: int = 0) -> nn.Module:
     left_out = [member for name, members in lists.items() for member in list(members)[kept[name] :]]
     memo: dict[int, object] = {id(member): nn.Identity() for member in left_out}
     skipped = {id(p) for member in left_out for p in member.parameters()}
+    trained = {pattern(name, lists) for names in tied(model) for name in names}
     for names in tied(model) + tied(model, trainable=False):
         original = named[names[0]]
         if any(id(named[name]) not in skipped for name in names):
             small = torch.randn(original.shape, generator=generator).mul_(0.05).to(original.dtype)
-            shared = nn.Parameter(small, requires_grad=original.requires_grad)
+            is_trained = any(pattern(name, lists) in trained for name in names)
+            shared = nn.Parameter(small, requires_grad=is_trained)
             memo.update((id(named[name]), shared) for name in names)
     small_model = copy.deepcopy(model, memo)
     for name, count in kept.items():
@@ -90,6 +93,8 @@ class Checked:
     """See :class:`zo.model.form.Form`."""
     written: frozenset[str] = frozenset()
     """See :class:`zo.model.form.Form`."""
+    resident: frozenset[str] = frozenset()
+    """Frozen parameters that no visit can serve (see :func:`zo.model.blocks.find_layout`)."""
 
 
 def self_check(
@@ -139,8 +144,9 @@ def _check(
     merged: frozenset[str] = frozenset()
     lists = layer_lists(small)
     move_resident(small, device, everything=True)
+    resident = _frozen_read_elsewhere(small, forwards)
     while True:
-        layout = find_layout(small, unit, merged)
+        layout = find_layout(small, unit, merged, resident)
         if unit == "module" and (outside := _merged_for_reads(small, layout, forwards, merged)):
             merged |= outside
             continue
@@ -149,11 +155,11 @@ def _check(
         if unvisited is None and same:
             entered = _order_of_visits(small, layout, forwards[0])
             if distribution != "rank-one":
-                return Checked(merged, entered)
-            written = _read_outside_their_module(small, forwards)
+                return Checked(merged, entered, resident=resident)
+            written = _read_outside_their_module(small, forwards, resident)
             short = short or dict.fromkeys((torch.float64, torch.float32), forwards)
-            meet = choose_meeting(small, short, device, written, entered)
-            return Checked(merged, entered, meet, written if meet else frozenset())
+            meet = choose_meeting(small, short, device, written, entered, resident)
+            return Checked(merged, entered, meet, written if meet else frozenset(), resident)
         owners = {
             n.rpartition(".")[0]
             for b in layout.blocks
@@ -173,7 +179,7 @@ def _check(
             raise UserError(
                 f"parameter {unvisited.parts[0].parameter.name} is never visited: the forward of "
                 f"{unvisited.name} is not called, so its weights are unused or read elsewhere; "
-                "freeze it (requires_grad=False)"
+                "leave it out of model.train"
             )
         raise UserError(
             "the model's loss in lockstep differs from its plain forward: a weight is read outside "
@@ -198,12 +204,25 @@ def _order_of_visits(model: nn.Module, layout: Layout, forward: Forward) -> tupl
     return tuple(called)
 
 
-def _read_outside_their_module(small: nn.Module, forwards: Sequence[Forward]) -> frozenset[str]:
+def _frozen_read_elsewhere(small: nn.Module, forwards: Sequence[Forward]) -> frozenset[str]:
+    """Return frozen parameters that are read outside of the module that a visit would enter."""
+    frozen = {name for names in tied(small, trainable=False) for name in names}
+    if not frozen:
+        return frozenset()
+    return frozenset(frozen & _out_of_block_reads(small, find_layout(small), forwards))
+
+
+def _read_outside_their_module(
+    small: nn.Module, forwards: Sequence[Forward], resident: frozenset[str]
+) -> frozenset[str]:
     """Return the modules, as patterns, that contain a read of a descendant's parameter."""
     found: frozenset[str] = frozenset()
-    while more := _merged_for_reads(small, find_layout(small, "module", found), forwards, found):
+    while True:
+        layout = find_layout(small, "module", found, resident)
+        more = _merged_for_reads(small, layout, forwards, found)
+        if not more:
+            return found
         found |= more
-    return found
 
 
 def _merged_for_reads(
@@ -288,7 +307,7 @@ def _merge_up(model: nn.Module, layout: Layout, parameter: str, merged: frozense
     if entry_module in tops:
         raise UserError(
             f"parameter {parameter} is read outside the forward of {entry_module}, which owns it, "
-            "so no visit can serve it; freeze it (requires_grad=False) or use a model without it"
+            "so no visit can serve it; use a model without it"
         )
     parent = entry_module.rpartition(".")[0]
     while parent not in called:

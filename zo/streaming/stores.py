@@ -55,6 +55,10 @@ class Store(Protocol):
         """Return a block's slice in host memory, or ``None`` if it must be fetched first."""
         ...
 
+    def kept(self, block: Block) -> range:
+        """Return the bytes of a block that ``keep`` takes over: frozen ones are not touched."""
+        ...
+
     def fetch(self, block: Block, slot: Tensor) -> int:
         """Copy a block's slice to its place in a slot, after a page, and return its version."""
         ...
@@ -189,9 +193,14 @@ class HostStore:
         within_slot(slot, self.slice.within(block)).copy_(self._images[block.index])
         return self.versions[block.index]
 
+    def kept(self, block: Block) -> range:
+        """See :class:`Store`."""
+        return self.slice.changing(block)
+
     def keep(self, block: Block, slot: Tensor, version: int) -> None:
         """See :class:`Store`."""
-        self._images[block.index].copy_(within_slot(slot, self.slice.within(block)))
+        kept = self.kept(block)
+        self._images[block.index][: len(kept)].copy_(within_slot(slot, kept))
         self.versions[block.index] = version
 
     def open(self, newest: int, run: str) -> None:

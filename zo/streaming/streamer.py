@@ -92,8 +92,10 @@ class Streamer:
 
     def _probe(self, block: int, row: int) -> Probe:
         """Return the probe that the weights of a block are written for."""
+        if row < 0 or self._corrects or not self._blocks[block].trainable:
+            return UNPERTURBED
         is_reached = self._part == 0 or self._positions[block] >= self._part
-        return self._probes[row] if row >= 0 and is_reached and not self._corrects else UNPERTURBED
+        return self._probes[row] if is_reached else UNPERTURBED
 
     def serve(
         self, block: int, forwards: Sequence[int], row_numbers: Sequence[Tensor | None]
