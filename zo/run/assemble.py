@@ -1,6 +1,6 @@
 """Assembly of a model for training, scores or export: find and check its blocks, fill its store."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -123,12 +123,7 @@ def assemble(
     columns = range(min(CHECKED_BATCHES, config.batch.columns))
     batches = [to_device(problem.batches(0, column), mesh) for column in columns]
     forwards = [_forward(problem, batch) for batch in batches]
-    # Cells of a whole micro-batch, all at once and in float64, could take more memory than the run.
-    short = batches if problem.task is None else [problem.task.shorten(b) for b in batches]
-    probed = {
-        torch.float64: [_forward(problem, _widen(batch)) for batch in short],
-        torch.float32: [_forward(problem, batch) for batch in short],
-    }
+    probed = _short_forwards(problem, batches)
     models = (
         [problem.narrow, problem.skeleton] if problem.narrow is not None else [problem.skeleton]
     )
@@ -155,6 +150,20 @@ def assemble(
         replica.exchange_digests()
     move_resident(model, mesh.device)
     return replica, structure
+
+
+def _short_forwards(
+    problem: Problem, batches: Sequence[Batch]
+) -> dict[torch.dtype, list[Callable[[nn.Module], Tensor]]]:
+    """Return micro-batches to check probes with, for a model in float64 and in float32.
+
+    Cells of a whole one, all at once and in float64, could take more memory than the run.
+    """
+    short = batches if problem.task is None else [problem.task.shorten(b) for b in batches]
+    return {
+        torch.float64: [_forward(problem, _widen(batch)) for batch in short],
+        torch.float32: [_forward(problem, batch) for batch in short],
+    }
 
 
 def _forward(problem: Problem, batch: Batch) -> Callable[[nn.Module], Tensor]:
