@@ -32,20 +32,21 @@ def main(arguments: list[str]) -> None:
         print(text)
         return
     if not nproc.isdecimal() or int(nproc) < 1:
-        raise UserError(f"nproc={nproc} is no number of ranks; give 1 or more")
+        raise UserError(f"nproc={nproc} is not a number of ranks; give 1 or more")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError(
             "a sweep starts the ranks of its runs; start it with python, and nproc=RANKS_A_RUN"
         )
-    folder = Path(own.get("dir") or f"runs/sweep-{recipe}-{datetime.now():%Y%m%d-%H%M%S}")
+    by_default = f"runs/sweep-{recipe}-{datetime.now():%Y%m%d-%H%M%S}"
+    folder = Path(own.get("dir") or by_default).expanduser()
 
     from zo.io.atomic import write_whole
     from zo.run.sweep import best_of, command_line, draw, expand, run_points, table
 
-    points = expand(recipe, overrides, folder.expanduser())
+    points = expand(recipe, overrides, folder)
     print(f"{len(points)} runs in {folder}", file=sys.stderr)
     results = []
-    for result in run_points(recipe, points, folder.expanduser(), int(nproc)):
+    for result in run_points(recipe, points, folder, int(nproc)):
         results.append(result)
         print(f"{len(results)} of {len(points)}: {' '.join(result.chosen)}", file=sys.stderr)
     text = table(results)
@@ -53,9 +54,9 @@ def main(arguments: list[str]) -> None:
     if best is not None:
         chosen = points[results.index(best)]
         text += f"\n\nBest: {command_line(recipe, chosen, int(nproc))}"
-    write_whole(folder.expanduser() / "sweep.md", f"{text}\n".encode())
+    write_whole(folder / "sweep.md", f"{text}\n".encode())
     try:
-        draw(results, folder.expanduser() / "sweep.png")
+        draw(results, folder / "sweep.png")
     except ImportError:
         print("no picture: pip install 'zo[profile]' brings matplotlib", file=sys.stderr)
     print(text)

@@ -1,6 +1,9 @@
 """The plainest run: one dense direction a step that every micro-batch sees."""
 
-from zo import load_config
+import pytest
+
+from zo import Trainer, load_config
+from zo.errors import UserError
 
 PLAIN = [
     "batch.sequences=16",
@@ -24,3 +27,17 @@ PLAIN = [
 def plain_config(overrides=()):
     """Return the configuration of the plainest run with overrides."""
     return load_config("quickstart", [*PLAIN, *overrides])
+
+
+def run(overrides, folder, *extra):
+    """Train the plainest run with overrides in a folder, in this process."""
+    config = plain_config([*overrides, *extra, f"run.dir={folder}"])
+    return Trainer(config, command="test").train()
+
+
+def assert_refused(said, overrides, folder, *extra):
+    """Assert that a run ends in one line that matches, before it has a log."""
+    with pytest.raises(UserError, match=said) as error:
+        run(overrides, folder, *extra)
+    assert "\n" not in str(error.value)
+    assert not (folder / "steps.log").exists()

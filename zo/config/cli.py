@@ -153,10 +153,12 @@ def step_of(own: Mapping[str, str]) -> int | None:
     """Return a command's ``step=``, a step of a run; ``None`` where it is not given.
 
     Raises:
-        UserError: it is no number.
+        UserError: it is not a number.
     """
     if (value := own.get("step")) is not None and not value.isdecimal():
-        raise UserError(f"step={value} is no number; give a step of the run, 0 for the base model")
+        raise UserError(
+            f"step={value} is not a number; give a step of the run, 0 for the base model"
+        )
     return None if value is None else int(value)
 
 

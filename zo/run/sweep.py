@@ -147,7 +147,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
 def best_of(results: Sequence[Result]) -> Result | None:
     """Return the finished run with the best score; the first of several; ``None`` if there is none.
 
-    A run whose score is no number is the worst.
+    A run whose score is not a number is the worst.
     """
     finished = [result for result in results if result.code == 0]
     if not finished:
@@ -200,9 +200,10 @@ def draw(results: Sequence[Result], path: Path) -> None:
     figure = Figure(figsize=size, layout="tight")
     panels = figure.subplots(1, len(scores), sharey=True, squeeze=False)
     names = [" ".join(result.chosen) or "the one run" for result in finished]
+    best = best_of(finished)
+    colors = ["C1" if result is best else "C0" for result in finished]
     for axes, score in zip(panels[0], scores, strict=True):
         values = [result.scores.get(score) for result in finished]
-        colors = ["C1" if result is best_of(results) else "C0" for result in finished]
         axes.scatter([nan if v is None else v for v in values], names, c=colors)
         axes.set_xlabel(score)
         axes.grid(alpha=0.3)
