@@ -1,7 +1,8 @@
 """The part of a model that a step's directions reach: everything, or its top layers.
 
 ``all``      every trainable parameter
-``top:N``    the top N layers and what the model reads after them
+``top:N``    the top N layers and what the model computes after them; ``top:0``: that alone, such
+             as the last norm and the head
 ``sampled``  drawn anew for each step from :data:`SHARES`, so that every parameter is trained and
              the top, whose steps cost least, more often
 """
@@ -23,10 +24,9 @@ def parse(text: str) -> tuple[str, int]:
     kind, _, number = text.partition(":")
     if kind != "top" or not (number.isascii() and number.isdigit()) or len(number) > 9:
         raise UserError(
-            f"estimator.part={text!r} is not known; use all, sampled, or top:N for the top N layers"
+            f"estimator.part={text!r} is not known; use all, sampled, or top:N for the top N layers "
+            "and what comes after them"
         )
-    if int(number) == 0:
-        raise UserError(f"estimator.part={text} reaches no layer; use top:1 or more, or all")
     return kind, int(number)
 
 
@@ -40,7 +40,7 @@ def layers_reached(part: str, step: int, seed: int, layers: int) -> int | None:
         layers: of the model, in the order in which they run; 0 where they have no order.
 
     Returns:
-        A number from 1 to ``layers``; ``None`` for everything, embeddings included.
+        A number from 0 to ``layers``; ``None`` for everything, embeddings included.
 
     Raises:
         UserError: the part has more layers than the model, or its layers have no order.
@@ -68,7 +68,7 @@ def fewest_layers(part: str, layers: int) -> int | None:
     kind, top = parse(part)
     if kind == "sampled":
         return min(max(1, layers // divisor) for _, divisor in SHARES if divisor is not None)
-    return top or None
+    return top if kind == "top" else None
 
 
 def _drawn(step: int, seed: int, layers: int) -> int | None:

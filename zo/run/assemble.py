@@ -57,7 +57,13 @@ class Structure:
         """
         reached = layers_reached(part, step, seed, len(self.layers))
         # Below the first trained module all cells are the same computation.
-        return max(self.trained.start, 0 if reached is None else self.layers[-reached])
+        return max(self.trained.start, self._first_place(reached))
+
+    def _first_place(self, reached: int | None) -> int:
+        """Return the place of the first module of so many top layers and what follows them."""
+        if reached is None:
+            return 0
+        return self.layers[-reached] if reached else self.layers[-1] + 1
 
     def check(self, settings: EstimatorConfig, layout: Layout) -> None:
         """Check what an estimator asks of the model.
@@ -67,15 +73,16 @@ class Structure:
         """
         self.fork(settings.part, 1, 0)
         least = fewest_layers(settings.part, len(self.layers))
-        if least is not None and self.layers[-least] >= self.trained.stop:
+        if least is not None and self._first_place(least) >= self.trained.stop:
             raise UserError(
                 f"estimator.part={settings.part} has steps that reach no trained parameter; use "
-                "estimator.part=all, or train parameters of the top layers with model.train"
+                "estimator.part=all, or train parameters of the top with model.train"
             )
-        matrices = any(len(parameter.spec.shape) >= 2 for parameter in layout.parameters)
+        parts = (part for block in layout.blocks for part in block.parts)
+        matrices = any(len(part.parameter.spec.shape) >= 2 for part in parts)
         if settings.distribution == "rank-one" and not matrices:
             raise UserError(
-                "estimator.distribution=rank-one is of matrices, and the model trains none; use "
+                "estimator.distribution=rank-one is of matrices, and the model has none; use "
                 "estimator.distribution=rademacher"
             )
 
