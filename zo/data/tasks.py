@@ -23,7 +23,7 @@ from zo.model.info import ModelInfo
 Batch = Mapping[str, Tensor]
 IGNORED = -100
 """Label of tokens without a loss."""
-SHORT_SEQUENCES, SHORT_TOKENS = 2, 32
+SHORT_SEQUENCES, SHORT_TOKENS = 2, 16
 """Sequences, and tokens of each, that show how a model computes."""
 
 
