@@ -140,7 +140,7 @@ MISTAKES = {
         ["batch.fold=2"],
         "estimator.distribution=rademacher cannot; use batch.fold=1",
     ),
-    "part of no layer": (["estimator.part=top:0"], "use top:1 or more, or all"),
+    "part of a negative number": (["estimator.part=top:-1"], "use all, sampled, or top:N"),
     "unknown part": (["estimator.part=foo"], "estimator.part='foo' is not known; use all, sampled"),
     "clip below zero": (["update.clip=-1"], "update.clip=-1.0 must be a number above 0"),
     "eps of zero": (["estimator.eps=0"], "estimator.eps=0.0 must be a number above 0"),

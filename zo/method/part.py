@@ -24,8 +24,8 @@ def parse(text: str) -> tuple[str, int]:
     kind, _, number = text.partition(":")
     if kind != "top" or not (number.isascii() and number.isdigit()) or len(number) > 9:
         raise UserError(
-            f"estimator.part={text!r} is not known; use all, sampled, or top:N for the top N layers "
-            "and what comes after them"
+            f"estimator.part={text!r} is not known; use all, sampled, or top:N for the top N "
+            "layers and what comes after them"
         )
     return kind, int(number)
 
