@@ -1,6 +1,6 @@
 """Score a run or a plain model.
 
-launch/evaluate.py run=DIR [step=N] [data=...], or launch/evaluate.py model.name=... [key=value ...]
+launch/evaluate.py run=DIR [step=N|best] [data=...], or launch/evaluate.py model.name=... [key=...]
 """
 
 import json
@@ -19,7 +19,7 @@ from zo.config.recipes import DEFAULT, load_config
 from zo.errors import UserError
 
 USAGE = (
-    "usage: launch/evaluate.py run=DIR [step=N] [data=FILE_OR_ID] [run.device=cpu|cuda] "
+    "usage: launch/evaluate.py run=DIR [step=N|best] [data=FILE_OR_ID] [run.device=cpu|cuda] "
     "[trust_remote_code=true], or [recipe=NAME] model.name=... [key=value ...]"
 )
 
@@ -51,6 +51,7 @@ def main(arguments: list[str]) -> None:
     path = existing_run(own["run"]) if "run" in own else None
     config = None if path else load_config(own.get("recipe", DEFAULT), overrides)
 
+    from zo.observe.metrics import finite_or_none
     from zo.run.evaluate import evaluate
     from zo.run.restore import adapted, load_plain, load_run
 
@@ -78,7 +79,7 @@ def main(arguments: list[str]) -> None:
                 {
                     "run": own.get("run"),
                     "steps": finished.steps,
-                    "eval": scores,
+                    "eval": finite_or_none(scores.as_json()),
                     "fingerprint": fingerprint,
                 }
             )

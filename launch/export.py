@@ -1,6 +1,6 @@
 """Write a run's model as a Hugging Face folder.
 
-launch/export.py run=DIR to=DIR [step=N] [push=USER/NAME] [public=true]
+launch/export.py run=DIR to=DIR [step=N|best] [push=USER/NAME] [public=true]
 """
 
 import os
@@ -18,7 +18,7 @@ from zo.config.cli import existing_run, flag, run, split, step_of
 from zo.errors import UserError
 
 USAGE = (
-    "usage: launch/export.py run=DIR to=DIR [step=N] [push=USER/NAME] [public=true|false] "
+    "usage: launch/export.py run=DIR to=DIR [step=N|best] [push=USER/NAME] [public=true|false] "
     "[run.device=cpu|cuda] [trust_remote_code=true]"
 )
 

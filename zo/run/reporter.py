@@ -14,6 +14,7 @@ from zo.distributed.process_group import Mesh
 from zo.errors import RankError, UserError
 from zo.method import estimator
 from zo.method.table import LossTable
+from zo.observe.history import Evaluation, History
 from zo.observe.metrics import MetricsFile, memory
 from zo.observe.progress import Progress, scores_text
 from zo.observe.record import ENDS, Record
@@ -61,17 +62,17 @@ class Reporter:
             log,
             replica,
         )
-        self.scores: dict[str, float] = {}
-        """The newest scores on held-out data."""
+        self.evaluation: Evaluation | None = None
+        """The newest one."""
         self._first_scores: dict[str, float] = {}
         """The run's first ones, if they are older."""
         self.record = record
         self.progress = Progress(config.run.steps, log.version, mesh.rank == 0, record.event)
         self.metrics: MetricsFile | None = None
-        self._first: tuple[int, dict[str, float]] | None = None
-        """Step and scores of the run's first evaluation."""
+        self.history = History(config.eval.metric, config.eval.patience)
         if mesh.rank == 0:
             self._open()
+        self._share_evaluations()
         self._skipped_in_a_row, self._said_rounding = 0, False
         self._started, self._before, self._sent = 0.0, Traffic(), 0
 
@@ -80,16 +81,29 @@ class Reporter:
         folder, warn = self.folder, self.progress.warn
         self.record.open(folder.path, self.log.version)
         self.metrics = MetricsFile(folder.metrics_file, self.log.version, warn)
-        self._first = min(self.metrics.scores.items(), default=None)
         self.report = Report(folder.path, warn)
         settings = flatten(without_secrets_in(asdict(self.config)))
         self.trackers = Trackers(self.config.run.trackers, folder.path, settings, warn)
         self.enter("starting")
 
+    def _share_evaluations(self) -> None:
+        """Take, on every rank, the evaluations that an earlier process recorded."""
+        known = self.metrics.evaluations.items() if self.metrics else ()
+        for step, values in self.mesh.broadcast([(step, one.as_json()) for step, one in known]):
+            if (found := Evaluation.of_json(values)) is not None:
+                self.history.add(step, found)
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """The newest scores on held-out data."""
+        return self.evaluation.scores if self.evaluation else {}
+
     def enter(self, phase: str, **more: Any) -> None:
         """Record the phase of the run; ``more`` as :meth:`zo.observe.record.Record.status`."""
         if self.mesh.rank == 0:
             self.record.step = step = self.log.version
+            if (best := self.history.best()) is not None:
+                more["best"] = best._asdict()
             self.record.status(phase, self.config.run.steps, self.progress.left_s(step), **more)
             self.report.refresh(now=phase in ENDS or phase == "starting")
 
@@ -220,24 +234,33 @@ class Reporter:
                 f"times their rounding of {resolution:.1e}: raise estimator.eps"
             )
 
-    def known_scores(self, step: int) -> dict[str, float] | None:
-        """Return on every rank the scores of a step that an earlier process recorded, if any."""
-        known: dict[str, float] | None = self.mesh.broadcast(
-            self.metrics.scores.get(step) if self.metrics else None
-        )
-        return known
+    def evaluated(self, step: int, evaluation: Evaluation, is_new: bool) -> None:
+        """Record and print the scores of a step.
 
-    def evaluated(self, step: int, scores: dict[str, float], is_new: bool) -> None:
-        """Record and print the scores of a step."""
-        self.scores = scores
-        self._first = self._first or (step, scores)
-        self._first_scores = self._first[1] if self._first[0] < step else {}
+        Raises:
+            UserError: they have no ``eval.metric``.
+        """
+        self.evaluation = evaluation
+        self.history.add(step, evaluation)
+        first, scores = self.history.first(), evaluation.scores
+        self._first_scores = first[1].scores if first and first[0] < step else {}
         if self.metrics and is_new:
-            self.metrics.write({"step": step, "eval": scores})
+            self.metrics.write({"step": step, "eval": evaluation.as_json()})
             self.trackers.log({f"dev/{name}": value for name, value in scores.items()}, step)
         shown = scores_text(scores, self._first_scores)
         self.progress.say(f"step {step}/{self.config.run.steps}  dev {shown}", "score")
         self.enter("training")
+
+    def say_last(self) -> None:
+        """Say why a run ends before its last step, and which evaluation was the best."""
+        if self.history.has_ended and self.log.version < self.config.run.steps:
+            self.progress.say(f"ends after step {self.log.version}: {self.history.why()}")
+        best, folder = self.history.best(), self.folder.path
+        if best is not None and best.step < self.log.version:
+            self.progress.say(
+                f"the best {best.metric}, {best.value:.4g}, is that of step {best.step}: "
+                f"launch/export.py run={folder} step=best to=FOLDER writes that model"
+            )
 
     def _draw_timeline(self) -> None:
         if self.mesh.rank == 0:

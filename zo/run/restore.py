@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -13,8 +13,10 @@ from zo.distributed.process_group import Mesh
 from zo.errors import UserError
 from zo.io.determinism import explain_nondeterminism, make_deterministic
 from zo.io.hardware import choose_device
+from zo.observe.metrics import last_scores, read_history
 from zo.observe.progress import Progress
 from zo.run.assemble import assemble, trained_header
+from zo.run.export import write_folder
 from zo.run.model_card import Card
 from zo.run.problem import Problem, build_problem
 from zo.state import log as logs
@@ -56,6 +58,19 @@ def restore_snapshot(
         )
 
 
+def rebuild(problem: Problem, config: Config, mesh: Mesh, folder: RunFolder, log: Log) -> Replica:
+    """Load the weights after the entries of a log, beside a run that is done; every rank calls it.
+
+    Raises:
+        UserError: the base model cannot be read, or there is not enough memory.
+    """
+    phase, blocks = Progress(0, 0, mesh.rank == 0).phase, folder.blocks(mesh.rank)
+    replica, _ = assemble(problem, config, mesh, blocks, phase, writable=False)
+    restore_snapshot(folder, replica, log, lambda line: None)
+    replica.open(log)
+    return replica
+
+
 @dataclass(frozen=True)
 class FinishedRun:
     """A run's model after some entries of its log."""
@@ -71,14 +86,15 @@ class FinishedRun:
 def load_run(
     path: Path,
     change: Callable[[Config], Config] = lambda config: config,
-    step: int | None = None,
+    step: int | Literal["best"] | None = None,
 ) -> FinishedRun:
     """Rebuild the weights of a run, in the store that it trained with.
 
     Args:
         path: folder of the run; nothing is written there.
         change: makes a new configuration of the run's, for example with other data to score.
-        step: after which the weights are wanted, 0 for the base model; ``None`` for the last.
+        step: after which the weights are wanted, 0 for the base model, ``best`` for that of the
+            best evaluation; ``None`` for the last.
 
     Raises:
         UserError: there is no run, or no such step in it, or its base model or log has changed.
@@ -86,6 +102,12 @@ def load_run(
     folder = RunFolder(path)
     content = folder.read_config()
     header, entries = logs.read(folder.log_file)
+    if step == "best":
+        metric = config_of(content["config"]).eval.metric
+        best = read_history(folder.metrics_file, len(entries), metric).best()
+        if best is None:
+            raise UserError(f"step=best: run={path} has no evaluation; give a step's number")
+        step = best.step
     if step is not None and step > len(entries):
         raise UserError(f"step={step} is not in run={path}, whose last step is {len(entries)}")
     entries = entries[:step]
@@ -191,3 +213,26 @@ def card_of(
         versions=content["versions"],
         fingerprint=fingerprint,
     )
+
+
+def export_model(
+    problem: Problem, replica: Replica, mesh: Mesh, folder: RunFolder, fingerprint: str
+) -> None:
+    """Write a run's ``model/`` on rank 0; the ranks that share its slices pass over them with it.
+
+    Args:
+        problem: of the run.
+        replica: the weights that are written, with their log.
+        mesh: of the run; every rank calls this.
+        folder: of the run.
+        fingerprint: of the weights.
+    """
+    if mesh.rank:
+        if mesh.slices is not None:
+            replica.pass_over()
+        return
+    log, content = replica.log, folder.read_config()
+    scores = last_scores(folder.metrics_file, log.version)
+    card = card_of(content, log.header, log.version, scores, fingerprint)
+    tokenizer = problem.tokenizer
+    write_folder(replica.model, tokenizer, folder.model, card, source=replica, replace=True)
