@@ -1,9 +1,11 @@
-"""A user's objective: what it may return, and how finely.
+"""A user's objective: which results are a loss, and how finely they are rounded.
 
-A mean counts as one term of its micro-batch, so that a step's loss is the mean over micro-batches.
+    a number, a tensor of one number                 a mean: one term of its micro-batch
+    a tensor of two numbers, or two numbers          sum of losses, number of terms
 """
 
 from collections.abc import Callable
+from numbers import Real
 from typing import Any
 
 import torch
@@ -12,13 +14,13 @@ from torch import Tensor, nn
 from zo.data.tasks import Batch
 from zo.errors import UserError
 
-EXPECTED = "return a loss (a number, or a tensor of one), or a tensor of sum of losses and terms"
+Objective = Callable[[nn.Module, Batch], Any]
 
 
 class OwnObjective:
     """A user's function of model and batch, as the sum of losses and the number of terms."""
 
-    def __init__(self, function: Callable[[nn.Module, Batch], Any]) -> None:
+    def __init__(self, function: Objective) -> None:
         """Call ``function`` for every cell of the loss table."""
         self._function = function
         self.dtype = torch.float64
@@ -28,36 +30,33 @@ class OwnObjective:
         """Return float64 of shape ``[2]``.
 
         Raises:
-            UserError: the function returns something else than a loss.
+            UserError: the function returned something else than a loss.
         """
         result = self._function(model, batch)
-        if isinstance(result, tuple | list) and len(result) == 2 and all(map(_is_number, result)):
-            first, second = (torch.as_tensor(part) for part in result)
-            result = torch.stack((first.view(()).double(), second.view(()).to(first).double()))
-        elif isinstance(result, int | float):  # True and False are numbers too.
-            result = torch.tensor(float(result), dtype=torch.float64)
-        if not isinstance(result, Tensor) or result.numel() not in (1, 2) or result.is_complex():
-            raise UserError(f"objective returned {_shown(result)}; {EXPECTED}")
-        if (
-            result.is_floating_point()
-            and torch.finfo(result.dtype).eps > torch.finfo(self.dtype).eps
-        ):
-            self.dtype = result.dtype
-        values = result.detach().reshape(-1).double()
+        parts = list(result) if isinstance(result, tuple | list) else [result]
+        if len(parts) > 2 or not all(isinstance(part, Real | Tensor) for part in parts):
+            raise UserError(f"the objective returned {_shown(result)}")
+        tensors = [torch.as_tensor(part) for part in parts]
+        numbers = torch.cat([tensor.detach().flatten().to(tensors[0].device) for tensor in tensors])
+        if not 1 <= len(numbers) <= 2 or numbers.is_complex():
+            raise UserError(f"the objective returned {_shown(result)}")
+        dtype = tensors[0].dtype
+        # A number of Python's has been rounded already, nobody knows how.
+        if isinstance(parts[0], Tensor) and dtype.is_floating_point:
+            self.dtype = max(self.dtype, dtype, key=lambda kind: torch.finfo(kind).eps)
+        values = numbers.double()
         return values if len(values) == 2 else torch.cat((values, torch.ones_like(values)))
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1)
-
-
-def _shown(result: object) -> str:
+def _shown(result: Any) -> str:
+    """Return a phrase on a result that is not a loss, with what to return in its place."""
+    if isinstance(result, Tensor) and result.numel() > 2:
+        return f"a tensor of shape {list(result.shape)}, not one loss; return its mean()"
     if result is None:
-        return "nothing: is its return missing?"
-    if isinstance(result, Tensor):
-        kind = (
-            "complex numbers" if result.is_complex() else "a loss for each example: take its mean()"
-        )
-        return f"a tensor of shape {list(result.shape)}, {kind}"
-    has_loss = getattr(result, "loss", None) is not None
-    return f"a {type(result).__name__}{' : take its .loss' if has_loss else ''}"
+        return "None; return a loss"
+    if isinstance(getattr(result, "loss", None), Tensor):
+        return f"a {type(result).__name__}, not a loss; return its .loss"
+    return (
+        f"a {type(result).__name__} that is not a loss; return a number, a tensor of one, or sum "
+        "of losses and number of terms"
+    )

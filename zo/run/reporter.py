@@ -74,6 +74,7 @@ class Reporter:
             self._open()
         self._share_evaluations()
         self._skipped_in_a_row, self._said_rounding = 0, False
+        self._remedy = "raise estimator.eps"
         self._started, self._before, self._sent = 0.0, Traffic(), 0
 
     def _open(self) -> None:
@@ -152,13 +153,16 @@ class Reporter:
             self.mesh.scalar_bytes,
         )
 
-    def end_step(self, table: LossTable, skipped: int, clipped: int) -> None:
+    def end_step(
+        self, table: LossTable, skipped: int, clipped: int, loss_dtype: torch.dtype
+    ) -> None:
         """Record a step; warn if it changed nothing.
 
         Args:
             table: of the step, filled.
             skipped: directions that had no finite estimate.
             clipped: projected gradients that ``update.clip`` limited.
+            loss_dtype: the coarsest type that a loss was returned in.
 
         Raises:
             UserError: no step of the last ``run.max_skipped`` had a finite loss.
@@ -168,7 +172,15 @@ class Reporter:
             self.replica.traffic(),
             self.log.entries[-1],
         )
-        roundoff = torch.finfo(getattr(torch, self.config.model.dtype)).eps / 2
+        model_dtype = getattr(torch, self.config.model.dtype)
+        eps, loss_eps = (torch.finfo(dtype).eps for dtype in (model_dtype, loss_dtype))
+        roundoff = max(eps, loss_eps) / 2
+        if loss_eps > torch.finfo(torch.float32).eps:
+            name = str(loss_dtype).removeprefix("torch.")
+            self._remedy = (
+                f"the objective returns its loss in {name}; compute it in float32, from "
+                "logits.float(), or raise estimator.eps"
+            )
         spread, resolution = estimator.spread(self.config.estimator.name, table, roundoff)
         values: dict[str, Any] = {
             "step": entry.step,
@@ -214,7 +226,7 @@ class Reporter:
         elif not any(scalars):
             self.progress.warn(
                 f"step {step}: every projected gradient is exactly zero: the perturbation does not "
-                "change the loss; raise estimator.eps, or set model.dtype=float32"
+                f"change the loss: {self._remedy}, or set model.dtype=float32"
             )
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped == len(scalars) else 0
         if self._skipped_in_a_row >= self.config.run.max_skipped:
@@ -231,7 +243,7 @@ class Reporter:
             self._said_rounding = True
             self.progress.warn(
                 f"step {step}: the probes' losses differ by {spread:.1e}, less than {LEAST_SPREAD} "
-                f"times their rounding of {resolution:.1e}: raise estimator.eps"
+                f"times their rounding of {resolution:.1e}: {self._remedy}"
             )
 
     def evaluated(self, step: int, evaluation: Evaluation, is_new: bool) -> None:

@@ -40,6 +40,7 @@ from zo.observe.record import Record
 from zo.run.assemble import assemble, to_device, trained_header
 from zo.run.audit import Audit
 from zo.run.evaluate import check_scored, evaluate
+from zo.run.objective import Objective
 from zo.run.problem import Problem, build_problem, own_problem
 from zo.run.reporter import Reporter
 from zo.run.restore import export_model, rebuild, restore_snapshot
@@ -62,9 +63,10 @@ class Trainer:
             batches=lambda step, column: ...,
         )
 
-    ``objective(model, batch)`` returns a tensor of two numbers, the sum of losses and the number of
-    terms, and needs no gradient; ``batches(step, column)`` returns the micro-batch of a step
-    (from 0) and a column, a mapping of tensors.
+    ``objective(model, batch)`` returns a mean loss (a number, or a tensor of one, as
+    ``model(**batch).loss``), or a tensor of two numbers, the sum of losses and the number of terms,
+    and needs no gradient; ``batches(step, column)`` returns the micro-batch of a step (from 0) and
+    a column, a mapping of tensors.
     """
 
     def __init__(
@@ -72,7 +74,7 @@ class Trainer:
         config: Config,
         *,
         model: nn.Module | None = None,
-        objective: Callable[[nn.Module, Batch], Tensor] | None = None,
+        objective: Objective | None = None,
         batches: Callable[[int, int], Batch] | None = None,
         command: str = "",
     ) -> None:
@@ -229,7 +231,7 @@ class Run:
                 with self.replica.timeline.span("step", f"{self.log.version + 1}"):
                     table, skipped, clipped, stops = self.step(asked.is_set())
                 loss = table.loss
-                self.reporter.end_step(table, skipped, clipped)
+                self.reporter.end_step(table, skipped, clipped, self.problem.loss_dtype)
                 self._after_step()
                 # Several ranks agree on it in a step's collective.
                 stops = stops or (self.mesh.ranks == 1 and asked.is_set())
