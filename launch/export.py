@@ -52,7 +52,13 @@ def main(arguments: list[str]) -> None:
     finished = load_run(path, lambda config: adapted(config, None, device, trust), step)
     scores = last_scores(path / "metrics.jsonl", finished.steps)
     card = card_of(
-        finished.content, finished.header, finished.steps, scores, finished.replica.fingerprint()
+        finished.content,
+        finished.header,
+        finished.steps,
+        scores,
+        finished.replica.fingerprint(),
+        finished.problem.task,
+        finished.last_step,
     )
     write_folder(
         finished.replica.model, finished.problem.tokenizer, to, card, source=finished.replica

@@ -52,6 +52,8 @@ class Task:
     and the class decided for (-1 of a completion); ``None``: ``terms`` alone can be scored."""
     names: tuple[str, ...] = ()
     """The label words or classes, by label."""
+    template: str | None = None
+    """Prompt of an example with a label word."""
 
     def objective(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the sum of losses and the number of terms; float64 of shape ``[2]``."""

@@ -1,7 +1,7 @@
 """A user's objective: which results are a loss, and how finely they are rounded.
 
-    a number, a tensor of one number                 a mean: one term of its micro-batch
-    a tensor of two numbers, or two numbers          sum of losses, number of terms
+a number, a tensor of one number                 a mean: one term of its micro-batch
+a tensor of two numbers, or two numbers          sum of losses, number of terms
 """
 
 from collections.abc import Callable

@@ -9,6 +9,7 @@ import torch
 
 from zo.config.recipes import config_of
 from zo.config.schema import Config
+from zo.data.tasks import Task
 from zo.distributed.process_group import Mesh
 from zo.errors import UserError
 from zo.io.determinism import explain_nondeterminism, make_deterministic
@@ -16,8 +17,9 @@ from zo.io.hardware import choose_device
 from zo.observe.metrics import last_scores, read_history
 from zo.observe.progress import Progress
 from zo.run.assemble import assemble, trained_header
+from zo.run.base_card import read_base_card
 from zo.run.export import write_folder
-from zo.run.model_card import Card
+from zo.run.model_card import Card, python_of
 from zo.run.problem import Problem, build_problem
 from zo.state import log as logs
 from zo.state.log import Log, difference, untrained_header
@@ -81,6 +83,7 @@ class FinishedRun:
     content: dict[str, Any]
     header: dict[str, Any]
     steps: int
+    last_step: int
 
 
 def load_run(
@@ -110,7 +113,7 @@ def load_run(
         step = best.step
     if step is not None and step > len(entries):
         raise UserError(f"step={step} is not in run={path}, whose last step is {len(entries)}")
-    entries = entries[:step]
+    last, entries = len(entries), entries[:step]
     config = change(config_of(content["config"]))
     problem, mesh, replica = _load(config, folder.blocks(0))
     if replica.store.base != header.get("base"):
@@ -130,14 +133,14 @@ def load_run(
     say = Progress(0, 0, mesh.rank == 0).say if step is None else lambda line: None
     restore_snapshot(folder, replica, log, say)
     replica.open(log)
-    return FinishedRun(problem, mesh, replica, content, header, len(entries))
+    return FinishedRun(problem, mesh, replica, content, header, len(entries), last)
 
 
 def load_plain(config: Config) -> FinishedRun:
     """Load a model as it is, without a run."""
     problem, mesh, replica = _load(config, Path())
     replica.open(Log(untrained_header()))
-    return FinishedRun(problem, mesh, replica, {}, {}, 0)
+    return FinishedRun(problem, mesh, replica, {}, {}, 0, 0)
 
 
 def _load(config: Config, blocks: Path) -> tuple[Problem, Mesh, Replica]:
@@ -176,6 +179,8 @@ def card_of(
     steps: int,
     scores: dict[str, float],
     fingerprint: str,
+    task: Task | None = None,
+    last_step: int | None = None,
 ) -> Card:
     """Return the model card of a run.
 
@@ -185,8 +190,11 @@ def card_of(
         steps: entries of its log that were replayed.
         scores: on held-out data; may be empty.
         fingerprint: of the weights.
+        task: of the run's examples.
+        last_step: of the run; by default ``steps``.
     """
     config = content["config"]
+    is_own, is_choice = content.get("own") is True, task is not None and task.kind == "choice"
     for key, kind in (("command", str), ("versions", dict)):
         if not isinstance(content.get(key), kind):
             raise UserError(
@@ -200,18 +208,25 @@ def card_of(
         f"{update['name']}, lr {update['lr']}, {update['schedule']}"
     )
     return Card(
-        base=config["model"]["name"] or "own model",
+        base=(not is_own and config["model"]["name"]) or "own model",
         base_fingerprint=header["base"],
-        data=config["data"]["name"] or "own data",
+        data=(not is_own and config["data"]["name"]) or "own data",
         data_checksum=header.get("data", "unknown"),
         recipe=config["recipe"],
-        command=content["command"],
+        command=content["command"] or python_of(config_of(config), is_own),
         seed=config["run"]["seed"],
         steps=steps,
         method=method,
         metrics=scores,
         versions=content["versions"],
         fingerprint=fingerprint,
+        last_step=last_step,
+        base_card={}
+        if is_own
+        else read_base_card(config["model"]["name"], config["model"].get("revision")),
+        template=task.template if task and is_choice else None,
+        label_words=task.names if task and is_choice else (),
+        adapter=(config.get("peft") or {}).get("type"),
     )
 
 
@@ -233,6 +248,7 @@ def export_model(
         return
     log, content = replica.log, folder.read_config()
     scores = last_scores(folder.metrics_file, log.version)
-    card = card_of(content, log.header, log.version, scores, fingerprint)
+    header, last = log.header, len(logs.read(folder.log_file)[1])
+    card = card_of(content, header, log.version, scores, fingerprint, problem.task, last)
     tokenizer = problem.tokenizer
     write_folder(replica.model, tokenizer, folder.model, card, source=replica, replace=True)

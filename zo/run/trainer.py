@@ -204,6 +204,7 @@ class Run:
             "versions": versions(self.mesh.device),
             "base": {"name": config.model.name, "fingerprint": base},
             "command": command,
+            **({"own": True} if self.problem.own else {}),
         }
         return open_log(self.mesh, self.folder, self.is_writer, config, facts, header)
 
