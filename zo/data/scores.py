@@ -36,7 +36,7 @@ def evaluation(task: Task, table: Tensor, labels: Sequence[int] | None) -> Evalu
         share = sum(right) / n
         errors |= {"accuracy": None if n < 2 else _root(share * (1 - share) / (n - 1))}
         details |= by_class(predicted.tolist(), labels, task.names)
-    return Evaluation(scores, details)
+    return Evaluation(scores, details, [] if labels is None else predicted.long().tolist())
 
 
 def by_class(

@@ -50,6 +50,8 @@ class Task:
     examine: Callable[[nn.Module, Batch], Tensor] | None = None
     """Return float64 of shape ``[B, 3]``: of each example the sum of losses, the number of terms
     and the class decided for (-1 of a completion); ``None``: ``terms`` alone can be scored."""
+    predict: Callable[[nn.Module, Sequence[Sequence[int]], torch.device], Tensor] | None = None
+    """Return the most likely token after each of some sequences, int64 of shape ``[B]``."""
     names: tuple[str, ...] = ()
     """The label words or classes, by label."""
     template: str | None = None
@@ -128,7 +130,15 @@ def completion(info: ModelInfo, pad: int) -> Task:
         terms = (labels != IGNORED).sum(1).to(sums)
         return torch.stack((sums, terms, torch.full_like(sums, -1)), 1)
 
-    return Task("completion", collate, terms, examine=examine)
+    def predict(
+        model: nn.Module, sequences: Sequence[Sequence[int]], device: torch.device
+    ) -> Tensor:
+        examples = [Example(tuple(ids), 0) for ids in sequences]
+        padded = _pad_left(examples, examples, info, pad)
+        batch = {key: value.to(device) for key, value in padded.items()}
+        return _last_logits(model, batch, info, 1)[:, -1].argmax(-1)
+
+    return Task("completion", collate, terms, examine=examine, predict=predict)
 
 
 def classification(info: ModelInfo, pad: int) -> Task:

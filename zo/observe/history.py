@@ -25,6 +25,8 @@ class Evaluation:
     scores: dict[str, float]
     details: dict[str, Any] = field(default_factory=dict)
     """Standard errors, figures of each class; see :func:`zo.data.scores.evaluation`."""
+    decisions: Sequence[int] = ()
+    """The class decided for of each example; not recorded."""
 
     def as_json(self) -> dict[str, Any]:
         """Return the ``eval`` of a line of ``metrics.jsonl``."""
@@ -88,6 +90,10 @@ class History:
     def first(self) -> tuple[int, Evaluation] | None:
         """Return the first step with an evaluation, and that."""
         return min(self._by_step.items(), key=lambda item: item[0], default=None)
+
+    def is_first(self, step: int) -> bool:
+        """Return true if no evaluation is of an earlier step."""
+        return not any(earlier < step for earlier in self._by_step)
 
     def last(self) -> tuple[int, Evaluation] | None:
         """Return the last step with an evaluation, and that."""

@@ -1,6 +1,7 @@
 """Reports of a run in progress: metrics, record, page, trackers, progress, warnings, timeline."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -20,6 +21,7 @@ from zo.observe.progress import Progress, scores_text
 from zo.observe.record import ENDS, Record
 from zo.observe.report import Report
 from zo.observe.trackers import Trackers
+from zo.run.samples import Sample
 from zo.state.log import Log
 from zo.state.run_folder import RunFolder, flatten
 from zo.streaming.cache import Traffic
@@ -105,7 +107,8 @@ class Reporter:
             self.record.step = step = self.log.version
             if (best := self.history.best()) is not None:
                 more["best"] = best._asdict()
-            self.record.status(phase, self.config.run.steps, self.progress.left_s(step), **more)
+            left_s = None if self.history.has_ended else self.progress.left_s(step)
+            self.record.status(phase, self.config.run.steps, left_s, **more)
             self.report.refresh(now=phase in ENDS or phase == "starting")
 
     def _rows(self, table: LossTable) -> tuple[int, int]:
@@ -259,19 +262,29 @@ class Reporter:
         if self.metrics and is_new:
             self.metrics.write({"step": step, "eval": evaluation.as_json()})
             self.trackers.log({f"dev/{name}": value for name, value in scores.items()}, step)
-        shown = scores_text(scores, self._first_scores)
+        errors = evaluation.details.get("standard_error", {})
+        shown = scores_text(scores, self._first_scores, errors)
         self.progress.say(f"step {step}/{self.config.run.steps}  dev {shown}", "score")
         self.enter("training")
+
+    def record_samples(self, found: Sequence[Sample]) -> None:
+        """Record samples of the model's answers."""
+        for one in found if self.mesh.rank == 0 else ():
+            text = f"{one.prompt} [[{one.answer}]], wanted {one.wanted}"
+            self.record.event("sample", text, **asdict(one))
 
     def say_last(self) -> None:
         """Say why a run ends before its last step, and which evaluation was the best."""
         if self.history.has_ended and self.log.version < self.config.run.steps:
             self.progress.say(f"ends after step {self.log.version}: {self.history.why()}")
-        best, folder = self.history.best(), self.folder.path
+        best, export = self.history.best(), self.config.export
         if best is not None and best.step < self.log.version:
+            where = "in model/"
+            if export.step != "best" or not export.at_end:
+                where = f"launch/export.py run={self.folder.path} step=best to=FOLDER writes it"
             self.progress.say(
-                f"the best {best.metric}, {best.value:.4g}, is that of step {best.step}: "
-                f"launch/export.py run={folder} step=best to=FOLDER writes that model"
+                f"the best {best.metric}, {best.value:.4g}, is of the model after step "
+                f"{best.step}: {where}"
             )
 
     def _draw_timeline(self) -> None:

@@ -44,6 +44,7 @@ from zo.run.objective import Objective
 from zo.run.problem import Problem, build_problem, own_problem
 from zo.run.reporter import Reporter
 from zo.run.restore import export_model, rebuild, restore_snapshot
+from zo.run.samples import samples
 from zo.run.startup import acquire_run_folder, check_alike, open_log, prepare_process
 from zo.state.log import Log
 from zo.state.run_folder import RunFolder
@@ -351,6 +352,9 @@ class Run:
             at_once = len(self._table(1).cells)
             found = evaluate(self.replica, problem.task, problem.dev_batches, self.mesh, at_once)
         self.reporter.evaluated(step, found, is_new=known is None)
+        if known is None and (self._is_done() or self.reporter.history.is_first(step)):
+            answers = samples(self.replica, problem, found, self.config.memory)
+            self.reporter.record_samples(answers)
 
     def _finish(self, loss: float | None, train_s: float) -> dict[str, Any]:
         """Fingerprint and export the weights of a finished run; return the run's summary."""
