@@ -47,7 +47,7 @@ def by_class(
     The recall of a class is the accuracy on its examples. A figure is ``None`` where nothing
     defines it; the macro F1 is a mean over the classes that occur, in labels or predictions.
     """
-    count = max(len(names), max(labels) + 1)
+    count = max(len(names), max(labels) + 1, int(max(predicted)) + 1)
     pairs = torch.tensor(labels) * count + torch.tensor(predicted).long()
     confusion = torch.bincount(pairs, minlength=count * count).view(count, count)
     found, f1s = {}, []

@@ -12,7 +12,6 @@ from huggingface_hub import ModelCard, ModelCardData
 from zo.config.recipes import DEFAULT, load_config, recipe_names
 from zo.config.schema import Config
 from zo.run.snippet import Use
-from zo.state.run_folder import flatten
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(?<!\.json)(?<!\.jsonl)(?<!\.csv)(?<!\.parquet)")
 """``namespace/name``, and not a data file in a folder."""
@@ -144,8 +143,16 @@ def python_of(config: Config, is_own: bool) -> str:
         is_own: True for a model, an objective and batches of the user's.
     """
     recipe = config.recipe if config.recipe in recipe_names() else DEFAULT
-    before, now = (flatten(asdict(c)) for c in (load_config(recipe), config))
-    keys = [k for k in now if before.get(k) != now[k] and k not in ("recipe", "run.dir")]
+    before, now = (
+        {
+            f"{group}.{key}": value
+            for group, keys in asdict(one).items()
+            if isinstance(keys, dict)
+            for key, value in keys.items()
+        }
+        for one in (load_config(recipe), config)
+    )
+    keys = [key for key in now if before[key] != now[key] and key != "run.dir"]
     overrides = [f"{key}={_hydra(now[key])}" for key in keys]
     own = ", model=model, objective=objective, batches=batches" if is_own else ""
     note = "# with your own model, objective and batches\n" if is_own else ""
@@ -163,7 +170,10 @@ def _hydra(value: Any) -> str:
         return f"[{','.join(map(_hydra, value))}]"
     if isinstance(value, dict):
         return f"{{{','.join(f'{key}: {_hydra(inner)}' for key, inner in value.items())}}}"
-    quoted = str(value).replace("\\", "\\\\").replace("'", "\\'")
+    # A backslash is one but before a quote.
+    quoted = re.sub(
+        r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), str(value)
+    )
     return f"'{quoted}'"
 
 
