@@ -175,15 +175,7 @@ class Reporter:
             self.replica.traffic(),
             self.log.entries[-1],
         )
-        model_dtype = getattr(torch, self.config.model.dtype)
-        eps, loss_eps = (torch.finfo(dtype).eps for dtype in (model_dtype, loss_dtype))
-        roundoff = max(eps, loss_eps) / 2
-        if loss_eps > torch.finfo(torch.float32).eps:
-            name = str(loss_dtype).removeprefix("torch.")
-            self._remedy = (
-                f"the objective returns its loss in {name}; compute it in float32, from "
-                "logits.float(), or raise estimator.eps"
-            )
+        roundoff = self._roundoff(loss_dtype)
         spread, resolution = estimator.spread(self.config.estimator.name, table, roundoff)
         values: dict[str, Any] = {
             "step": entry.step,
@@ -219,6 +211,16 @@ class Reporter:
         if entry.step in self.config.profile.range[-1:]:
             self.replica.timeline.active = False
             self._draw_timeline()
+
+    def _roundoff(self, loss_dtype: torch.dtype) -> float:
+        """Return the relative rounding of a loss."""
+        model_dtype = getattr(torch, self.config.model.dtype)
+        if torch.finfo(loss_dtype).eps > torch.finfo(torch.float32).eps:
+            self._remedy = (
+                f"the objective returns its loss in {str(loss_dtype).removeprefix('torch.')}; "
+                "compute it in float32, from logits.float(), or raise estimator.eps"
+            )
+        return max(torch.finfo(dtype).eps for dtype in (model_dtype, loss_dtype)) / 2
 
     def _warn(self, step: int, scalars: tuple[float, ...], skipped: int) -> None:
         if skipped:
