@@ -35,8 +35,10 @@ def main(arguments: list[str]) -> None:
     history = read_history(folder.metrics_file, steps, config.eval.metric, config.eval.patience)
     ended = steps >= config.run.steps or history.has_ended
     waits = config.export.at_end and not folder.model.is_dir()
+    early = ", ended by eval.patience" if ended and steps < config.run.steps else ""
     print(
-        f"{folder.path}: step {steps} of {config.run.steps}{', model/ is not written' * waits}",
+        f"{folder.path}: step {steps} of {config.run.steps}{early}"
+        f"{', model/ is not written' * waits}",
         file=sys.stderr,
     )
     if not ended or waits:

@@ -70,6 +70,9 @@ class History:
         """
         self._metric, self._patience = metric, patience
         self._by_step: dict[int, Evaluation] = {}
+        self._best: Best | None = None
+        self.has_ended = False
+        """True if as many evaluations as ``eval.patience`` follow the best one."""
 
     def add(self, step: int, evaluation: Evaluation) -> None:
         """Take an evaluation; one of the same step is replaced.
@@ -82,6 +85,9 @@ class History:
                 f"eval.metric={self._metric} is not a score of this data; use {' or '.join(found)}"
             )
         self._by_step[step] = evaluation
+        best = self._best = self._find_best()
+        later = sum(step > best.step for step in self._by_step)
+        self.has_ended = self._patience is not None and later >= self._patience
 
     def at(self, step: int) -> Evaluation | None:
         """Return the evaluation of a step, if there is one."""
@@ -100,29 +106,21 @@ class History:
         return max(self._by_step.items(), key=lambda item: item[0], default=None)
 
     def best(self) -> Best | None:
-        """Return the best evaluation, the first of several; one that is not a number is no better.
+        """Return the best evaluation, the first of several; ``None`` if there is none."""
+        return self._best
 
-        ``None`` if there is none.
-        """
-        if not self._by_step:
-            return None
+    def _find_best(self) -> Best:
         metric = self._metric or metric_of([e.scores for e in self._by_step.values()])
         sign = -1.0 if metric in LOWER_IS_BETTER else 1.0
 
+        def value(step: int) -> float:
+            return self._by_step[step].numbers().get(metric, math.nan)
+
         def rank(step: int) -> float:
-            value = sign * self._by_step[step].numbers().get(metric, math.nan)
-            return -math.inf if math.isnan(value) else value
+            return -math.inf if math.isnan(value(step)) else sign * value(step)
 
         step = max(sorted(self._by_step), key=rank)
-        return Best(step, metric, self._by_step[step].numbers().get(metric, math.nan))
-
-    @property
-    def has_ended(self) -> bool:
-        """True if as many evaluations as ``eval.patience`` follow the best one."""
-        best = self.best()
-        if best is None or self._patience is None:
-            return False
-        return sum(step > best.step for step in self._by_step) >= self._patience
+        return Best(step, metric, value(step))
 
     def why(self) -> str:
         """Return a sentence on why a run ``has_ended``."""

@@ -23,17 +23,26 @@ def check_scored(config: Config, problem: Problem) -> None:
     Raises:
         UserError: it has none.
     """
-    scored = config.eval.every and problem.task is not None and problem.dev_batches
+    task, metric = problem.task, config.eval.metric
     uses = {
         f"eval.patience={config.eval.patience}": config.eval.patience is not None,
-        f"eval.metric={config.eval.metric}": config.eval.metric is not None,
+        f"eval.metric={metric}": metric is not None,
         f"export.step={config.export.step}": config.export.step == "best" and config.export.at_end,
     }
-    if not scored and (asked := [setting for setting, is_set in uses.items() if is_set]):
-        lacking = "held-out examples (data.dev, data.dev_examples)"
-        lacking = lacking if config.eval.every else "evaluations: set eval.every"
-        lacking = "a task of zo's, not a model of your own" if problem.own else lacking
-        raise UserError(f"{asked[0]} needs {lacking}")
+    asked = [setting for setting, is_set in uses.items() if is_set]
+    if not asked:
+        return
+    if problem.own or task is None:
+        raise UserError(f"{asked[0]} needs a task of zo's, not a model of your own")
+    if not config.eval.every:
+        raise UserError(f"{asked[0]} needs evaluations; set eval.every")
+    if not problem.dev_batches:
+        raise UserError(f"{asked[0]} needs held-out examples; set data.dev or data.dev_examples")
+    known = [*task.summarize([0.0, 1.0, 0.0]), *(["macro_f1"] if task.names else [])]
+    if metric is not None and metric not in known:
+        raise UserError(
+            f"eval.metric={metric} is not a score of this data; use {' or '.join(known)}"
+        )
 
 
 @torch.no_grad()
@@ -50,8 +59,8 @@ def evaluate(
         mesh: of the run.
         at_once: batches that one pass over the model serves.
     """
-    labels = [batch["labels"] for batch in batches]
-    rows = 1 if task.examine is None else max(map(len, labels))
+    labels = [] if task.examine is None else [batch["labels"] for batch in batches]
+    rows = max(map(len, labels), default=1)
     owners = [i % mesh.ranks for i in range(len(batches))]
     cells = [
         lambda batch=b: _examine(replica.model, task, batch, mesh.device, rows)

@@ -53,9 +53,9 @@ def samples(
         memory: of the run.
     """
     task, tokenizer = problem.task, problem.tokenizer
-    rows = [row for batch in problem.dev_batches for row in _rows(batch)]
-    if task is None or tokenizer is None or not rows:
+    if task is None or tokenizer is None or (task.predict is None and not evaluation.decisions):
         return []
+    rows = [row for batch in problem.dev_batches for row in _rows(batch)]
     # Of all lengths: the examples are sorted by it.
     chosen = sorted({(2 * i + 1) * len(rows) // (2 * COUNT) for i in range(COUNT)})
     some = [rows[i] for i in chosen]
