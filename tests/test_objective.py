@@ -17,7 +17,7 @@ def mean(model, batch):
 
 FORMS = {
     "a mean": mean,
-    "a mean of shape [1]": lambda model, batch: mean(model, batch).view(1),
+    "a mean of one dim": lambda model, batch: mean(model, batch).view(1),
     "a number": lambda model, batch: mean(model, batch).item(),
     "two numbers": lambda model, batch: (mean(model, batch).item(), 1),
     "a tensor of two": lambda model, batch: torch.stack((mean(model, batch), torch.tensor(1.0))),
