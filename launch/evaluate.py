@@ -46,6 +46,8 @@ def main(arguments: list[str]) -> None:
     device = own.get("run.device")
     if "run" not in own and device is not None:
         overrides.append(f"run.device={device}")
+    if "run" not in own and "lm_eval" in own:
+        overrides.insert(0, "data.name=synthetic")  # Its tasks bring theirs.
     if text := asked_for_text(arguments, own.get("recipe", DEFAULT), overrides, USAGE):
         print(text)
         return

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from zo.errors import UserError
+from zo.model.build import ModelLoader
 from zo.run.model_card import one_line
 from zo.run.restore import FinishedRun
 
@@ -55,13 +56,14 @@ def harness_scores(
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    if loaded.problem.tokenizer is None or not hasattr(loaded.replica.model, "generate"):
-        raise UserError("lm_eval= needs a language model and its tokenizer")
+    config, tokenizer = loaded.config, loaded.problem.tokenizer
+    loader = ModelLoader(config.model, config.peft)
+    if loader.task != "causal-lm":
+        raise UserError(f"lm_eval= is for language models, and {config.model.name} is none")
+    tokenizer = loader.tokenizer() if tokenizer is None else tokenizer  # Of synthetic data.
     loaded.replica.pass_over()  # The last entries of the log, too.
     loaded.replica.close(give_back=True)
-    model = HFLM(
-        pretrained=loaded.replica.model, tokenizer=loaded.problem.tokenizer, batch_size=batch
-    )
+    model = HFLM(pretrained=loaded.replica.model, tokenizer=tokenizer, batch_size=batch)
     try:
         found = simple_evaluate(
             model=model, tasks=list(tasks), task_manager=manager, log_samples=False

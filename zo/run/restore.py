@@ -84,6 +84,8 @@ class FinishedRun:
     header: dict[str, Any]
     steps: int
     last_step: int
+    """Of the run; ``steps`` may be an earlier one."""
+    config: Config
 
 
 def load_run(
@@ -133,14 +135,14 @@ def load_run(
     say = Progress(0, 0, mesh.rank == 0).say if step is None else lambda line: None
     restore_snapshot(folder, replica, log, say)
     replica.open(log)
-    return FinishedRun(problem, mesh, replica, content, header, len(entries), last)
+    return FinishedRun(problem, mesh, replica, content, header, len(entries), last, config)
 
 
 def load_plain(config: Config) -> FinishedRun:
     """Load a model as it is, without a run."""
     problem, mesh, replica = _load(config, Path())
     replica.open(Log(untrained_header()))
-    return FinishedRun(problem, mesh, replica, {}, {}, 0, 0)
+    return FinishedRun(problem, mesh, replica, {}, {}, 0, 0, config)
 
 
 def _load(config: Config, blocks: Path) -> tuple[Problem, Mesh, Replica]:
