@@ -29,8 +29,9 @@ def evaluation(task: Task, table: Tensor, labels: Sequence[int] | None) -> Evalu
     right = [int(p) == label for p, label in zip(predicted.tolist(), labels or (), strict=False)]
     loss_sum, count = math.fsum(losses.tolist()), math.fsum(terms.tolist())
     scores = task.summarize([loss_sum, count, float(sum(right))])
-    n, residuals = len(table), losses - loss_sum / count * terms
-    errors = {"loss": None if n < 2 else _root(n / (n - 1) * float(residuals @ residuals)) / count}
+    n, squares = len(table), (losses - loss_sum / count * terms).square()
+    square = math.fsum(squares.tolist())  # Exact, so the same with any number of threads.
+    errors = {"loss": None if n < 2 else _root(n / (n - 1) * square) / count}
     details: dict[str, Any] = {"examples": n, "standard_error": errors}
     if labels is not None:
         share = sum(right) / n
