@@ -196,7 +196,15 @@ def test_a_run_from_start_to_hub_folder(command, overrides, tmp_path):
     code, out, err = command("train", *kept, f"run.dir={run_dir}", "model.dtype=bfloat16")
     assert code == 0, err
     summary = json.loads(out.splitlines()[-1])
-    assert set(summary) == {"run_dir", "steps", "loss", "eval", "train_s", "fingerprint"}
+    assert set(summary) == {
+        "run_dir",
+        "steps",
+        "loss",
+        "eval",
+        "best",
+        "train_s",
+        "fingerprint",
+    }
     assert {path.name for path in run_dir.iterdir()} == {
         "config.yaml",
         "steps.log",
@@ -455,7 +463,7 @@ def test_a_sequence_classifier_from_rows_to_folder(command, reviews, tmp_path, t
     settings += ["batch.max_tokens=64", "estimator.part=top:2"]
     code, out, err = command("train", *settings, f"run.dir={tmp_path}/run")
     assert code == 0, err
-    assert set(json.loads(out)["eval"]) == {"accuracy", "loss"}
+    assert set(json.loads(out)["eval"]) == {"accuracy", "loss", "details"}
     trained = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "model")
     assert trained.config.id2label == {0: "great", 1: "terrible"}
     code, out, err = command(

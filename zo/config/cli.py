@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 from omegaconf import OmegaConf
 
@@ -149,17 +150,22 @@ def flag(own: Mapping[str, str], key: str, meaning: str) -> bool:
     return value == "true"
 
 
-def step_of(own: Mapping[str, str]) -> int | None:
-    """Return a command's ``step=``, a step of a run; ``None`` where it is not given.
+def step_of(own: Mapping[str, str]) -> int | Literal["best"] | None:
+    """Return a command's ``step=``, a step of a run or ``best``; ``None`` where it is not given.
 
     Raises:
-        UserError: it is not a number.
+        UserError: it is neither.
     """
-    if (value := own.get("step")) is not None and not value.isdecimal():
+    value = own.get("step")
+    if value is None:
+        return None
+    if value == "best":
+        return "best"
+    if not value.isdecimal():
         raise UserError(
-            f"step={value} is not a number; give a step of the run, 0 for the base model"
+            f"step={value} is not a number; give a step of the run, 0 for the base model, or best"
         )
-    return None if value is None else int(value)
+    return int(value)
 
 
 def asked_for_text(

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from zo.config.checks import MAX_THREADS, at_least, at_most, choice, template_columns
+from zo.config.outcome import EvalConfig as EvalConfig
+from zo.config.outcome import ExportConfig as ExportConfig
 from zo.config.table import BatchConfig as BatchConfig
 from zo.config.table import EstimatorConfig as EstimatorConfig
 from zo.config.table import check_table, directions, grid
@@ -290,26 +292,6 @@ class RunConfig:
         if self.seed >= 2**63:
             raise UserError(f"run.seed={self.seed} is out of range; use a number below 2**63")
         choice("run.device", self.device, ("auto", "cpu", "cuda"))
-
-
-@dataclass(frozen=True)
-class EvalConfig:
-    """Evaluation during a run."""
-
-    every: int = 0
-    """Steps between evaluations; 0: never. Otherwise also before the first and after the last
-    step."""
-
-    def __post_init__(self) -> None:
-        at_least("eval.every", self.every, 0)
-
-
-@dataclass(frozen=True)
-class ExportConfig:
-    """Outputs of a finished run."""
-
-    at_end: bool = True
-    """Write ``model/``, a Hugging Face folder."""
 
 
 @dataclass(frozen=True)

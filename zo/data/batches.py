@@ -10,6 +10,7 @@ make any batch of any step.
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -153,6 +154,7 @@ def build_data(
         warnings = encoder.warnings_of(names)
     else:
         task, encoding = tasks.completion(info, pad), encoder.language()
+    task = replace(task, names=tuple(names), template=rows.template)
     encoded = [encoding.encode(*row) for row in rows.numbered_train]
     train = [example for row in encoded for example in row.examples]
     dev = [example for row in rows.numbered_dev for example in encoding.encode(*row).examples]

@@ -127,17 +127,17 @@ def _ends(encoded: Sequence[Encoded], tokenizer: Any) -> bool:
 def mark(example: Example, tokenizer: Any, names: Sequence[str]) -> str:
     """Return an example as one line of text, with what is trained on in ``[[ ]]``."""
     if names:
-        return f"{_short(tokenizer.decode(example.ids))}[[{names[example.target]}]]"
+        return f"{short_text(tokenizer.decode(example.ids))}[[{names[example.target]}]]"
     places = range(len(example.ids))
     parts = groupby(places, lambda i: i >= example.target and i not in example.ignored)
     shown = []
     for is_trained, part in parts:
-        text = _short(tokenizer.decode([example.ids[i] for i in part]))
+        text = short_text(tokenizer.decode([example.ids[i] for i in part]))
         shown.append(f"[[{text}]]" if is_trained else text)
     return "".join(shown)
 
 
-def _short(text: str) -> str:
+def short_text(text: str) -> str:
     """Return a text without line breaks and other control characters, its middle left out."""
     text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
     half = SHOWN_CHARACTERS // 2

@@ -47,6 +47,15 @@ class Task:
     """Make a micro-batch of examples; the second ones, among which they are, decide its length."""
     terms: Callable[[nn.Module, Batch], Tensor]
     """Return float64 of shape ``[3]``: sum of losses, number of terms, correct decisions."""
+    examine: Callable[[nn.Module, Batch], Tensor] | None = None
+    """Return float64 of shape ``[B, 3]``: of each example the sum of losses, the number of terms
+    and the class decided for (-1 of a completion); ``None``: ``terms`` alone can be scored."""
+    predict: Callable[[nn.Module, Sequence[Sequence[int]], torch.device], Tensor] | None = None
+    """Return the most likely token after each of some sequences, int64 of shape ``[B]``."""
+    names: tuple[str, ...] = ()
+    """The label words or classes, by label."""
+    template: str | None = None
+    """Prompt of an example with a label word."""
 
     def objective(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the sum of losses and the number of terms; float64 of shape ``[2]``."""
@@ -84,7 +93,11 @@ def choice(info: ModelInfo, pad: int, word_ids: Sequence[int]) -> Task:
         last = _last_logits(model, batch, info, 1)[:, -1]
         return _decisions(last[:, words(last.device)], batch["labels"])
 
-    return Task("choice", collate, terms)
+    def examine(model: nn.Module, batch: Batch) -> Tensor:
+        last = _last_logits(model, batch, info, 1)[:, -1]
+        return _each_decision(last[:, words(last.device)], batch["labels"])
+
+    return Task("choice", collate, terms, examine=examine)
 
 
 def completion(info: ModelInfo, pad: int) -> Task:
@@ -107,7 +120,25 @@ def completion(info: ModelInfo, pad: int) -> Task:
         count = (labels != IGNORED).sum()
         return torch.stack((loss.double(), count.double(), torch.zeros_like(loss).double()))
 
-    return Task("completion", collate, terms)
+    def examine(model: nn.Module, batch: Batch) -> Tensor:
+        labels = batch["labels"]
+        logits = _last_logits(model, batch, info, labels.shape[1] + 1)[:, :-1]
+        loss = cross_entropy(
+            logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="none"
+        )
+        sums = loss.view(labels.shape).sum(1, dtype=torch.float64)
+        terms = (labels != IGNORED).sum(1).to(sums)
+        return torch.stack((sums, terms, torch.full_like(sums, -1)), 1)
+
+    def predict(
+        model: nn.Module, sequences: Sequence[Sequence[int]], device: torch.device
+    ) -> Tensor:
+        examples = [Example(tuple(ids), 0) for ids in sequences]
+        padded = _pad_left(examples, examples, info, pad)
+        batch = {key: value.to(device) for key, value in padded.items()}
+        return _last_logits(model, batch, info, 1)[:, -1].argmax(-1)
+
+    return Task("completion", collate, terms, examine=examine, predict=predict)
 
 
 def classification(info: ModelInfo, pad: int) -> Task:
@@ -125,7 +156,10 @@ def classification(info: ModelInfo, pad: int) -> Task:
     def terms(model: nn.Module, batch: Batch) -> Tensor:
         return _decisions(_logits(model, batch, info, {}), batch["labels"])
 
-    return Task("class", collate, terms)
+    def examine(model: nn.Module, batch: Batch) -> Tensor:
+        return _each_decision(_logits(model, batch, info, {}), batch["labels"])
+
+    return Task("class", collate, terms, examine=examine)
 
 
 def _pad_left(
@@ -166,3 +200,8 @@ def _decisions(logits_BN: Tensor, labels: Tensor) -> Tensor:  # noqa: N803
     loss = cross_entropy(logits_BN, labels, reduction="sum").double()
     correct = (logits_BN.argmax(-1) == labels).sum().double()
     return torch.stack((loss, torch.full_like(loss, len(labels)), correct))
+
+
+def _each_decision(logits_BN: Tensor, labels: Tensor) -> Tensor:  # noqa: N803
+    loss = cross_entropy(logits_BN.float(), labels, reduction="none").double()
+    return torch.stack((loss, torch.ones_like(loss), logits_BN.argmax(-1).to(loss)), 1)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from zo.config.schema import Config
@@ -16,6 +17,7 @@ from zo.io.engines import Engine
 from zo.model.build import ModelLoader
 from zo.model.source import ModelSource, WeightSource
 from zo.model.trained import train_only
+from zo.run.objective import Objective, OwnObjective
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,16 @@ class Problem:
     own: bool = False
     """True if the model is the user's object, which receives the trained weights at the end."""
 
+    @property
+    def loss_dtype(self) -> torch.dtype:
+        """The coarsest type of a loss so far; zo's own are summed in float64."""
+        own = self.objective if isinstance(self.objective, OwnObjective) else None
+        return own.dtype if own else torch.float64
+
 
 def own_problem(
     model: nn.Module,
-    objective: Callable[[nn.Module, Batch], Tensor],
+    objective: Objective,
     batches: Callable[[int, int], Batch],
     train: str | None = None,
 ) -> Problem:
@@ -55,7 +63,7 @@ def own_problem(
 
     Args:
         model: with ``train``, ``requires_grad`` of its parameters is *set in place*.
-        objective: see :class:`Problem`.
+        objective: see :class:`zo.run.objective.OwnObjective`.
         batches: see :class:`Problem`.
         train: ``model.train``.
 
@@ -67,7 +75,7 @@ def own_problem(
         model,
         model.eval,
         lambda engine: ModelSource(model),
-        objective,
+        OwnObjective(objective),
         batches,
         exportable=hasattr(model, "save_pretrained"),
         own=True,

@@ -3,19 +3,23 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from zo.config.recipes import config_of
 from zo.config.schema import Config
+from zo.data.tasks import Task
 from zo.distributed.process_group import Mesh
 from zo.errors import UserError
 from zo.io.determinism import explain_nondeterminism, make_deterministic
 from zo.io.hardware import choose_device
+from zo.observe.metrics import last_scores, read_history
 from zo.observe.progress import Progress
 from zo.run.assemble import assemble, trained_header
-from zo.run.model_card import Card
+from zo.run.base_card import read_base_card
+from zo.run.export import write_folder
+from zo.run.model_card import Card, python_of
 from zo.run.problem import Problem, build_problem
 from zo.state import log as logs
 from zo.state.log import Log, difference, untrained_header
@@ -56,6 +60,19 @@ def restore_snapshot(
         )
 
 
+def rebuild(problem: Problem, config: Config, mesh: Mesh, folder: RunFolder, log: Log) -> Replica:
+    """Load the weights after the entries of a log, beside a run that is done; every rank calls it.
+
+    Raises:
+        UserError: the base model cannot be read, or there is not enough memory.
+    """
+    phase, blocks = Progress(0, 0, mesh.rank == 0).phase, folder.blocks(mesh.rank)
+    replica, _ = assemble(problem, config, mesh, blocks, phase, writable=False)
+    restore_snapshot(folder, replica, log, lambda line: None)
+    replica.open(log)
+    return replica
+
+
 @dataclass(frozen=True)
 class FinishedRun:
     """A run's model after some entries of its log."""
@@ -66,19 +83,23 @@ class FinishedRun:
     content: dict[str, Any]
     header: dict[str, Any]
     steps: int
+    last_step: int
+    """Of the run; ``steps`` may be an earlier one."""
+    config: Config
 
 
 def load_run(
     path: Path,
     change: Callable[[Config], Config] = lambda config: config,
-    step: int | None = None,
+    step: int | Literal["best"] | None = None,
 ) -> FinishedRun:
     """Rebuild the weights of a run, in the store that it trained with.
 
     Args:
         path: folder of the run; nothing is written there.
         change: makes a new configuration of the run's, for example with other data to score.
-        step: after which the weights are wanted, 0 for the base model; ``None`` for the last.
+        step: after which the weights are wanted, 0 for the base model, ``best`` for that of the
+            best evaluation; ``None`` for the last.
 
     Raises:
         UserError: there is no run, or no such step in it, or its base model or log has changed.
@@ -86,9 +107,15 @@ def load_run(
     folder = RunFolder(path)
     content = folder.read_config()
     header, entries = logs.read(folder.log_file)
+    if step == "best":
+        metric = config_of(content["config"]).eval.metric
+        best = read_history(folder.metrics_file, len(entries), metric).best()
+        if best is None:
+            raise UserError(f"step=best: run={path} has no evaluation; give a step's number")
+        step = best.step
     if step is not None and step > len(entries):
         raise UserError(f"step={step} is not in run={path}, whose last step is {len(entries)}")
-    entries = entries[:step]
+    last, entries = len(entries), entries[:step]
     config = change(config_of(content["config"]))
     problem, mesh, replica = _load(config, folder.blocks(0))
     if replica.store.base != header.get("base"):
@@ -108,14 +135,14 @@ def load_run(
     say = Progress(0, 0, mesh.rank == 0).say if step is None else lambda line: None
     restore_snapshot(folder, replica, log, say)
     replica.open(log)
-    return FinishedRun(problem, mesh, replica, content, header, len(entries))
+    return FinishedRun(problem, mesh, replica, content, header, len(entries), last, config)
 
 
 def load_plain(config: Config) -> FinishedRun:
     """Load a model as it is, without a run."""
     problem, mesh, replica = _load(config, Path())
     replica.open(Log(untrained_header()))
-    return FinishedRun(problem, mesh, replica, {}, {}, 0)
+    return FinishedRun(problem, mesh, replica, {}, {}, 0, 0, config)
 
 
 def _load(config: Config, blocks: Path) -> tuple[Problem, Mesh, Replica]:
@@ -154,6 +181,8 @@ def card_of(
     steps: int,
     scores: dict[str, float],
     fingerprint: str,
+    task: Task | None = None,
+    last_step: int | None = None,
 ) -> Card:
     """Return the model card of a run.
 
@@ -163,8 +192,11 @@ def card_of(
         steps: entries of its log that were replayed.
         scores: on held-out data; may be empty.
         fingerprint: of the weights.
+        task: of the run's examples.
+        last_step: of the run; by default ``steps``.
     """
     config = content["config"]
+    is_own, is_choice = content.get("own") is True, task is not None and task.kind == "choice"
     for key, kind in (("command", str), ("versions", dict)):
         if not isinstance(content.get(key), kind):
             raise UserError(
@@ -178,16 +210,47 @@ def card_of(
         f"{update['name']}, lr {update['lr']}, {update['schedule']}"
     )
     return Card(
-        base=config["model"]["name"] or "own model",
+        base=(not is_own and config["model"]["name"]) or "own model",
         base_fingerprint=header["base"],
-        data=config["data"]["name"] or "own data",
+        data=(not is_own and config["data"]["name"]) or "own data",
         data_checksum=header.get("data", "unknown"),
         recipe=config["recipe"],
-        command=content["command"],
+        command=content["command"] or python_of(config_of(config), is_own),
         seed=config["run"]["seed"],
         steps=steps,
         method=method,
         metrics=scores,
         versions=content["versions"],
         fingerprint=fingerprint,
+        last_step=last_step,
+        base_card={}
+        if is_own
+        else read_base_card(config["model"]["name"], config["model"].get("revision")),
+        template=task.template if task and is_choice else None,
+        label_words=task.names if task and is_choice else (),
+        adapter=(config.get("peft") or {}).get("type"),
     )
+
+
+def export_model(
+    problem: Problem, replica: Replica, mesh: Mesh, folder: RunFolder, fingerprint: str
+) -> None:
+    """Write a run's ``model/`` on rank 0; the ranks that share its slices pass over them with it.
+
+    Args:
+        problem: of the run.
+        replica: the weights that are written, with their log.
+        mesh: of the run; every rank calls this.
+        folder: of the run.
+        fingerprint: of the weights.
+    """
+    if mesh.rank:
+        if mesh.slices is not None:
+            replica.pass_over()
+        return
+    log, content = replica.log, folder.read_config()
+    scores = last_scores(folder.metrics_file, log.version)
+    header, last = log.header, len(logs.read(folder.log_file)[1])
+    card = card_of(content, header, log.version, scores, fingerprint, problem.task, last)
+    tokenizer = problem.tokenizer
+    write_folder(replica.model, tokenizer, folder.model, card, source=replica, replace=True)

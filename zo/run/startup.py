@@ -5,6 +5,7 @@ another folder, because a node's disk may be lost. At startup all ranks take the
 the other copies are completed from it.
 """
 
+import os
 import platform
 import socket
 import time
@@ -14,10 +15,15 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any
 
+import torch
+
+from zo.config.checks import check_threads
 from zo.config.schema import Config
 from zo.distributed.process_group import Mesh
 from zo.errors import UserError
 from zo.method.entry import Entry
+from zo.observe.timeline import check_drawable
+from zo.observe.trackers import check_trackers
 from zo.state.lock import Lock, lock_owner, shares
 from zo.state.log import Log, difference
 from zo.state.run_folder import RunFolder
@@ -209,3 +215,17 @@ def _matching(folder: RunFolder, header: Mapping[str, Any]) -> Log:
             "put this run's log back, or use another run.dir"
         )
     return log
+
+
+def prepare_process(config: Config) -> None:
+    """Set the number of threads, and check that what is to be drawn and tracked can be.
+
+    Raises:
+        UserError: too many threads, or a package is missing.
+    """
+    if (threads := config.run.threads) is not None:
+        check_threads(threads, os.cpu_count() or 1)
+        torch.set_num_threads(threads)
+    if config.profile.range:
+        check_drawable()
+    check_trackers(config.run.trackers)

@@ -6,6 +6,7 @@ scalars = clip(estimator.estimate(table.fill(values)))
 log.append(Entry(step, lr, scalars))             # durable; blocks catch up when next visited
 """
 
+import gc
 import os
 import threading
 import time
@@ -20,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zo.config.checks import check_threads
 from zo.config.schema import Config
 from zo.data.tasks import Batch
 from zo.distributed.mesh import fit
@@ -37,16 +37,15 @@ from zo.model.folds import ALONE, Together
 from zo.observe.metrics import finite_or_none
 from zo.observe.progress import Progress
 from zo.observe.record import Record
-from zo.observe.timeline import check_drawable
-from zo.observe.trackers import check_trackers
 from zo.run.assemble import assemble, to_device, trained_header
 from zo.run.audit import Audit
-from zo.run.evaluate import evaluate
-from zo.run.export import write_folder
+from zo.run.evaluate import check_scored, evaluate
+from zo.run.objective import Objective
 from zo.run.problem import Problem, build_problem, own_problem
 from zo.run.reporter import Reporter
-from zo.run.restore import card_of, restore_snapshot
-from zo.run.startup import acquire_run_folder, check_alike, open_log
+from zo.run.restore import export_model, rebuild, restore_snapshot
+from zo.run.samples import samples
+from zo.run.startup import acquire_run_folder, check_alike, open_log, prepare_process
 from zo.state.log import Log
 from zo.state.run_folder import RunFolder
 from zo.state.versions import versions
@@ -65,9 +64,10 @@ class Trainer:
             batches=lambda step, column: ...,
         )
 
-    ``objective(model, batch)`` returns a tensor of two numbers, the sum of losses and the number of
-    terms, and needs no gradient; ``batches(step, column)`` returns the micro-batch of a step
-    (from 0) and a column, a mapping of tensors.
+    ``objective(model, batch)`` returns a mean loss (a number, or a tensor of one, as
+    ``model(**batch).loss``), or a tensor of two numbers, the sum of losses and the number of terms,
+    and needs no gradient; ``batches(step, column)`` returns the micro-batch of a step (from 0) and
+    a column, a mapping of tensors.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Trainer:
         config: Config,
         *,
         model: nn.Module | None = None,
-        objective: Callable[[nn.Module, Batch], Tensor] | None = None,
+        objective: Objective | None = None,
         batches: Callable[[int, int], Batch] | None = None,
         command: str = "",
     ) -> None:
@@ -143,11 +143,12 @@ class Run:
         self._arrange_mesh()
         self.folder = self._choose_folder()
         self.is_writer = self._lock(resources)
-        self._prepare_process()
+        prepare_process(config)
         record, blocks = Record(), self.folder.blocks(mesh.rank)
         progress = Progress(0, 0, mesh.rank == 0, record.event)
         with progress.phase(f"reading model {config.model.name} and data {config.data.name}"):
             self.problem = own or build_problem(config)
+        check_scored(config, self.problem)
         self.replica, self.structure = assemble(self.problem, config, mesh, blocks, progress.phase)
         self.structure.check(config.estimator, self.replica.layout)
         self.log = self._open_log(command)
@@ -185,15 +186,6 @@ class Run:
         set_remedy(f"no completed step is lost: {resumes}")
         return is_writer
 
-    def _prepare_process(self) -> None:
-        """Set the number of threads, and check that what is to be drawn and tracked can be."""
-        if (threads := self.config.run.threads) is not None:
-            check_threads(threads, os.cpu_count() or 1)
-            torch.set_num_threads(threads)
-        if self.config.profile.range:
-            check_drawable()
-        check_trackers(self.config.run.trackers)
-
     def _open_log(self, command: str) -> Log:
         """Check that all ranks have the same weights and data, and create or open the log."""
         config, base = self.config, self.replica.store.base
@@ -213,6 +205,7 @@ class Run:
             "versions": versions(self.mesh.device),
             "base": {"name": config.model.name, "fingerprint": base},
             "command": command,
+            **({"own": True} if self.problem.own else {}),
         }
         return open_log(self.mesh, self.folder, self.is_writer, config, facts, header)
 
@@ -235,18 +228,20 @@ class Run:
         try:
             self.reporter.say_first(self._table(1), self.problem.report)
             self._evaluate()
-            while self.log.version < config.run.steps and not stops:
+            while not self._is_done() and not stops:
                 self.reporter.begin_step()
                 with self.replica.timeline.span("step", f"{self.log.version + 1}"):
                     table, skipped, clipped, stops = self.step(asked.is_set())
                 loss = table.loss
-                self.reporter.end_step(table, skipped, clipped)
+                self.reporter.end_step(table, skipped, clipped, self.problem.loss_dtype)
                 self._after_step()
                 # Several ranks agree on it in a step's collective.
                 stops = stops or (self.mesh.ranks == 1 and asked.is_set())
             self.replica.drain()
             self.log.check_in_place()
-            if self.log.version < config.run.steps:
+            if self._is_done():
+                self.reporter.say_last()
+            else:
                 self.reporter.progress.say(
                     f"SIGTERM ended {self.folder.path} after step {self.log.version} of "
                     f"{config.run.steps}; the same command resumes from there"
@@ -255,6 +250,10 @@ class Run:
             self.reporter.progress.close()
             self.log.close()
         return loss
+
+    def _is_done(self) -> bool:
+        """Return true after the last step, or where ``eval.patience`` has ended the run."""
+        return self.log.version >= self.config.run.steps or self.reporter.history.has_ended
 
     def step(self, asked: bool = False) -> tuple[LossTable, int, int, bool]:
         """Fill one table, and log its scalars; replay moves the weights at their next visits.
@@ -347,42 +346,49 @@ class Run:
         due = every and (step % every == 0 or step == steps)
         if not due or problem.task is None or not problem.dev_batches:
             return
-        scores = known = self.reporter.known_scores(step)
-        if scores is None:
+        found = known = self.reporter.history.at(step)
+        if found is None:
             self.reporter.enter("evaluating")
             at_once = len(self._table(1).cells)
-            scores = evaluate(self.replica, problem.task, problem.dev_batches, self.mesh, at_once)
-        self.reporter.evaluated(step, scores, is_new=known is None)
+            found = evaluate(self.replica, problem.task, problem.dev_batches, self.mesh, at_once)
+        self.reporter.evaluated(step, found, is_new=known is None)
+        if known is None and (self._is_done() or self.reporter.history.is_first(step)):
+            answers = samples(self.replica, problem, found, self.config.memory)
+            self.reporter.record_samples(answers)
 
     def _finish(self, loss: float | None, train_s: float) -> dict[str, Any]:
         """Fingerprint and export the weights of a finished run; return the run's summary."""
-        finished = self.log.version >= self.config.run.steps
+        finished, reporter = self._is_done(), self.reporter
         fingerprint = self.replica.fingerprint() if finished else None
+        evaluation, best = reporter.evaluation, reporter.history.best()
         summary = {
             "run_dir": str(self.folder.path),
             "steps": self.log.version,
             "loss": finite_or_none(loss),
-            "eval": self.reporter.scores or None,
+            "eval": finite_or_none(evaluation.as_json()) if evaluation else None,
+            "best": finite_or_none(best._asdict()) if best else None,
             "train_s": round(train_s, 3),
             "fingerprint": fingerprint,
         }
         if fingerprint is not None and self.config.export.at_end and self.problem.exportable:
-            self.reporter.enter("exporting")
-            self._export(fingerprint)
+            reporter.enter("exporting")
+            if self.config.export.step == "best" and best and best.step < self.log.version:
+                self._go_back(best.step)
+                fingerprint = self.replica.fingerprint()
+            export_model(self.problem, self.replica, self.mesh, self.folder, fingerprint)
         self.replica.close(give_back=self.problem.own and finished)
         self.mesh.barrier()
         return summary
 
-    def _export(self, fingerprint: str) -> None:
-        """Write ``model/`` on rank 0; the ranks that share its slices pass over them with it."""
-        if self.mesh.rank:
-            if self.mesh.slices is not None:
-                self.replica.pass_over()
-            return
-        content, scores = self.folder.read_config(), self.reporter.scores
-        card = card_of(content, self.log.header, self.log.version, scores, fingerprint)
-        model, tokenizer = self.replica.model, self.problem.tokenizer
-        write_folder(model, tokenizer, self.folder.model, card, source=self.replica, replace=True)
+    def _go_back(self, step: int) -> None:
+        """Load the weights of an earlier step in place of the newest."""
+        self.replica.close()
+        self.audit = None
+        del self.replica, self.reporter.replica
+        gc.collect()  # There may be no room for both.
+        log = Log(self.log.header, self.log.entries[:step])
+        self.replica = rebuild(self.problem, self.config, self.mesh, self.folder, log)
+        self.reporter.replica = self.replica
 
 
 def _default_dir(recipe: str) -> str:
