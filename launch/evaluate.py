@@ -15,7 +15,7 @@ if __name__ == "__main__":
     end_on_signals()  # Before the imports, which take seconds.
 
 from zo.config.cli import asked_for_text, existing_run, flag, run, split, step_of
-from zo.config.recipes import DEFAULT, load_config
+from zo.config.recipes import load_config, recipe_for
 from zo.errors import UserError
 
 USAGE = (
@@ -34,7 +34,8 @@ def main(arguments: list[str]) -> None:
     device = own.get("run.device")
     if "run" not in own and device is not None:
         overrides.append(f"run.device={device}")
-    if text := asked_for_text(arguments, own.get("recipe", DEFAULT), overrides, USAGE):
+    recipe = own.get("recipe") or recipe_for(overrides)
+    if text := asked_for_text(arguments, recipe, overrides, USAGE):
         print(text)
         return
     if "run" in own and overrides:
@@ -49,7 +50,7 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"step={step} is a step of a run; give run=DIR with it")
     trust = flag(own, "trust_remote_code", "without it no code of the model's own is run")
     path = existing_run(own["run"]) if "run" in own else None
-    config = None if path else load_config(own.get("recipe", DEFAULT), overrides)
+    config = None if path else load_config(recipe, overrides)
 
     from zo.run.evaluate import evaluate
     from zo.run.restore import adapted, load_plain, load_run

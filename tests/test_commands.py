@@ -404,7 +404,10 @@ def test_torchrun_makes_one_folder_and_speaks_once(overrides, tmp_path):
         check=False,
     )
     assert mistaken.returncode == 1
-    assert mistaken.stderr.count("error: mesh.perturb=3 does not fit 2 ranks") == 1
+    *_, before_last, rule = mistaken.stderr.splitlines()
+    assert "traceback : error: mesh.perturb=3 does not fit 2 ranks" in before_last
+    assert set(rule) == {"="}  # The line that matters stands below torchrun's own traceback, too.
+    assert mistaken.stderr.count("error: mesh.perturb=3 does not fit 2 ranks") == 2
     assert len(list((tmp_path / "runs").iterdir())) == 1
 
 
@@ -497,7 +500,19 @@ def test_help_names_every_recipe_and_key(command):
     assert code == 0
     for recipe in (ROOT / "recipes").glob("*.yaml"):
         assert f"\n  {recipe.stem} " in out
-    assert "\n  update.lr (1e-06): Learning rate." in out
+    assert "\n  update.lr (0.002): Learning rate, or auto" in out
+    assert "\nkeys (value with recipe=quickstart):\n" in out
+
+
+def test_the_quickstarts_numbers_are_not_used_for_other_data(command):
+    for own in ("data.name=mine.jsonl", "model.name=./mine"):
+        code, out, _ = command("train", own, "--help")
+        assert code == 0
+        assert "\nkeys (value with recipe=default and these arguments):\n" in out
+        assert "\n  update.lr (auto): " in out
+        code, out, _ = command("train", own, "recipe=quickstart", "--cfg", "job")
+        assert code == 0
+        assert "lr: 0.002" in out
 
 
 def test_cfg_job_is_the_resolved_configuration(command):

@@ -62,6 +62,8 @@ class MetricsFile:
         self._path = path
         self.scores: dict[int, dict[str, float]] = {}
         """Evaluations in the file, by step."""
+        self.losses: list[float] = []
+        """Finite losses of the steps in the file."""
         try:
             if unreadable := self._drop_after(last_step):
                 more = f" and {len(unreadable) - 1} more" if len(unreadable) > 1 else ""
@@ -89,6 +91,8 @@ class MetricsFile:
                     unreadable.append(number)
                 elif (scores := _scores(values)) is not None:
                     self.scores[values["step"]] = scores
+                elif isinstance(loss := values.get("loss"), float):
+                    self.losses.append(loss)
         if dropped and sum(map(len, dropped)) == end - dropped[0].start:
             os.truncate(self._path, dropped[0].start)
         elif dropped:

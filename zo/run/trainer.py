@@ -6,13 +6,11 @@ scalars = clip(estimator.estimate(table.fill(values)))
 log.append(Entry(step, lr, scalars))             # durable; blocks catch up when next visited
 """
 
-import os
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zo.config.checks import check_threads
 from zo.config.schema import Config
 from zo.data.tasks import Batch
 from zo.distributed.mesh import fit
@@ -37,18 +34,16 @@ from zo.model.folds import ALONE, Together
 from zo.observe.metrics import finite_or_none
 from zo.observe.progress import Progress
 from zo.observe.record import Record
-from zo.observe.timeline import check_drawable
-from zo.observe.trackers import check_trackers
+from zo.run import startup
 from zo.run.assemble import assemble, to_device, trained_header
 from zo.run.audit import Audit
 from zo.run.evaluate import evaluate
 from zo.run.export import write_folder
 from zo.run.problem import Problem, build_problem, own_problem
+from zo.run.rates import Probed, check_store, resolve_rate, save
 from zo.run.reporter import Reporter
 from zo.run.restore import card_of, restore_snapshot
-from zo.run.startup import acquire_run_folder, check_alike, open_log
 from zo.state.log import Log
-from zo.state.run_folder import RunFolder
 from zo.state.versions import versions
 
 
@@ -114,13 +109,40 @@ class Trainer:
             UserError: a mistake of the user; the run's log stays intact.
             RankError: another rank has failed, or its weights are wrong; the log stays intact.
         """
+        with self._begun() as (run, asked):
+            return run.to_end(asked)
+
+    def find_rate(self) -> tuple[Path, Probed]:
+        """Find a learning rate as a run with ``update.lr=auto`` does at start, and do no step.
+
+        Returns:
+            The run's folder, where :meth:`train` goes on with this rate, and the trials.
+
+        Raises:
+            UserError: a mistake of the user; the folder holds a run already; no rate was found.
+        """
+        with self._begun() as (run, _):
+            if run.probed is None:
+                raise UserError(
+                    f"run.dir={run.folder.path} holds a run, whose rate is "
+                    f"{run.config.update.lr:g}; use a new folder, or leave run.dir out"
+                )
+            run.reporter.end("stopped")
+            run.log.close()
+            run.replica.close()
+            run.mesh.barrier()
+            return run.folder.path, run.probed
+
+    @contextmanager
+    def _begun(self) -> Iterator[tuple["Run", threading.Event]]:
+        """Yield the run, ready for its next step, and what is set once it is asked to stop."""
         device = choose_device(self.config.run.device)
         make_deterministic(device)
         with ExitStack() as resources, torch.no_grad(), explain_nondeterminism():
             asked = resources.enter_context(termination())
             mesh = Mesh(device.type, self.config.mesh.timeout_s)
             resources.callback(mesh.close)
-            return Run(self.config, mesh, self._own, self._command, resources).to_end(asked)
+            yield Run(self.config, mesh, self._own, self._command, resources), asked
 
 
 class Run:
@@ -140,65 +162,61 @@ class Run:
         """
         self.config, self.mesh = config, mesh
         estimator.check_directions(config.run.steps, config.directions)
+        check_store(config)
         self._arrange_mesh()
-        self.folder = self._choose_folder()
+        self.folder = startup.choose_folder(mesh, config)
         self.is_writer = self._lock(resources)
-        self._prepare_process()
+        startup.prepare_process(config)
         record, blocks = Record(), self.folder.blocks(mesh.rank)
         progress = Progress(0, 0, mesh.rank == 0, record.event)
         with progress.phase(f"reading model {config.model.name} and data {config.data.name}"):
             self.problem = own or build_problem(config)
         self.replica, self.structure = assemble(self.problem, config, mesh, blocks, progress.phase)
         self.structure.check(config.estimator, self.replica.layout)
-        self.log = self._open_log(command)
+        self.config, found, self.probed = resolve_rate(self, progress.say)
+        self.log = self._open_log(command, found)
+        if line := startup.extend(mesh, self.folder, self.is_writer, self.config, self.log):
+            progress.say(line)
         restore_snapshot(self.folder, self.replica, self.log, progress.warn)
         self.replica.open(self.log)
         self.audit = Audit(self.replica) if config.mesh.check_every else None
-        self.reporter = Reporter(config, mesh, self.folder, self.log, self.replica, record)
+        self.reporter = Reporter(self.config, mesh, self.folder, self.log, self.replica, record)
+        self.reporter.guard(self.problem.uniform_loss)
+        if self.probed is not None and mesh.rank == 0:
+            save(self.probed, self.folder.path)
 
     def _arrange_mesh(self) -> None:
         """Size the axes of the mesh to the table, which has the same shape in every step."""
         mesh, config = self.mesh, self.config
         mesh.arrange(fit(config.mesh, mesh.ranks, config.grid, mesh.local_ranks))
 
-    def _choose_folder(self) -> RunFolder:
-        """Return the run's folder, the same on every rank.
-
-        Raises:
-            UserError: ``run.dir`` is empty and the ranks may be restarted.
-        """
-        chosen, mesh = self.config.run.dir, self.mesh
-        folder = RunFolder(Path(mesh.broadcast(chosen or _default_dir(self.config.recipe))))
-        restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
-        if chosen is None and (mesh.nodes > 1 or restarts):
-            raise UserError(
-                "run.dir is empty, and a restart would begin another run; set run.dir to a folder"
-            )
-        return folder
-
     def _lock(self, resources: ExitStack) -> bool:
         """Check the folder and lock it; return whether this rank writes there."""
         with self.mesh.agreed():
             self.folder.check(self.config)
-        is_writer = acquire_run_folder(self.mesh, self.folder, resources)
+        is_writer = startup.acquire_run_folder(self.mesh, self.folder, resources)
         resumes = f"the same command with run.dir={self.folder.path} resumes the run"
         set_remedy(f"no completed step is lost: {resumes}")
         return is_writer
 
-    def _prepare_process(self) -> None:
-        """Set the number of threads, and check that what is to be drawn and tracked can be."""
-        if (threads := self.config.run.threads) is not None:
-            check_threads(threads, os.cpu_count() or 1)
-            torch.set_num_threads(threads)
-        if self.config.profile.range:
-            check_drawable()
-        check_trackers(self.config.run.trackers)
-
-    def _open_log(self, command: str) -> Log:
+    def _open_log(self, command: str, found: dict[str, float]) -> Log:
         """Check that all ranks have the same weights and data, and create or open the log."""
         config, base = self.config, self.replica.store.base
-        header = {
-            "base": base,
+        startup.check_alike(self.mesh, base, self.problem.data_checksum)
+        facts = {
+            "versions": versions(self.mesh.device),
+            "base": {"name": config.model.name, "fingerprint": base},
+            "command": command,
+        } | ({"found": found} if found else {})
+        return startup.open_log(
+            self.mesh, self.folder, self.is_writer, config, facts, self.header()
+        )
+
+    def header(self) -> dict[str, Any]:
+        """Return the header of a new log."""
+        config = self.config
+        return {
+            "base": self.replica.store.base,
             "data": self.problem.data_checksum,
             "directions": config.directions,
             "distribution": config.estimator.distribution,
@@ -208,13 +226,6 @@ class Run:
             **self.structure.header(),
             **trained_header(config),
         }
-        check_alike(self.mesh, base, self.problem.data_checksum)
-        facts = {
-            "versions": versions(self.mesh.device),
-            "base": {"name": config.model.name, "fingerprint": base},
-            "command": command,
-        }
-        return open_log(self.mesh, self.folder, self.is_writer, config, facts, header)
 
     def to_end(self, asked: threading.Event) -> dict[str, Any]:
         """Train, evaluate, export; stop after a step once ``asked`` is set, on any rank."""
@@ -383,7 +394,3 @@ class Run:
         card = card_of(content, self.log.header, self.log.version, scores, fingerprint)
         model, tokenizer = self.replica.model, self.problem.tokenizer
         write_folder(model, tokenizer, self.folder.model, card, source=self.replica, replace=True)
-
-
-def _default_dir(recipe: str) -> str:
-    return f"runs/{recipe or 'run'}-{datetime.now():%Y%m%d-%H%M%S-%f}"
