@@ -53,6 +53,7 @@ MISTAKES = {
     "unknown key": (["model.nam=x"], "unknown key model.nam;"),
     "unknown group": (["modell.name=x"], "unknown key modell;"),
     "wrong type": (["batch.micro=many"], "batch.micro=many"),
+    "a rate that is none": (["update.lr=fast"], "update.lr=fast is not a number or auto"),
     "no key=value": (["quickstart"], "quickstart is not understood"),
     "missing model folder": (["model.name=./nowhere"], "model.name=./nowhere is not a folder"),
     "folder without weights": (
@@ -141,7 +142,10 @@ MISTAKES = {
         "estimator.distribution=rademacher cannot; use batch.fold=1",
     ),
     "part of no layer": (["estimator.part=top:0"], "use top:1 or more, or all"),
-    "unknown part": (["estimator.part=foo"], "estimator.part='foo' is not known; use all, sampled"),
+    "unknown part": (
+        ["estimator.part=foo"],
+        "estimator.part='foo' is not known; use all, auto, sampled",
+    ),
     "clip below zero": (["update.clip=-1"], "update.clip=-1.0 must be a number above 0"),
     "eps of zero": (["estimator.eps=0"], "estimator.eps=0.0 must be a number above 0"),
     "eps that is no number": (["estimator.eps=nan"], "estimator.eps=nan must be a number above 0"),
@@ -301,7 +305,7 @@ def test_a_strangers_run_reads_nothing_of_this_machines_environment(
 ):
     assert command("train", *overrides, f"run.dir={tmp_path}/run", "run.steps=1")[0] == 0
     path = tmp_path / "run" / "config.yaml"
-    path.write_text(path.read_text().replace("recipe: quickstart", "recipe: ${oc.env:PRIVATE}"))
+    path.write_text(path.read_text().replace("recipe: default", "recipe: ${oc.env:PRIVATE}"))
     monkeypatch.setenv("PRIVATE", "a token")
     code, _, err = command("export", f"run={tmp_path}/run", f"to={tmp_path}/to")
     assert (code, err.count("\n")) == (2, 1), err

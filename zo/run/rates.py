@@ -32,8 +32,11 @@ from zo.streaming.replica import Replica
 
 STEPS = 4
 """Steps of a trial."""
-JUDGED_STEPS = 2
-"""Steps whose micro-batches judge a trial: those that follow its own."""
+JUDGED_STEPS = range(STEPS - 1, STEPS + 1)
+"""Steps, from 0, whose micro-batches judge a trial: its last, whose loss shows a faint signal, and
+the one that follows."""
+RISE = 0.2
+"""Share of the loss that it may rise by before a trial ends early."""
 NAME = "lr_probe"
 """Of the files in a run's folder."""
 
@@ -124,7 +127,7 @@ class _Trials:
     def find(self) -> Probed:
         run = self._run
         self._begin(0.0)
-        self._before, sequences = self._clean_loss(), JUDGED_STEPS * run.config.batch.sequences
+        self._before, sequences = self._clean_loss(), len(JUDGED_STEPS) * run.config.batch.sequences
         self._say(
             f"update.lr={AUTO}: trying rates for {STEPS} steps each; the loss before is "
             f"{self._before:.4g} on {sequences} sequences"
@@ -158,10 +161,11 @@ class _Trials:
         assert self._first is not None
         self._begin(lr)
         run.log.append(replace(self._first, lr=lr))
-        loss = self._before
-        while run.log.version < STEPS and not self._diverges(loss):
+        # One step of a rate that is far too large shows in the clean loss, for less than a step.
+        loss = self._clean_loss()
+        while run.log.version < STEPS and not self._rises(loss):
             loss = run.step()[0].loss
-        if not self._diverges(loss):
+        if not self._rises(loss):
             loss = self._clean_loss()
         run.replica.rewind()
         diverged = self._diverges(loss)
@@ -171,18 +175,17 @@ class _Trials:
         )
         return Trial(lr, inf if diverged else loss)
 
+    def _rises(self, loss: float) -> bool:
+        return not loss <= self._before + RISE * abs(self._before)
+
     def _diverges(self, loss: float) -> bool:
         uniform = self._run.problem.uniform_loss
         return not isfinite(loss) or is_far(loss, self._before, inf if uniform is None else uniform)
 
     def _clean_loss(self) -> float:
-        """Return the unperturbed mean loss of micro-batches that no trial trains on first."""
+        """Return the unperturbed mean loss of the micro-batches that judge a trial."""
         run, columns = self._run, self._run.config.batch.columns
-        places = [
-            (step, column)
-            for step in range(STEPS, STEPS + JUDGED_STEPS)
-            for column in range(columns)
-        ]
+        places = [(step, column) for step in JUDGED_STEPS for column in range(columns)]
         ranks, rank = run.mesh.ranks, run.mesh.rank
         owners = [at % ranks for at in range(len(places))]
         forwards = [partial(self._terms, *place) for place in places[rank::ranks]]

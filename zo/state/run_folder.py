@@ -6,6 +6,7 @@
     events.jsonl    what the run said
     status.json     its phase and step
     report.html     the run as a page
+    lr_probe.*      the rates that update.lr=auto tried
     snapshots/      weights at some versions, the last two
     blocks/         what a disk store wrote back, a folder a rank
     lock            held by a running process
