@@ -7,7 +7,8 @@ import torch
 from plain import plain_config, run
 from ranks import train
 
-from zo import Trainer
+from zo import Trainer, load_config
+from zo.config.recipes import recipe_for
 from zo.errors import UserError
 from zo.method.rates import Trial, choose, largest_rate, rates_below, search
 from zo.run.rates import NAME
@@ -81,6 +82,15 @@ def test_a_run_finds_a_rate_and_resumes_with_it(overrides, tmp_path, capsys):
         run(overrides, tmp_path / "found", *AUTO, "update.lr=1e-9", "run.steps=5")
     with pytest.raises(UserError, match=r"holds another run: update\.lr .* -> auto"):
         run(overrides, tmp_path / "given", *AUTO, "run.steps=5")
+
+
+def test_a_model_of_three_layers_with_its_own_data_needs_no_recipe(overrides, tmp_path):
+    """Model and data are all that is given but for the size of the test."""
+    given = [o for o in overrides if o.startswith(("model.name", "data.", "batch.max"))]
+    size = ["batch.sequences=4", "estimator.probes=4", "run.steps=1", "export.at_end=false"]
+    chosen = [*given, *size, "run.trackers=[]", f"run.dir={tmp_path}/run"]
+    assert Trainer(load_config(recipe_for(chosen), chosen)).train()["steps"] == 1
+    assert probed(tmp_path / "run")["lr"] == read(tmp_path / "run" / "steps.log")[1][0].lr
 
 
 @pytest.mark.slow
