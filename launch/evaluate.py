@@ -20,7 +20,7 @@ if __name__ == "__main__":
     end_on_signals()  # Before the imports, which take seconds.
 
 from zo.config.cli import asked_for_text, existing_run, flag, run, split, step_of
-from zo.config.recipes import DEFAULT, load_config
+from zo.config.recipes import load_config, recipe_for
 from zo.errors import UserError
 
 if TYPE_CHECKING:
@@ -46,9 +46,10 @@ def main(arguments: list[str]) -> None:
     device = own.get("run.device")
     if "run" not in own and device is not None:
         overrides.append(f"run.device={device}")
+    recipe = own.get("recipe") or recipe_for(overrides)
     if "run" not in own and "lm_eval" in own:
         overrides.insert(0, "data.name=synthetic")  # Its tasks bring theirs.
-    if text := asked_for_text(arguments, own.get("recipe", DEFAULT), overrides, USAGE):
+    if text := asked_for_text(arguments, recipe, overrides, USAGE):
         print(text)
         return
     if "run" in own and overrides:
@@ -63,7 +64,7 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"step={step} is a step of a run; give run=DIR with it")
     trust = flag(own, "trust_remote_code", "without it no code of the model's own is run")
     path = existing_run(own["run"]) if "run" in own else None
-    config = None if path else load_config(own.get("recipe", DEFAULT), overrides)
+    config = None if path else load_config(recipe, overrides)
     manager = harness(own)
 
     from zo.run.restore import adapted, load_plain, load_run

@@ -15,7 +15,7 @@ if __name__ == "__main__":
     end_on_signals()  # Before the imports, which take seconds.
 
 from zo.config.cli import run, split
-from zo.config.recipes import DEFAULT, load_config
+from zo.config.recipes import load_config, recipe_for
 from zo.errors import UserError
 from zo.observe.metrics import read_history
 from zo.state.log import read
@@ -27,7 +27,7 @@ NOT_YET = 75
 def main(arguments: list[str]) -> None:
     """Compare log and model folder with the configuration."""
     own, overrides = split(arguments, ("recipe",))
-    config = load_config(own.get("recipe", DEFAULT), overrides)
+    config = load_config(own.get("recipe") or recipe_for(overrides), overrides)
     if config.run.dir is None:
         raise UserError("run.dir is empty; give the folder of the run")
     folder = RunFolder(Path(config.run.dir))

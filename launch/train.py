@@ -15,7 +15,7 @@ if __name__ == "__main__":
     end_on_signals()  # Before the imports, which take seconds.
 
 from zo.config.cli import asked_for_text, run, split
-from zo.config.recipes import DEFAULT, load_config
+from zo.config.recipes import load_config, recipe_for
 from zo.config.schema import Config
 from zo.errors import UserError
 
@@ -28,7 +28,7 @@ USAGE = (
 def main(arguments: list[str]) -> None:
     """Run the command; the last line on stdout is the summary of the run."""
     own, overrides = split(arguments, ("recipe",))
-    recipe = own.get("recipe", DEFAULT)
+    recipe = own.get("recipe") or recipe_for(overrides)
     if text := asked_for_text(arguments, recipe, overrides, USAGE):
         print(text)
     elif "--check" in arguments:

@@ -17,6 +17,7 @@ def test_parts_reach_what_they_say():
     assert layers_reached("all", 1, 0, 12) is None
     assert layers_reached("all", 1, 0, 0) is None
     assert layers_reached("top:12", 5, 0, 12) == 12
+    assert [layers_reached("auto", 5, 0, layers) for layers in (12, 3, 0)] == [4, 3, None]
     assert layers_reached("top:1", 5, 0, 12) == 1
     assert layers_reached("top:0", 5, 0, 12) == 0
 

@@ -19,7 +19,8 @@ from zo.config.schema import Config
 from zo.errors import UserError
 
 FOLDER = Path(__file__).resolve().parents[2] / "recipes"
-DEFAULT = "quickstart"
+DEFAULT, OWN = "quickstart", "default"
+"""Recipes of a command that names none: as it is, and with a model or data of the user's own."""
 OTHER_NAMES = {
     "learning_rate": "update.lr",
     "lr_scheduler_type": "update.schedule",
@@ -58,6 +59,15 @@ def _schema() -> DictConfig:
 def recipe_names() -> list[str]:
     """Return the names of the recipes."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def recipe_for(overrides: Sequence[str]) -> str:
+    """Return the recipe of a command that names none.
+
+    The quickstart's rate suits its own model and data alone.
+    """
+    own = ("model.name=", "data.name=")
+    return OWN if any(o.lstrip("+").startswith(own) for o in overrides) else DEFAULT
 
 
 def resolve(recipe: str = DEFAULT, overrides: Sequence[str] = ()) -> DictConfig:

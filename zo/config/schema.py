@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from zo.config.checks import MAX_THREADS, at_least, at_most, choice, template_columns
+from zo.config.checks import MAX_THREADS, at_least, at_most, choice, number, template_columns
 from zo.config.outcome import EvalConfig as EvalConfig
 from zo.config.outcome import ExportConfig as ExportConfig
 from zo.config.table import BatchConfig as BatchConfig
@@ -26,6 +26,8 @@ TASKS = ("causal-lm", "sequence-classification")
 """Names of :data:`zo.model.build.AUTO_CLASS`, which imports transformers."""
 ADAPTERS = ("lora", "ia3")
 """Adapters that :mod:`zo.model.adapters` adds, which imports torch."""
+AUTO = "auto"
+"""Value of ``update.lr`` for a rate that is found at start."""
 STORES = ("device", "host", "disk")
 """Names of the stores that :mod:`zo.streaming.replica` makes, which imports torch."""
 
@@ -152,8 +154,9 @@ class UpdateConfig:
 
     name: str = "sgd"
     """The rule; ``sgd``."""
-    lr: float = 1e-6
-    """Learning rate."""
+    lr: Any = 1e-6
+    """Learning rate, or ``auto``: some are tried for a few steps at start, and the largest that
+    lowers the loss with a margin is used."""
     schedule: str = "constant"
     """``constant``, ``linear`` or ``cosine``; both reach 0 one step after the last, so that the
     last still moves."""
@@ -168,8 +171,11 @@ class UpdateConfig:
     def __post_init__(self) -> None:
         choice("update.name", self.name, RULES)
         choice("update.schedule", self.schedule, SCHEDULES)
+        if self.lr != AUTO:
+            object.__setattr__(self, "lr", number("update.lr", self.lr, f"a number or {AUTO}"))
         for key in ("lr", "warmup_steps", "weight_decay"):
-            at_least(f"update.{key}", getattr(self, key), 0)
+            if (value := getattr(self, key)) != AUTO:
+                at_least(f"update.{key}", value, 0)
         if self.clip is not None and not (math.isfinite(self.clip) and self.clip > 0):
             raise UserError(
                 f"update.clip={self.clip} must be a number above 0, such as 2; leave it empty for "
@@ -278,6 +284,11 @@ class RunConfig:
     ranks. Products of a few rows in float32 may depend on it."""
     max_skipped: int = 10
     """Steps in a row that may give no finite estimate before the run stops."""
+    divergence: str = "stop"
+    """``stop`` the run where its loss has risen far over its start, or to that of guessing; or
+    ``warn`` once."""
+    extend: bool = False
+    """Go on with other rates where the folder's run has a schedule over fewer ``run.steps``."""
     trackers: list[str] | None = None
     """Trackers of accelerate that get the metrics, such as ``[wandb]``; by default tensorboard
     where it is installed; ``[]``: none."""
@@ -292,6 +303,7 @@ class RunConfig:
         if self.seed >= 2**63:
             raise UserError(f"run.seed={self.seed} is out of range; use a number below 2**63")
         choice("run.device", self.device, ("auto", "cpu", "cuda"))
+        choice("run.divergence", self.divergence, ("stop", "warn"))
 
 
 @dataclass(frozen=True)

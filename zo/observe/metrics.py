@@ -53,6 +53,8 @@ class MetricsFile:
         self._path = path
         self.evaluations: dict[int, Evaluation] = {}
         """Those in the file, by step."""
+        self.losses: list[float] = []
+        """Finite losses of the steps in the file."""
         try:
             if unreadable := self._drop_after(last_step):
                 more = f" and {len(unreadable) - 1} more" if len(unreadable) > 1 else ""
@@ -80,6 +82,8 @@ class MetricsFile:
                     unreadable.append(number)
                 elif (found := Evaluation.of_json(values.get("eval"))) is not None:
                     self.evaluations[values["step"]] = found
+                elif isinstance(loss := values.get("loss"), float):
+                    self.losses.append(loss)
         if dropped and sum(map(len, dropped)) == end - dropped[0].start:
             os.truncate(self._path, dropped[0].start)
         elif dropped:

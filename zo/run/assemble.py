@@ -56,8 +56,11 @@ class Structure:
             UserError: the model has too few layers.
         """
         reached = layers_reached(part, step, seed, len(self.layers))
+        start = self._first_place(reached)
+        if part == "auto" and start >= self.trained.stop:
+            start = 0
         # Below the first trained module all cells are the same computation.
-        return max(self.trained.start, self._first_place(reached))
+        return max(self.trained.start, start)
 
     def _first_place(self, reached: int | None) -> int:
         """Return the place of the first module of so many top layers and what follows them."""

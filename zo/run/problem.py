@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import log
 from typing import Any
 
 import torch
@@ -43,6 +44,9 @@ class Problem:
     """True if the model can be written as a Hugging Face folder."""
     narrow: nn.Module | None = None
     """A model of the same structure and a small width, on meta."""
+    uniform_loss: float | None = None
+    """Of predictions that are uniform over the vocabulary or the classes, in nats, where the
+    objective is cross-entropy."""
     own: bool = False
     """True if the model is the user's object, which receives the trained weights at the end."""
 
@@ -113,4 +117,5 @@ def build_problem(config: Config) -> Problem:
         tokenizer=tokenizer,
         exportable=True,
         narrow=loader.narrow(skeleton),
+        uniform_loss=log(max(2, len(classes) or vocab_size)),
     )

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 
 from zo.config.redact import without_secrets_in
-from zo.config.schema import Config
+from zo.config.schema import AUTO, Config
 from zo.data.report import DataReport
 from zo.distributed.mesh import Shape, idle_report
 from zo.distributed.process_group import Mesh
 from zo.errors import RankError, UserError
 from zo.method import estimator
 from zo.method.table import LossTable
+from zo.observe.divergence import WINDOW, Divergence
 from zo.observe.history import Evaluation, History
 from zo.observe.metrics import MetricsFile, memory
 from zo.observe.progress import Progress, scores_text
@@ -77,6 +78,8 @@ class Reporter:
         self._share_evaluations()
         self._skipped_in_a_row, self._said_rounding = 0, False
         self._remedy = "raise estimator.eps"
+        self._divergence: Divergence | None = None
+        self._said_divergence = False
         self._started, self._before, self._sent = 0.0, Traffic(), 0
 
     def _open(self) -> None:
@@ -100,6 +103,19 @@ class Reporter:
     def scores(self) -> dict[str, float]:
         """The newest scores on held-out data."""
         return self.evaluation.scores if self.evaluation else {}
+
+    def guard(self, uniform_loss: float | None) -> None:
+        """Watch for divergence; every rank calls this.
+
+        Args:
+            uniform_loss: of uniform predictions in nats; ``None`` for losses of another kind, which
+                are not watched.
+        """
+        # Rank 0 alone has read what earlier processes wrote, and all ranks stop together.
+        losses = self.metrics.losses if self.metrics else []
+        losses = self.mesh.broadcast(losses[:WINDOW] + losses[WINDOW:][-WINDOW:])
+        if uniform_loss is not None:
+            self._divergence = Divergence(losses, uniform_loss)
 
     def enter(self, phase: str, **more: Any) -> None:
         """Record the phase of the run; ``more`` as :meth:`zo.observe.record.Record.status`."""
@@ -140,6 +156,13 @@ class Reporter:
                 "full fine-tuning by Gaussian directions usually diverges there: MeZO uses 1e-7 to "
                 "1e-6 for all parameters, 1e-4 for LoRA"
             )
+        settings, update, batch = config.estimator, config.update, config.batch
+        self.progress.say(
+            f"settings (recipe={config.recipe or 'none'}): update.lr={update.lr:g} "
+            f"({update.schedule}), run.steps={config.run.steps}, {batch.sequences} sequences of at "
+            f"most {batch.max_tokens} tokens and {config.directions} directions a step "
+            f"(estimator.part={settings.part}, eps={settings.eps:g}); --help lists all keys"
+        )
         if self.log.cut_bytes:
             self.progress.say(f"cut {self.log.cut_bytes} bytes of an unfinished entry from the log")
         if self.log.version:
@@ -202,8 +225,10 @@ class Reporter:
             self.trackers.log(values, entry.step)
         self.progress.step(values, self.scores, self._first_scores)
         self.enter("training")
+        self._check_divergence(entry.step, table.loss)
         self._warn(entry.step, entry.scalars, skipped)
-        self._warn_of_rounding(entry.step, spread, resolution)
+        if not self._has_collapsed(table.loss):
+            self._warn_of_rounding(entry.step, spread, resolution)
         for name in self.replica.corrupt():
             self.progress.warn(
                 f"block {name} was corrupt on disk and was rebuilt from the base and the log"
@@ -228,6 +253,12 @@ class Reporter:
                 f"step {step}: {skipped} of {len(scalars)} directions had no finite loss and count "
                 "as zero"
             )
+        elif not any(scalars) and any(self.log.entries[0].scalars):
+            self.progress.warn(
+                f"step {step}: every projected gradient is exactly zero, and at step 1 they were "
+                "not: the model has probably collapsed; start another run with "
+                f"update.lr={self.config.update.lr / 10:.2g}"
+            )
         elif not any(scalars):
             self.progress.warn(
                 f"step {step}: every projected gradient is exactly zero: the perturbation does not "
@@ -240,6 +271,34 @@ class Reporter:
                 f"last is step {step}: the run has diverged or overflows; start another run with a "
                 "smaller update.lr, or with model.dtype=float32 or bfloat16 instead of float16"
             )
+
+    def _has_collapsed(self, loss: float) -> bool:
+        """Return True far over the start, where longer probes would not differ by more."""
+        return self._divergence is not None and self._divergence.is_far(loss)
+
+    def _check_divergence(self, step: int, loss: float) -> None:
+        """Stop a run whose step losses diverge, or say so once."""
+        if (watched := self._divergence) is not None and watched.add(loss):
+            rise = f"{watched.start:.4g} in the first {WINDOW} steps to {watched.now:.4g}"
+            self._diverged(step, f"the loss has risen from {rise} in the last {WINDOW}")
+
+    def _diverged(self, step: int, what: str) -> None:
+        """Stop the run, or say so once.
+
+        Raises:
+            UserError: ``run.divergence=stop``.
+        """
+        lr, stops = self.config.update.lr, self.config.run.divergence == "stop"
+        if self._said_divergence:
+            return
+        self._said_divergence = True
+        line = (
+            f"step {step}: {what}: the run diverges with update.lr={lr:g}; start another run with "
+            f"update.lr={lr / 10:.2g}, or update.lr={AUTO}"
+        )
+        if stops:
+            raise UserError(f"{line}; run.divergence=warn goes on")
+        self.progress.warn(line)
 
     def _warn_of_rounding(self, step: int, spread: float, resolution: float) -> None:
         """Say once that a step's pairs differ by little more than the rounding of their losses."""
@@ -268,6 +327,10 @@ class Reporter:
         shown = scores_text(scores, self._first_scores, errors)
         self.progress.say(f"step {step}/{self.config.run.steps}  dev {shown}", "score")
         self.enter("training")
+        start, loss = self._first_scores.get("loss"), scores.get("loss")
+        watched = self._divergence
+        if watched and start is not None and loss is not None and watched.is_far(loss, start):
+            self._diverged(step, f"the held-out loss has risen from {start:.4g} to {loss:.4g}")
 
     def record_samples(self, found: Sequence[Sample]) -> None:
         """Record samples of the model's answers."""

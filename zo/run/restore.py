@@ -28,6 +28,16 @@ from zo.streaming.disk_store import DiskStore
 from zo.streaming.replica import Replica
 
 
+def save_snapshot(folder: RunFolder, replica: Replica, log: Log, is_writer: bool) -> None:
+    """Write the weights, unless the store is durable: its blocks are snapshots already."""
+    if replica.store.is_durable:
+        return
+    if is_writer:
+        folder.save_snapshot(log.version, replica, replica.store.base, log)
+    elif replica.slices is not None:
+        replica.fingerprint()  # The writer's pass gathers this rank's slices.
+
+
 def restore_snapshot(
     folder: RunFolder, replica: Replica, log: Log, say: Callable[[str], None]
 ) -> None:

@@ -7,13 +7,11 @@ log.append(Entry(step, lr, scalars))             # durable; blocks catch up when
 """
 
 import gc
-import os
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,17 +35,17 @@ from zo.model.folds import ALONE, Together
 from zo.observe.metrics import finite_or_none
 from zo.observe.progress import Progress
 from zo.observe.record import Record
+from zo.run import startup
 from zo.run.assemble import assemble, to_device, trained_header
 from zo.run.audit import Audit
 from zo.run.evaluate import check_scored, evaluate
 from zo.run.objective import Objective
 from zo.run.problem import Problem, build_problem, own_problem
+from zo.run.rates import Probed, check_store, resolve_rate, save
 from zo.run.reporter import Reporter
-from zo.run.restore import export_model, rebuild, restore_snapshot
+from zo.run.restore import export_model, rebuild, restore_snapshot, save_snapshot
 from zo.run.samples import samples
-from zo.run.startup import acquire_run_folder, check_alike, open_log, prepare_process
 from zo.state.log import Log
-from zo.state.run_folder import RunFolder
 from zo.state.versions import versions
 
 
@@ -114,13 +112,40 @@ class Trainer:
             UserError: a mistake of the user; the run's log stays intact.
             RankError: another rank has failed, or its weights are wrong; the log stays intact.
         """
+        with self._begun() as (run, asked):
+            return run.to_end(asked)
+
+    def find_rate(self) -> tuple[Path, Probed]:
+        """Find a learning rate as a run with ``update.lr=auto`` does at start, and do no step.
+
+        Returns:
+            The run's folder, where :meth:`train` goes on with this rate, and the trials.
+
+        Raises:
+            UserError: a mistake of the user; the folder holds a run already; no rate was found.
+        """
+        with self._begun() as (run, _):
+            if run.probed is None:
+                raise UserError(
+                    f"run.dir={run.folder.path} holds a run, whose rate is "
+                    f"{run.config.update.lr:g}; use a new folder, or leave run.dir out"
+                )
+            run.reporter.end("stopped")
+            run.log.close()
+            run.replica.close()
+            run.mesh.barrier()
+            return run.folder.path, run.probed
+
+    @contextmanager
+    def _begun(self) -> Iterator[tuple["Run", threading.Event]]:
+        """Yield the run, ready for its next step, and what is set once it is asked to stop."""
         device = choose_device(self.config.run.device)
         make_deterministic(device)
         with ExitStack() as resources, torch.no_grad(), explain_nondeterminism():
             asked = resources.enter_context(termination())
             mesh = Mesh(device.type, self.config.mesh.timeout_s)
             resources.callback(mesh.close)
-            return Run(self.config, mesh, self._own, self._command, resources).to_end(asked)
+            yield Run(self.config, mesh, self._own, self._command, resources), asked
 
 
 class Run:
@@ -140,10 +165,11 @@ class Run:
         """
         self.config, self.mesh = config, mesh
         estimator.check_directions(config.run.steps, config.directions)
+        check_store(config)
         self._arrange_mesh()
-        self.folder = self._choose_folder()
+        self.folder = startup.choose_folder(mesh, config)
         self.is_writer = self._lock(resources)
-        prepare_process(config)
+        startup.prepare_process(config)
         record, blocks = Record(), self.folder.blocks(mesh.rank)
         progress = Progress(0, 0, mesh.rank == 0, record.event)
         with progress.phase(f"reading model {config.model.name} and data {config.data.name}"):
@@ -151,46 +177,52 @@ class Run:
         check_scored(config, self.problem)
         self.replica, self.structure = assemble(self.problem, config, mesh, blocks, progress.phase)
         self.structure.check(config.estimator, self.replica.layout)
-        self.log = self._open_log(command)
+        self.config, found, self.probed = resolve_rate(self, progress.say)
+        self.log = self._open_log(command, found)
+        if line := startup.extend(mesh, self.folder, self.is_writer, self.config, self.log):
+            progress.say(line)
         restore_snapshot(self.folder, self.replica, self.log, progress.warn)
         self.replica.open(self.log)
         self.audit = Audit(self.replica) if config.mesh.check_every else None
-        self.reporter = Reporter(config, mesh, self.folder, self.log, self.replica, record)
+        self.reporter = Reporter(self.config, mesh, self.folder, self.log, self.replica, record)
+        self.reporter.guard(self.problem.uniform_loss)
+        if self.probed is not None and mesh.rank == 0:
+            save(self.probed, self.folder.path)
 
     def _arrange_mesh(self) -> None:
         """Size the axes of the mesh to the table, which has the same shape in every step."""
         mesh, config = self.mesh, self.config
         mesh.arrange(fit(config.mesh, mesh.ranks, config.grid, mesh.local_ranks))
 
-    def _choose_folder(self) -> RunFolder:
-        """Return the run's folder, the same on every rank.
-
-        Raises:
-            UserError: ``run.dir`` is empty and the ranks may be restarted.
-        """
-        chosen, mesh = self.config.run.dir, self.mesh
-        folder = RunFolder(Path(mesh.broadcast(chosen or _default_dir(self.config.recipe))))
-        restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
-        if chosen is None and (mesh.nodes > 1 or restarts):
-            raise UserError(
-                "run.dir is empty, and a restart would begin another run; set run.dir to a folder"
-            )
-        return folder
-
     def _lock(self, resources: ExitStack) -> bool:
         """Check the folder and lock it; return whether this rank writes there."""
         with self.mesh.agreed():
             self.folder.check(self.config)
-        is_writer = acquire_run_folder(self.mesh, self.folder, resources)
+        is_writer = startup.acquire_run_folder(self.mesh, self.folder, resources)
         resumes = f"the same command with run.dir={self.folder.path} resumes the run"
         set_remedy(f"no completed step is lost: {resumes}")
         return is_writer
 
-    def _open_log(self, command: str) -> Log:
+    def _open_log(self, command: str, found: dict[str, float]) -> Log:
         """Check that all ranks have the same weights and data, and create or open the log."""
         config, base = self.config, self.replica.store.base
-        header = {
-            "base": base,
+        startup.check_alike(self.mesh, base, self.problem.data_checksum)
+        facts: dict[str, Any] = {
+            "versions": versions(self.mesh.device),
+            "base": {"name": config.model.name, "fingerprint": base},
+            "command": command,
+        }
+        facts |= {"own": True} if self.problem.own else {}
+        facts |= {"found": found} if found else {}
+        return startup.open_log(
+            self.mesh, self.folder, self.is_writer, config, facts, self.header()
+        )
+
+    def header(self) -> dict[str, Any]:
+        """Return the header of a new log."""
+        config = self.config
+        return {
+            "base": self.replica.store.base,
             "data": self.problem.data_checksum,
             "directions": config.directions,
             "distribution": config.estimator.distribution,
@@ -200,14 +232,6 @@ class Run:
             **self.structure.header(),
             **trained_header(config),
         }
-        check_alike(self.mesh, base, self.problem.data_checksum)
-        facts = {
-            "versions": versions(self.mesh.device),
-            "base": {"name": config.model.name, "fingerprint": base},
-            "command": command,
-            **({"own": True} if self.problem.own else {}),
-        }
-        return open_log(self.mesh, self.folder, self.is_writer, config, facts, header)
 
     def to_end(self, asked: threading.Event) -> dict[str, Any]:
         """Train, evaluate, export; stop after a step once ``asked`` is set, on any rank."""
@@ -323,21 +347,10 @@ class Run:
         """Save a snapshot, audit and evaluate where that is due."""
         step, config = self.log.version, self.config
         if config.run.snapshot_every and step % config.run.snapshot_every == 0:
-            self._save_snapshot()
+            save_snapshot(self.folder, self.replica, self.log, self.is_writer)
         if self.audit is not None and step % config.mesh.check_every == 0:
             self.audit.check(self.mesh)
         self._evaluate()
-
-    def _save_snapshot(self) -> None:
-        """Write the weights, unless the store is durable: its blocks are snapshots already."""
-        if self.replica.store.is_durable:
-            return
-        if self.is_writer:
-            self.folder.save_snapshot(
-                self.log.version, self.replica, self.replica.store.base, self.log
-            )
-        elif self.mesh.slices is not None:
-            self.replica.fingerprint()  # The writer's pass gathers this rank's slices.
 
     def _evaluate(self) -> None:
         """Score the current version, on every rank, where that is due and not recorded."""
@@ -389,7 +402,3 @@ class Run:
         log = Log(self.log.header, self.log.entries[:step])
         self.replica = rebuild(self.problem, self.config, self.mesh, self.folder, log)
         self.reporter.replica = self.replica
-
-
-def _default_dir(recipe: str) -> str:
-    return f"runs/{recipe or 'run'}-{datetime.now():%Y%m%d-%H%M%S-%f}"

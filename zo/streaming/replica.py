@@ -78,6 +78,7 @@ class Replica:
         source.attach_buffers(model)
         self.base: WeightSource | None = source if source.is_rereadable else None
         """The source of the weights of version 0, if it can be read once more."""
+        self._source: WeightSource | None = source
         self.model, self.layout, self.device, self.slices = model, layout, device, slices
         self._memory, self._device = memory, device_of(device)
         self.timeline = Timeline(self._device)
@@ -131,8 +132,15 @@ class Replica:
             self.slices.combine(self._found.digests)
         self.store.base = self._found.hexdigest()
 
-    def open(self, log: Log) -> None:
-        """Follow a log; a block catches up with it at each visit."""
+    def open(self, log: Log, *, is_trial: bool = False) -> None:
+        """Follow a log; a block catches up with it at each visit.
+
+        Args:
+            log: of the run.
+            is_trial: :meth:`rewind` will be called, until which a model of the user's own stays in
+                memory beside the weights.
+        """
+        self._source = self._source if is_trial else None
         self.log, replay, store = log, Replay(log, self.layout), self.store
         store.open(log.version, log.identity)
         self.cache = self._make_cache(replay)
@@ -305,16 +313,31 @@ class Replica:
             give_back: let the model hold its weights, in host memory where the store is not
                 ``device``.
         """
-        self._folds.detach()
-        self._lockstep.detach()
-        if self._probing is not None:
-            self._probing.detach()
-        self.cache.bind_at_rest(self.binding)
+        self._detach()
         if give_back and not self.is_resident:
             self.binding.fill(
                 (name, tensor.to("cpu", copy=True)) for name, tensor in self.tensors()
             )
         self.cache.close()
+
+    def rewind(self) -> None:
+        """Forget the log of a trial: the weights are at version 0 until :meth:`open`.
+
+        Not for weights that are on disk, where what was written back outlives the process.
+        """
+        assert self._source is not None
+        assert not isinstance(self.store, DiskStore)
+        self._detach()
+        self.cache.close()
+        self.store.reload(self._source)
+
+    def _detach(self) -> None:
+        """Take the hooks off the model."""
+        self._folds.detach()
+        self._lockstep.detach()
+        if self._probing is not None:
+            self._probing.detach()
+        self.cache.bind_at_rest(self.binding)
 
 
 def _spec(model: nn.Module, names: tuple[str, ...]) -> Spec:
