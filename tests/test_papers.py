@@ -231,7 +231,7 @@ def test_answers_are_generated_alike_in_every_store_and_their_f1_is_trained(
     said = words.decode(trim(found, decoding.end), skip_special_tokens=True).strip()
     answer = said.partition("\n")[0]
     assert answer
-    folder = rows_of("squad", answers={"text": ["other", answer]}, title="again")
+    folder = rows_of("squad", answers={"text": ["other", answer]})
     runs = []
     for store in ("device", "host"):
         more = [
