@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from zo.config.checks import MAX_THREADS, at_least, at_most, choice, number, template_columns
+from zo.config.objective import ObjectiveConfig as ObjectiveConfig
 from zo.config.outcome import EvalConfig as EvalConfig
 from zo.config.outcome import ExportConfig as ExportConfig
 from zo.config.table import BatchConfig as BatchConfig
@@ -22,7 +23,7 @@ from zo.io.engines import ENGINES
 from zo.method.table import Grid
 from zo.method.update import RULES, SCHEDULES
 
-TASKS = ("causal-lm", "sequence-classification")
+TASKS = ("causal-lm", "sequence-classification", "masked-lm")
 """Names of :data:`zo.model.build.AUTO_CLASS`, which imports transformers."""
 ADAPTERS = ("lora", "ia3")
 """Adapters that :mod:`zo.model.adapters` adds, which imports torch."""
@@ -43,8 +44,8 @@ class ModelConfig:
     dtype: str = "float32"
     """Stored type of the weights: ``float32``, ``bfloat16`` or ``float16``."""
     task: str = "auto"
-    """``causal-lm``, ``sequence-classification``, or ``auto`` to read it from the model's
-    configuration."""
+    """``causal-lm``, ``sequence-classification``, ``masked-lm``, or ``auto`` to read it from the
+    model's configuration."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     tokenizer: str | None = None
@@ -108,10 +109,13 @@ class DataConfig:
     a list or a pattern of files, a folder, a hub id, or ``synthetic``."""
     subset: str | None = None
     """Configuration of a hub data set, such as ``sst2`` of ``nyu-mll/glue``."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub data set; a task brings its own."""
     split: str = "train"
     """Split of a hub data set or a folder to train on."""
     dev: Any = None
-    """Files or a split to evaluate on; without it, examples are held out of the training data."""
+    """Files or a split to evaluate on, of a task also ``test``: 1,000 rows of its test split;
+    without it, examples are held out of the training data."""
     columns: Any = None
     """Names of your columns where they are other ones: ``{text: review, label: sentiment}``."""
     dev_examples: int = 256
@@ -119,11 +123,11 @@ class DataConfig:
     train_examples: int | None = None
     """Examples trained on, at most; all by default."""
     template: str | None = None
-    """Prompt of an example with a label; ``{column}`` stands for the column's text. A task brings
-    its own."""
+    """Prompt of an example with a label; ``{column}`` stands for the column's text, ``{mask}`` for
+    the mask token of a masked language model. A task brings its own."""
     label_words: list[str] | None = None
-    """One word a class, in the order of the labels; each one token of the model's tokenizer, given
-    with its space."""
+    """One word a class, in the order of the labels, given with its space; words of several tokens
+    are compared by the mean log-likelihood of their tokens."""
 
     def __post_init__(self) -> None:
         for key in ("name", "dev"):
@@ -143,6 +147,10 @@ class DataConfig:
         ):
             raise UserError(
                 f"data.label_words={self.label_words} needs two or more different words"
+            )
+        if self.label_words is not None and not all(word.strip() for word in self.label_words):
+            raise UserError(
+                f"data.label_words={self.label_words} has an empty word; give each class a word"
             )
         if self.template is not None:
             template_columns(self.template)
@@ -312,9 +320,13 @@ class Config:
 
     recipe: str = ""
     """Name of the recipe it came from; a label."""
+    task: str | None = None
+    """A task of the papers by name, such as ``sst2``: its rows, splits, prompt and label words;
+    data.name=FOLDER takes rows with the same columns from there."""
     model: ModelConfig = field(default_factory=ModelConfig)
     peft: PeftConfig = field(default_factory=PeftConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     estimator: EstimatorConfig = field(default_factory=EstimatorConfig)
     update: UpdateConfig = field(default_factory=UpdateConfig)

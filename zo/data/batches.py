@@ -14,12 +14,15 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
+from zo.config.objective import LIKELIHOOD
 from zo.config.schema import BatchConfig, Config
 from zo.data import tasks
-from zo.data.encode import Encoder
+from zo.data.named import NamedRows
+from zo.data.questions import QuestionEncoder
 from zo.data.report import DataReport, make_report
 from zo.data.rows import Rows, permutation
 from zo.data.tasks import Batch, Example, Task
+from zo.errors import UserError
 from zo.method.philox import Purpose, word_stream
 from zo.model.info import ModelInfo
 
@@ -66,7 +69,7 @@ class Data:
         micro, wide = self.batch.micro, self.batch.micro * self._together
         first = column // self._together * wide
         among = drawn[first : first + wide]
-        return self.task.collate(drawn[column * micro : (column + 1) * micro], among)
+        return self.task.collate_trained(drawn[column * micro : (column + 1) * micro], among)
 
     def _drawn(self, step: int) -> list[Example]:
         """Return the examples of a step, sorted by length."""
@@ -88,8 +91,9 @@ class Data:
         """SHA-256 of the tokenised training examples."""
         digest = hashlib.sha256()
         for example in self.train:
-            ignored = [example.ignored] if example.ignored else []
-            digest.update(json.dumps([example.ids, example.target, *ignored]).encode())
+            more = [example.ignored, example.candidates, example.right, example.answers]
+            given = [part for part in more if part]
+            digest.update(json.dumps([example.ids, example.target, *given]).encode())
         return digest.hexdigest()
 
 
@@ -140,27 +144,39 @@ def build_data(
     pad, vocab_size = pad_id(tokenizer, info.vocab_size), info.vocab_size
     classifier = info.task == "sequence-classification"
     if rows.synthetic:
+        if info.task == "masked-lm":
+            raise UserError(
+                "data.name=synthetic has no mask to predict for model.task=masked-lm; use "
+                "model.task=sequence-classification to measure speed"
+            )
         task = tasks.classification(info, pad) if classifier else tasks.completion(info, pad)
         return SyntheticData(task, config.batch, config.run.seed, vocab_size, len(classes))
-    encoder = Encoder(rows, tokenizer, config.batch.max_tokens, vocab_size)
+    encoder = QuestionEncoder(rows, tokenizer, config.batch.max_tokens, vocab_size)
     names, warnings = list(classes), []
-    if classifier:
+    if isinstance(rows, NamedRows) and rows.named.options is not None:
+        task, encoding = encoder.options(rows, info, pad)
+    elif info.task == "masked-lm":
+        names = rows.label_words or []
+        task, encoding = encoder.masked(names, info, pad)
+    elif classifier:
         task = tasks.classification(info, pad)
         encoding = encoder.labelled("{text}", names, is_classifier=True)
     elif "label" in rows.columns and rows.template and rows.label_words:
         names = rows.label_words
-        task = tasks.choice(info, pad, encoder.word_ids(names))
-        encoding = encoder.labelled(rows.template, names, is_classifier=False)
+        task, encoding = encoder.choice(rows.template, names, info, pad)
         warnings = encoder.warnings_of(names)
     else:
         task, encoding = tasks.completion(info, pad), encoder.language()
     task = replace(task, names=tuple(names), template=rows.template)
+    task = task.minimising(config.objective.name or LIKELIHOOD)
     encoded = [encoding.encode(*row) for row in rows.numbered_train]
     train = [example for row in encoded for example in row.examples]
     dev = [example for row in rows.numbered_dev for example in encoding.encode(*row).examples]
     grid, batch = config.grid, config.batch
     # As many rows go through a product at once as in training.
     together, at_once = max(1, grid.fold // grid.height), grid.fold * batch.micro
+    if task.kind == "candidates":  # Each is a row.
+        at_once = max(1, at_once // max(len(e.candidates) for e in [*train, *dev]))
     report = make_report(
         encoding, encoded, len(rows.numbered_dev), batch.max_tokens, tokenizer, names, warnings
     )

@@ -108,7 +108,10 @@ def make_report(
         in_pieces=encoding.in_pieces,
         lost_ends=sum(not row.has_end for row in encoded),
         example=mark(first, tokenizer, names),
-        warnings=(*warnings, *([] if names or _ends(encoded, tokenizer) else [ENDLESS])),
+        warnings=(
+            *warnings,
+            *([] if names or first.candidates or _ends(encoded, tokenizer) else [ENDLESS]),
+        ),
     )
 
 
@@ -126,6 +129,9 @@ def _ends(encoded: Sequence[Encoded], tokenizer: Any) -> bool:
 
 def mark(example: Example, tokenizer: Any, names: Sequence[str]) -> str:
     """Return an example as one line of text, with what is trained on in ``[[ ]]``."""
+    if example.candidates:
+        followed = tokenizer.decode(example.candidates[example.target])
+        return f"{short_text(tokenizer.decode(example.ids))}[[{short_text(followed)}]]"
     if names:
         return f"{short_text(tokenizer.decode(example.ids))}[[{names[example.target]}]]"
     places = range(len(example.ids))

@@ -75,7 +75,9 @@ class Rows:
         rows = read_files(key, name, split)
         if rows is None:
             shown = split if key == "data.dev" and name == self.config.name else name
-            rows = number_rows(f"{key}={shown}", read_hub(key, name, self.config.subset, split))
+            config = self.config
+            read = read_hub(key, name, config.subset, split, config.revision)
+            rows = number_rows(f"{key}={shown}", read)
         return [(origin, self._rename(origin, row)) for origin, row in rows]
 
     def _dev(self, dev: str) -> tuple[str, str]:

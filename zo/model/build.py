@@ -12,6 +12,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
 )
@@ -32,7 +33,11 @@ from zo.model.trained import train_only
 logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 AUTO_CLASS = dict(
-    zip(TASKS, (AutoModelForCausalLM, AutoModelForSequenceClassification), strict=True)
+    zip(
+        TASKS,
+        (AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForMaskedLM),
+        strict=True,
+    )
 )
 """transformers' auto classes, by value of ``model.task``."""
 ATTENTION_WORDS = re.compile(
@@ -73,8 +78,8 @@ class ModelLoader:
         if self.peft.type is not None and self.task != "causal-lm":
             raise UserError(
                 f"peft.type={self.peft.type} is for causal language models, and model.name="
-                f"{config.name} is a sequence classifier, whose head it would not train; choose "
-                "what to train by model.train"
+                f"{config.name} is of model.task={self.task}, whose head it would not train; "
+                "choose what to train by model.train"
             )
 
     def _read(self, key: str, path: str, kind: Any) -> Any:
@@ -101,8 +106,12 @@ class ModelLoader:
         if self.config.task != "auto":
             return self.config.task
         architectures = self.hf_config.architectures or [""]
-        classifier = architectures[0].endswith("ForSequenceClassification")
-        return "sequence-classification" if classifier else "causal-lm"
+        endings = {
+            "ForSequenceClassification": "sequence-classification",
+            "ForMaskedLM": "masked-lm",
+        }
+        found = (task for end, task in endings.items() if architectures[0].endswith(end))
+        return next(found, "causal-lm")
 
     def tokenizer(self) -> Any:
         """Load the tokenizer of ``model.tokenizer``, or else of the model.
@@ -293,10 +302,10 @@ class ModelLoader:
                 f"the weights of model.name={name} cannot be loaded: {_first_line(error)}; give a "
                 "folder with intact safetensors files, or set model.weights=random"
             ) from error
-        if found.missing and self.task == "causal-lm":
+        if found.missing and self.task != "sequence-classification":
             raise UserError(
                 f"model.name={name} lacks {len(found.missing)} weights, {found.missing[0]} first; "
-                "give a complete checkpoint of a causal language model, or set model.weights=random"
+                "give a complete checkpoint of a language model, or set model.weights=random"
             )
         return found
 

@@ -177,7 +177,7 @@ def _short_forwards(
 
 
 def _forward(problem: Problem, batch: Batch) -> Callable[[nn.Module], Tensor]:
-    return lambda model: problem.objective(model, batch)
+    return lambda model: (problem.check or problem.objective)(model, batch)
 
 
 def _widen(batch: Batch) -> Batch:

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from zo.config.schema import Config
 from zo.data.batches import build_data, pad_id
+from zo.data.named import NamedRows
+from zo.data.papers import TASKS
 from zo.data.report import DataReport
-from zo.data.rows import Rows
+from zo.data.rows import SYNTHETIC, Rows
 from zo.data.tasks import Batch, Task
 from zo.errors import UserError
 from zo.io.engines import Engine
@@ -35,6 +37,8 @@ class Problem:
     """Model and batch -> sum of losses and number of terms."""
     batches: Callable[[int, int], Batch]
     """Step, from 0, and column -> micro-batch."""
+    check: Callable[[nn.Module, Batch], Tensor] | None = None
+    """Objective that shows how the model computes, where the run's has few values."""
     data_checksum: str = ""
     report: DataReport | None = None
     task: Task | None = None
@@ -92,9 +96,8 @@ def build_problem(config: Config) -> Problem:
     Raises:
         UserError: the model, its tokenizer or the data cannot be used.
     """
-    if not config.data.name:
-        raise UserError("data.name is empty; give a file, a hub id, a task or synthetic")
-    loader, rows = ModelLoader(config.model, config.peft), Rows(config.data)
+    loader = ModelLoader(config.model, config.peft)
+    rows = _rows(config, loader.task)
     loader.check_positions(config.batch.max_tokens)
     tokenizer = None if rows.synthetic else loader.tokenizer()
     classes = (
@@ -109,6 +112,7 @@ def build_problem(config: Config) -> Problem:
         build=loader.skeleton,
         base=lambda engine: loader.weights(skeleton, config.run.seed, engine),
         objective=data.task.objective,
+        check=data.task.checked,
         batches=data.batches,
         data_checksum=data.checksum,
         report=data.report,
@@ -119,3 +123,11 @@ def build_problem(config: Config) -> Problem:
         narrow=loader.narrow(skeleton),
         uniform_loss=log(max(2, len(classes) or vocab_size)),
     )
+
+
+def _rows(config: Config, model_task: str) -> Rows:
+    if config.task is not None and config.data.name != SYNTHETIC:
+        return NamedRows(config.task, TASKS, config.data, config.run.seed, model_task)
+    if not config.data.name:
+        raise UserError("data.name is empty; give a file, a hub id, a task or synthetic")
+    return Rows(config.data)

@@ -9,6 +9,7 @@ import torch
 
 from zo.config.recipes import config_of
 from zo.config.schema import Config
+from zo.data.named import TEST
 from zo.data.tasks import Task
 from zo.distributed.process_group import Mesh
 from zo.errors import UserError
@@ -160,7 +161,7 @@ def _load(config: Config, blocks: Path) -> tuple[Problem, Mesh, Replica]:
     make_deterministic(device)
     mesh = Mesh(device.type, config.mesh.timeout_s)
     phase = Progress(0, 0, mesh.rank == 0).phase
-    with phase(f"reading model {config.model.name} and data {config.data.name}"):
+    with phase(f"reading model {config.model.name} and data {config.data.name or config.task}"):
         problem = build_problem(config)
     with torch.no_grad(), explain_nondeterminism():
         replica, _ = assemble(problem, config, mesh, blocks, phase, writable=False)
@@ -174,11 +175,14 @@ def adapted(
 
     Args:
         config: of the run.
-        data: other data to score: all of it, none is held out; ``None`` for the run's own.
+        data: other data to score: all of it, none is held out; of a task also ``test``, its test
+            rows; ``None`` for the run's own.
         device: to compute on; ``None`` for the run's own.
         trust_remote_code: allow code from the model's folder or repository to run.
     """
-    if data is not None:
+    if data == TEST and config.task is not None:
+        config = replace(config, data=replace(config.data, dev=TEST))
+    elif data is not None:
         config = replace(config, data=replace(config.data, name=data, dev=data, dev_examples=10**9))
     if device is not None:
         config = replace(config, run=replace(config.run, device=device))
@@ -222,7 +226,7 @@ def card_of(
     return Card(
         base=(not is_own and config["model"]["name"]) or "own model",
         base_fingerprint=header["base"],
-        data=(not is_own and config["data"]["name"]) or "own data",
+        data=(not is_own and (config["data"]["name"] or config.get("task"))) or "own data",
         data_checksum=header.get("data", "unknown"),
         recipe=config["recipe"],
         command=content["command"] or python_of(config_of(config), is_own),

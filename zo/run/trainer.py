@@ -172,7 +172,8 @@ class Run:
         startup.prepare_process(config)
         record, blocks = Record(), self.folder.blocks(mesh.rank)
         progress = Progress(0, 0, mesh.rank == 0, record.event)
-        with progress.phase(f"reading model {config.model.name} and data {config.data.name}"):
+        data = config.data.name or config.task
+        with progress.phase(f"reading model {config.model.name} and data {data}"):
             self.problem = own or build_problem(config)
         check_scored(config, self.problem)
         self.replica, self.structure = assemble(self.problem, config, mesh, blocks, progress.phase)
