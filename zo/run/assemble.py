@@ -104,6 +104,28 @@ def trained_header(config: Config) -> dict[str, Any]:
     return found
 
 
+def log_header(config: Config, base: str, data: str, structure: Structure) -> dict[str, Any]:
+    """Return the header of a new log.
+
+    Args:
+        config: of the run.
+        base: fingerprint of the weights at version 0.
+        data: checksum of the data.
+        structure: of the model.
+    """
+    return {
+        "base": base,
+        "data": data,
+        "directions": config.directions,
+        "distribution": config.estimator.distribution,
+        "rule": config.update.name,
+        "seed": config.run.seed,
+        "weight_decay": config.update.weight_decay,
+        **structure.header(),
+        **trained_header(config),
+    }
+
+
 def assemble(
     problem: Problem,
     config: Config,

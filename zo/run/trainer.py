@@ -36,7 +36,7 @@ from zo.observe.metrics import finite_or_none
 from zo.observe.progress import Progress
 from zo.observe.record import Record
 from zo.run import startup
-from zo.run.assemble import assemble, to_device, trained_header
+from zo.run.assemble import assemble, log_header, to_device
 from zo.run.audit import Audit
 from zo.run.evaluate import check_scored, evaluate
 from zo.run.objective import Objective
@@ -221,18 +221,8 @@ class Run:
 
     def header(self) -> dict[str, Any]:
         """Return the header of a new log."""
-        config = self.config
-        return {
-            "base": self.replica.store.base,
-            "data": self.problem.data_checksum,
-            "directions": config.directions,
-            "distribution": config.estimator.distribution,
-            "rule": config.update.name,
-            "seed": config.run.seed,
-            "weight_decay": config.update.weight_decay,
-            **self.structure.header(),
-            **trained_header(config),
-        }
+        base, data = self.replica.store.base, self.problem.data_checksum
+        return log_header(self.config, base, data, self.structure)
 
     def to_end(self, asked: threading.Event) -> dict[str, Any]:
         """Train, evaluate, export; stop after a step once ``asked`` is set, on any rank."""
