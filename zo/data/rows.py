@@ -17,7 +17,11 @@ from zo.io import quickstart as assets
 from zo.method.philox import Purpose, word_stream
 
 TASKS: dict[str, tuple[Callable[[], list[Row]], str, list[str]]] = {
-    "movie-reviews": (assets.movie_reviews, "{text} It was", [" terrible", " great"]),
+    "movie-reviews": (
+        assets.movie_reviews,
+        "Review: {text}\nSentiment:",
+        [" negative", " positive"],
+    ),
 }
 """Tasks with their own rows, template and label words, by value of ``data.name``."""
 
