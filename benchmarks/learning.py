@@ -178,19 +178,18 @@ def plot(records, path):
     by_method = defaultdict(list)
     for record in records:
         by_method[record["method"]].append(record["curve"])
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=150)
-    for name, curves in by_method.items():
+    figure, axes = pyplot.subplots(figsize=(10, 4.5), dpi=150)
+    for number, (name, curves) in enumerate(by_method.items()):
         seconds = [statistics.mean(p[0] for p in points) for points in zip(*curves, strict=True)]
         accuracy = [
             100 * statistics.mean(p[3] for p in points) for points in zip(*curves, strict=True)
         ]
-        axes.plot(
-            seconds, accuracy, marker="o", markersize=3, label=f"{name} ({len(curves)} seeds)"
-        )
+        shown = {"color": pyplot.get_cmap("tab20").colors[number], "marker": "o", "markersize": 3}
+        axes.plot(seconds, accuracy, label=f"{name} ({len(curves)} seeds)", **shown)
     axes.set_xlabel("seconds of training, two cores")
     axes.set_ylabel("held-out accuracy, % (256 reviews)")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7, loc="lower right")
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
     figure.tight_layout()
     figure.savefig(path)
 
