@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from zo.config.checks import MAX_THREADS, at_least, at_most, choice, template_columns
+from zo.config.objective import ObjectiveConfig as ObjectiveConfig
 from zo.config.table import BatchConfig as BatchConfig
 from zo.config.table import EstimatorConfig as EstimatorConfig
 from zo.config.table import check_table, directions, grid
@@ -323,6 +324,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     estimator: EstimatorConfig = field(default_factory=EstimatorConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     update: UpdateConfig = field(default_factory=UpdateConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)

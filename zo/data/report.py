@@ -1,7 +1,7 @@
 """Report of what a run trains on, for its first lines and for ``--check``."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from statistics import median_low
 from typing import Any
@@ -118,7 +118,8 @@ def _ends(encoded: Sequence[Encoded], tokenizer: Any) -> bool:
     row = next((row for row in encoded if row.has_end), None)
     return row is None or any(
         e.ids[i] in special
-        for e in row.examples
+        for pair in row.examples
+        for e in pair.sides
         for i in range(e.target, len(e.ids))
         if i not in e.ignored
     )
@@ -128,6 +129,9 @@ def mark(example: Example, tokenizer: Any, names: Sequence[str]) -> str:
     """Return an example as one line of text, with what is trained on in ``[[ ]]``."""
     if names:
         return f"{_short(tokenizer.decode(example.ids))}[[{names[example.target]}]]"
+    if example.rejected is not None:
+        chosen, rejected = (mark(replace(e, rejected=None), tokenizer, ()) for e in example.sides)
+        return f"{chosen} rather than {rejected}"
     places = range(len(example.ids))
     parts = groupby(places, lambda i: i >= example.target and i not in example.ignored)
     shown = []

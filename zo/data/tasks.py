@@ -3,6 +3,7 @@
     choice       a prompt and the label word that follows it      cross-entropy over the label words
     completion   a text, or a prompt and its completion           cross-entropy of the completion
     class        a text and its class, for a classifier           cross-entropy over the classes
+    pair         a prompt, a better and a worse answer            see :mod:`zo.data.pairs`
 
 Losses are computed from logits in float32, never taken from the model: several families return a
 loss in bf16, whose spacing is larger than the difference of two probes. Shapes: B sequences,
@@ -36,6 +37,18 @@ class Example:
     """Index of the label; for a completion, the position of the first token with a loss."""
     ignored: tuple[int, ...] = ()
     """Positions after ``target`` without a loss: what stands between an assistant's turns."""
+    rejected: "Example | None" = None
+    """The same prompt with the answer that is to become less likely than this one."""
+
+    @property
+    def sides(self) -> "tuple[Example, ...]":
+        """The sequences that a micro-batch holds of it: one, or chosen and rejected."""
+        return (self,) if self.rejected is None else (self, self.rejected)
+
+    @property
+    def length(self) -> int:
+        """Tokens of its longest sequence."""
+        return max(len(side.ids) for side in self.sides)
 
 
 @dataclass(frozen=True)
@@ -46,7 +59,9 @@ class Task:
     collate: Callable[[Sequence[Example], Sequence[Example]], Batch]
     """Make a micro-batch of examples; the second ones, among which they are, decide its length."""
     terms: Callable[[nn.Module, Batch], Tensor]
-    """Return float64 of shape ``[3]``: sum of losses, number of terms, correct decisions."""
+    """Return float64 of shape ``[width]``: sum of losses, number of terms, correct decisions; of
+    pairs also the sum of margins."""
+    width: int = 3
 
     def objective(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the sum of losses and the number of terms; float64 of shape ``[2]``."""
@@ -58,7 +73,7 @@ class Task:
         tokens = slice(SHORT_TOKENS) if self.kind == "class" else slice(-SHORT_TOKENS, None)
         rows = {key: value[:SHORT_SEQUENCES] for key, value in batch.items()}
         labels = rows.pop("labels")
-        short = {key: value[:, tokens] for key, value in rows.items()}
+        short = {key: v[:, tokens] if v.dim() > 1 else v for key, v in rows.items()}
         # The label of a token is that of the logits before it.
         return short | {"labels": labels if labels.dim() == 1 else labels[:, -SHORT_TOKENS + 1 :]}
 
@@ -67,7 +82,8 @@ class Task:
         loss = sums[0] / sums[1]
         if self.kind == "completion":
             return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
-        return {"accuracy": sums[2] / sums[1], "loss": loss}
+        scores = {"accuracy": sums[2] / sums[1], "loss": loss}
+        return scores | ({"margin": sums[3] / sums[1]} if self.kind == "pair" else {})
 
 
 def choice(info: ModelInfo, pad: int, word_ids: Sequence[int]) -> Task:
@@ -91,23 +107,36 @@ def completion(info: ModelInfo, pad: int) -> Task:
     """Return the task of predicting the tokens of a completion, or of a whole text."""
 
     def collate(examples: Sequence[Example], among: Sequence[Example]) -> Batch:
-        longest = max(len(e.ids) - e.target for e in among)
-        labels = torch.full((len(examples), longest), IGNORED)
-        for row, e in zip(labels, examples, strict=True):
-            row[longest - (len(e.ids) - e.target) :] = torch.tensor(e.ids[e.target :])
-            row[[longest - len(e.ids) + i for i in e.ignored]] = IGNORED
-        return _pad_left(examples, among, info, pad) | {"labels": labels}
+        return collate_answers(examples, among, info, pad)
 
     def terms(model: nn.Module, batch: Batch) -> Tensor:
-        labels = batch["labels"]
-        logits = _last_logits(model, batch, info, labels.shape[1] + 1)[:, :-1]
-        loss = cross_entropy(
-            logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum"
-        )
-        count = (labels != IGNORED).sum()
+        loss = answer_losses(model, batch, info, "sum")
+        count = (batch["labels"] != IGNORED).sum()
         return torch.stack((loss.double(), count.double(), torch.zeros_like(loss).double()))
 
     return Task("completion", collate, terms)
+
+
+def collate_answers(
+    examples: Sequence[Example], among: Sequence[Example], info: ModelInfo, pad: int
+) -> Batch:
+    """Return sequences with the labels of their answers, ``[B, longest answer]``, as a batch."""
+    longest = max(len(e.ids) - e.target for e in among)
+    labels = torch.full((len(examples), longest), IGNORED)
+    for row, e in zip(labels, examples, strict=True):
+        row[longest - (len(e.ids) - e.target) :] = torch.tensor(e.ids[e.target :])
+        row[[longest - len(e.ids) + i for i in e.ignored]] = IGNORED
+    return _pad_left(examples, among, info, pad) | {"labels": labels}
+
+
+def answer_losses(model: nn.Module, batch: Batch, info: ModelInfo, reduction: str) -> Tensor:
+    """Return the cross-entropy of the tokens with labels: their ``sum``, or (``none``) each.
+
+    Each is float32 of shape ``[B * longest answer]``, 0 where there is no label.
+    """
+    labels = batch["labels"]
+    logits = _last_logits(model, batch, info, labels.shape[1] + 1)[:, :-1].flatten(0, 1).float()
+    return cross_entropy(logits, labels.flatten(), ignore_index=IGNORED, reduction=reduction)
 
 
 def classification(info: ModelInfo, pad: int) -> Task:
@@ -147,7 +176,7 @@ def _pad_left(
 def _logits(
     model: nn.Module, batch: Batch, info: ModelInfo, options: Mapping[str, object]
 ) -> Tensor:
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    inputs = {key: value for key, value in batch.items() if key not in ("labels", "reference")}
     fixed = {"use_cache": False} if "use_cache" in info.accepts else {}
     return model(**inputs, **fixed, **options).logits  # type: ignore[no-any-return]
 

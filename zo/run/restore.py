@@ -17,6 +17,7 @@ from zo.observe.progress import Progress
 from zo.run.assemble import assemble, trained_header
 from zo.run.model_card import Card
 from zo.run.problem import Problem, build_problem
+from zo.run.reference import find_reference
 from zo.state import log as logs
 from zo.state.log import Log, difference, untrained_header
 from zo.state.run_folder import RunFolder
@@ -90,7 +91,7 @@ def load_run(
         raise UserError(f"step={step} is not in run={path}, whose last step is {len(entries)}")
     entries = entries[:step]
     config = change(config_of(content["config"]))
-    problem, mesh, replica = _load(config, folder.blocks(0))
+    problem, mesh, replica = _load(config, folder.blocks(0), path)
     if replica.store.base != header.get("base"):
         raise UserError(f"run={path} was started from a different base model; restore that model")
     if (begun := content.get("log_header")) and (found := difference(header, begun)):
@@ -113,12 +114,16 @@ def load_run(
 
 def load_plain(config: Config) -> FinishedRun:
     """Load a model as it is, without a run."""
-    problem, mesh, replica = _load(config, Path())
+    problem, mesh, replica = _load(config, Path(), None)
     replica.open(Log(untrained_header()))
     return FinishedRun(problem, mesh, replica, {}, {}, 0)
 
 
-def _load(config: Config, blocks: Path) -> tuple[Problem, Mesh, Replica]:
+def _load(config: Config, blocks: Path, folder: Path | None) -> tuple[Problem, Mesh, Replica]:
+    """Return a model at version 0, in a store whose blocks are in ``blocks``.
+
+    ``folder`` is of its run, if there is one.
+    """
     device = choose_device(config.run.device)
     make_deterministic(device)
     mesh = Mesh(device.type, config.mesh.timeout_s)
@@ -127,6 +132,9 @@ def _load(config: Config, blocks: Path) -> tuple[Problem, Mesh, Replica]:
         problem = build_problem(config)
     with torch.no_grad(), explain_nondeterminism():
         replica, _ = assemble(problem, config, mesh, blocks, phase, writable=False)
+    if problem.reference is not None:
+        at_once = 2 * config.batch.sequences
+        find_reference(problem.reference, replica, mesh, phase, at_once, folder=folder)
     return problem, mesh, replica
 
 

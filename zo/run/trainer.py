@@ -44,6 +44,7 @@ from zo.run.audit import Audit
 from zo.run.evaluate import evaluate
 from zo.run.export import write_folder
 from zo.run.problem import Problem, build_problem, own_problem
+from zo.run.reference import find_reference
 from zo.run.reporter import Reporter
 from zo.run.restore import card_of, restore_snapshot
 from zo.run.startup import acquire_run_folder, check_alike, open_log
@@ -151,6 +152,10 @@ class Run:
         self.replica, self.structure = assemble(self.problem, config, mesh, blocks, progress.phase)
         self.structure.check(config.estimator, self.replica.layout)
         self.log = self._open_log(command)
+        if (reference := self.problem.reference) is not None:
+            at_once, steps = 2 * config.batch.sequences, config.run.steps
+            kept = self.folder.path, self.is_writer
+            find_reference(reference, self.replica, mesh, progress.phase, at_once, steps, *kept)
         restore_snapshot(self.folder, self.replica, self.log, progress.warn)
         self.replica.open(self.log)
         self.audit = Audit(self.replica) if config.mesh.check_every else None

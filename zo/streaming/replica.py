@@ -4,6 +4,7 @@ Training, evaluation and export use a model through this class alone.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -24,7 +25,7 @@ from zo.model.lockstep import Lockstep
 from zo.model.probing import Probing
 from zo.model.source import WeightSource
 from zo.observe.timeline import Timeline
-from zo.state.log import Log
+from zo.state.log import Log, untrained_header
 from zo.state.replay import Replay
 from zo.streaming.budget import Budget, budget
 from zo.streaming.cache import BlockCache, ResidentCache, SlotCache, Traffic
@@ -133,8 +134,25 @@ class Replica:
 
     def open(self, log: Log) -> None:
         """Follow a log; a block catches up with it at each visit."""
-        self.log, replay, store = log, Replay(log, self.layout), self.store
-        store.open(log.version, log.identity)
+        self.store.open(log.version, log.identity)
+        self._follow(log)
+
+    @contextmanager
+    def at_base(self) -> Iterator[None]:
+        """Compute with the weights of version 0 inside a ``with`` block, before :meth:`open`."""
+        self._follow(Log(untrained_header()))
+        try:
+            yield
+        finally:
+            self._detach()
+            self.cache.close()
+            # Their memory, before the next ones take theirs.
+            del self.cache, self.streamer
+            self.binding.forget()
+
+    def _follow(self, log: Log) -> None:
+        """Make what computes with the weights, which stand where the store has them."""
+        self.log, replay = log, Replay(log, self.layout)
         self.cache = self._make_cache(replay)
         self.is_resident = self.cache.is_resident
         self.cache.bind_at_rest(self.binding)
@@ -298,6 +316,13 @@ class Replica:
         found, self.store.corrupt = self.store.corrupt, []
         return found
 
+    def _detach(self) -> None:
+        """Take the hooks off the model."""
+        self._folds.detach()
+        self._lockstep.detach()
+        if self._probing is not None:
+            self._probing.detach()
+
     def close(self, give_back: bool = False) -> None:
         """End the transfers and take the hooks off the model.
 
@@ -305,10 +330,7 @@ class Replica:
             give_back: let the model hold its weights, in host memory where the store is not
                 ``device``.
         """
-        self._folds.detach()
-        self._lockstep.detach()
-        if self._probing is not None:
-            self._probing.detach()
+        self._detach()
         self.cache.bind_at_rest(self.binding)
         if give_back and not self.is_resident:
             self.binding.fill(
