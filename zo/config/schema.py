@@ -13,6 +13,7 @@ from typing import Any
 
 from zo.config.checks import MAX_THREADS, at_least, at_most, choice, template_columns
 from zo.config.objective import ObjectiveConfig as ObjectiveConfig
+from zo.config.peft import PeftConfig as PeftConfig
 from zo.config.table import BatchConfig as BatchConfig
 from zo.config.table import EstimatorConfig as EstimatorConfig
 from zo.config.table import check_table, directions, grid
@@ -23,8 +24,6 @@ from zo.method.update import RULES, SCHEDULES
 
 TASKS = ("causal-lm", "sequence-classification")
 """Names of :data:`zo.model.build.AUTO_CLASS`, which imports transformers."""
-ADAPTERS = ("lora", "ia3")
-"""Adapters that :mod:`zo.model.adapters` adds, which imports torch."""
 STORES = ("device", "host", "disk")
 """Names of the stores that :mod:`zo.streaming.replica` makes, which imports torch."""
 
@@ -64,36 +63,6 @@ class ModelConfig:
         choice("model.weights", self.weights, ("pretrained", "random"))
         choice("model.dtype", self.dtype, ("float32", "bfloat16", "float16"))
         choice("model.task", self.task, ("auto", *TASKS))
-
-
-@dataclass(frozen=True)
-class PeftConfig:
-    """Adapters: small trained modules beside the frozen model."""
-
-    type: str | None = None
-    """``lora`` or ``ia3``, by the package peft (extra ``peft``); none by default."""
-    rank: int | None = None
-    """Rank of LoRA; 8 by default."""
-    alpha: int | None = None
-    """LoRA's output is scaled by alpha / rank; 16 by default."""
-    targets: list[str] | None = None
-    """Ends of the names of the modules to adapt, such as [q_proj,v_proj], or [all-linear]; by
-    default what peft takes for the model's family."""
-
-    def __post_init__(self) -> None:
-        if self.type is not None:
-            choice("peft.type", self.type, ADAPTERS)
-        given = [key for key in ("rank", "alpha", "targets") if getattr(self, key) is not None]
-        for key in ("rank", "alpha"):
-            at_least(f"peft.{key}", 1 if key not in given else getattr(self, key), 1)
-        of_lora = [key for key in given if key != "targets" and self.type != "lora"]
-        if of_lora or (given and self.type is None):
-            raise UserError(
-                f"peft.{(of_lora or given)[0]} has no effect with peft.type={self.type}; set "
-                f"peft.type={'lora' if of_lora else ' or '.join(ADAPTERS)}, or leave it out"
-            )
-        if self.targets == []:
-            raise UserError("peft.targets is empty; name modules, or leave it out")
 
 
 @dataclass(frozen=True)

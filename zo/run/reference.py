@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from zo.run.evaluate import of_batches
 from zo.streaming.replica import Replica
 
 FILE = "reference.json"
+SAVED_AT_ONCE = 128
+"""Answers between two writes of the file."""
 
 
 @torch.no_grad()
@@ -59,22 +62,16 @@ def find_reference(
     missing = reference.missing(steps)
     if not missing:
         return
-    batches = [batch for _, batch in missing]
     said = f"log-probabilities of {len(missing):,} answers under the base model"
     with phase(said), replica.at_base():
-        found = of_batches(
-            lambda batch: reference.score(replica.model, batch),
-            replica,
-            batches,
-            mesh,
-            at_once,
-            width=1,
-        )
-    values = dict(zip((key for key, _ in missing), found[:, 0].tolist(), strict=True))
-    reference.known |= values
-    with mesh.agreed():
-        if folder and is_writer:
-            _write(folder / FILE, base, reference.known)
+        for first in range(0, len(missing), SAVED_AT_ONCE):
+            keys, batches = zip(*missing[first : first + SAVED_AT_ONCE], strict=True)
+            score = partial(reference.score, replica.model)
+            found = of_batches(score, replica, batches, mesh, at_once, width=1)
+            reference.known |= dict(zip(keys, found[:, 0].tolist(), strict=True))
+            with mesh.agreed():
+                if folder and is_writer:
+                    _write(folder / FILE, base, reference.known)
 
 
 def _checksum(values: dict[str, float]) -> str:
