@@ -24,6 +24,9 @@ from zo.model.virtual_tokens import NAME, add_virtual_tokens, save_virtual_token
 
 WRAPPED = "base_layer"
 """Name that ``peft`` gives to a module inside the one that takes its place."""
+PREFIX_SCALE = 0.1
+"""Standard deviation of a prefix at the start, where peft has 1: with that, 20 tokens raised the
+quickstart's loss before the first step from 0.07 to 0.61, with this to 0.08."""
 PREFIX = "base_model.model."
 """Of every name in a file of ``peft``."""
 
@@ -106,6 +109,8 @@ def initial_adapters(
 ) -> dict[str, Tensor]:
     """Return the adapters' parameters as ``peft`` initialises them, by name, float32 on CPU.
 
+    A prefix is scaled down.
+
     Args:
         model: without adapters, its parameters on meta; *used up*.
         settings: ``peft.type`` is set.
@@ -126,6 +131,8 @@ def initial_adapters(
         torch.manual_seed(seed)
         add_adapters(model, settings, "", None, task)
     trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    if settings.type == "prefix":
+        trained = {name: values * PREFIX_SCALE for name, values in trained.items()}
     return {name: values for name, values in trained.items() if name not in own}
 
 
