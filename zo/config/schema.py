@@ -129,6 +129,10 @@ class UpdateConfig:
     """Steps over which the rate rises linearly from 0."""
     weight_decay: float = 0.0
     """Decay a step is lr times this; none on parameters of fewer than two dims (biases, norms)."""
+    anchor: float = 0.0
+    """Decay toward the base model's weights: a step shrinks the distance to them by lr times this,
+    in the blocks that its directions reach. For weights stored in float32; the checkpoint is read
+    again."""
     clip: float | None = None
     """Limit of a projected gradient, in root mean squares of those of the last 16 steps; none by
     default."""
@@ -136,7 +140,7 @@ class UpdateConfig:
     def __post_init__(self) -> None:
         choice("update.name", self.name, RULES)
         choice("update.schedule", self.schedule, SCHEDULES)
-        for key in ("lr", "warmup_steps", "weight_decay"):
+        for key in ("lr", "warmup_steps", "weight_decay", "anchor"):
             at_least(f"update.{key}", getattr(self, key), 0)
         if self.clip is not None and not (math.isfinite(self.clip) and self.clip > 0):
             raise UserError(

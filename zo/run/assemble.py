@@ -85,12 +85,14 @@ class Structure:
 
 
 def trained_header(config: Config) -> dict[str, Any]:
-    """Return what the log's header says of the parameters that are trained, where not all are."""
+    """Return what the log's header says of training that not every run has."""
     found: dict[str, Any] = {}
     if config.model.train is not None:
         found["train"] = config.model.train
     if config.peft.type is not None:
         found["peft"] = asdict(config.peft)
+    if config.update.anchor:
+        found["anchor"] = config.update.anchor
     return found
 
 

@@ -32,7 +32,7 @@ SAVED_AT_ONCE = 128
 @torch.no_grad()
 @explain_nondeterminism()
 def find_reference(
-    reference: Reference,
+    reference: Reference | None,
     replica: Replica,
     mesh: Mesh,
     phase: Callable[[str], AbstractContextManager[None]],
@@ -44,7 +44,7 @@ def find_reference(
     """Make the numbers known that so many steps and the held-out data need; every rank calls it.
 
     Args:
-        reference: *modified in place*.
+        reference: *modified in place*; ``None`` for data without pairs.
         replica: not opened yet.
         mesh: of the run.
         phase: shows what is done inside of it.
@@ -56,6 +56,8 @@ def find_reference(
     Raises:
         UserError: the folder cannot be written.
     """
+    if reference is None:
+        return
     base = replica.store.base
     kept = _read(folder / FILE, base) if folder and mesh.rank == 0 else {}
     reference.known |= mesh.broadcast(kept)

@@ -99,10 +99,11 @@ def load_run(
             f"run={path}: steps.log belongs to another run: its {found[0]} is {found[1]}, and "
             f"{found[2]} in config.yaml; restore this run's log"
         )
-    if {key: header[key] for key in ("train", "peft") if key in header} != trained_header(config):
+    kept = {key: header[key] for key in ("train", "peft", "anchor") if key in header}
+    if kept != trained_header(config):
         raise UserError(
-            f"run={path}: config.yaml and steps.log differ in model.train or peft; put the "
-            "config.yaml back that the run wrote"
+            f"run={path}: config.yaml and steps.log differ in model.train, peft or update.anchor; "
+            "put the config.yaml back that the run wrote"
         )
     log = Log(header, entries)
     # Snapshots after the step that is wanted are no news.
@@ -132,9 +133,8 @@ def _load(config: Config, blocks: Path, folder: Path | None) -> tuple[Problem, M
         problem = build_problem(config)
     with torch.no_grad(), explain_nondeterminism():
         replica, _ = assemble(problem, config, mesh, blocks, phase, writable=False)
-    if problem.reference is not None:
-        at_once = 2 * config.batch.sequences
-        find_reference(problem.reference, replica, mesh, phase, at_once, folder=folder)
+    at_once = 2 * config.batch.sequences
+    find_reference(problem.reference, replica, mesh, phase, at_once, folder=folder)
     return problem, mesh, replica
 
 

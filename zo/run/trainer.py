@@ -48,6 +48,7 @@ from zo.run.reference import find_reference
 from zo.run.reporter import Reporter
 from zo.run.restore import card_of, restore_snapshot
 from zo.run.startup import acquire_run_folder, check_alike, open_log
+from zo.state.anchor import check_anchor
 from zo.state.log import Log
 from zo.state.run_folder import RunFolder
 from zo.state.versions import versions
@@ -151,11 +152,11 @@ class Run:
             self.problem = own or build_problem(config)
         self.replica, self.structure = assemble(self.problem, config, mesh, blocks, progress.phase)
         self.structure.check(config.estimator, self.replica.layout)
+        check_anchor(config.update.anchor, self.replica.layout, self.replica.base)
         self.log = self._open_log(command)
-        if (reference := self.problem.reference) is not None:
-            at_once, steps = 2 * config.batch.sequences, config.run.steps
-            kept = self.folder.path, self.is_writer
-            find_reference(reference, self.replica, mesh, progress.phase, at_once, steps, *kept)
+        at_once, kept = 2 * config.batch.sequences, (self.folder.path, self.is_writer)
+        ours = self.problem.reference, self.replica, mesh, progress.phase
+        find_reference(*ours, at_once, config.run.steps, *kept)
         restore_snapshot(self.folder, self.replica, self.log, progress.warn)
         self.replica.open(self.log)
         self.audit = Audit(self.replica) if config.mesh.check_every else None

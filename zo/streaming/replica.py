@@ -23,7 +23,7 @@ from zo.model.form import Form
 from zo.model.layout import WHOLE, Block, Layout, Part, Placed, Slice, Spec, views
 from zo.model.lockstep import Lockstep
 from zo.model.probing import Probing
-from zo.model.source import WeightSource
+from zo.model.source import SharedSource, WeightSource
 from zo.observe.timeline import Timeline
 from zo.state.log import Log, untrained_header
 from zo.state.replay import Replay
@@ -75,7 +75,7 @@ class Replica:
             UserError: too little memory or disk, or weights that cannot be read.
         """
         engine = ENGINES[memory.disk_engine if memory.store == "disk" else "mmap"]()
-        source = base(engine)
+        source = SharedSource(base(engine))
         source.attach_buffers(model)
         self.base: WeightSource | None = source if source.is_rereadable else None
         """The source of the weights of version 0, if it can be read once more."""
@@ -152,7 +152,7 @@ class Replica:
 
     def _follow(self, log: Log) -> None:
         """Make what computes with the weights, which stand where the store has them."""
-        self.log, replay = log, Replay(log, self.layout)
+        self.log, replay = log, Replay(log, self.layout, self.base)
         self.cache = self._make_cache(replay)
         self.is_resident = self.cache.is_resident
         self.cache.bind_at_rest(self.binding)
