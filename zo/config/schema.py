@@ -15,6 +15,7 @@ from zo.config.checks import MAX_THREADS, at_least, at_most, choice, number, tem
 from zo.config.objective import ObjectiveConfig as ObjectiveConfig
 from zo.config.outcome import EvalConfig as EvalConfig
 from zo.config.outcome import ExportConfig as ExportConfig
+from zo.config.peft import PeftConfig as PeftConfig
 from zo.config.table import BatchConfig as BatchConfig
 from zo.config.table import EstimatorConfig as EstimatorConfig
 from zo.config.table import check_table, directions, grid
@@ -25,8 +26,6 @@ from zo.method.update import RULES, SCHEDULES
 
 TASKS = ("causal-lm", "sequence-classification", "masked-lm")
 """Names of :data:`zo.model.build.AUTO_CLASS`, which imports transformers."""
-ADAPTERS = ("lora", "ia3")
-"""Adapters that :mod:`zo.model.adapters` adds, which imports torch."""
 AUTO = "auto"
 """Value of ``update.lr`` for a rate that is found at start."""
 STORES = ("device", "host", "disk")
@@ -68,36 +67,6 @@ class ModelConfig:
         choice("model.weights", self.weights, ("pretrained", "random"))
         choice("model.dtype", self.dtype, ("float32", "bfloat16", "float16"))
         choice("model.task", self.task, ("auto", *TASKS))
-
-
-@dataclass(frozen=True)
-class PeftConfig:
-    """Adapters: small trained modules beside the frozen model."""
-
-    type: str | None = None
-    """``lora`` or ``ia3``, by the package peft (extra ``peft``); none by default."""
-    rank: int | None = None
-    """Rank of LoRA; 8 by default."""
-    alpha: int | None = None
-    """LoRA's output is scaled by alpha / rank; 16 by default."""
-    targets: list[str] | None = None
-    """Ends of the names of the modules to adapt, such as [q_proj,v_proj], or [all-linear]; by
-    default what peft takes for the model's family."""
-
-    def __post_init__(self) -> None:
-        if self.type is not None:
-            choice("peft.type", self.type, ADAPTERS)
-        given = [key for key in ("rank", "alpha", "targets") if getattr(self, key) is not None]
-        for key in ("rank", "alpha"):
-            at_least(f"peft.{key}", 1 if key not in given else getattr(self, key), 1)
-        of_lora = [key for key in given if key != "targets" and self.type != "lora"]
-        if of_lora or (given and self.type is None):
-            raise UserError(
-                f"peft.{(of_lora or given)[0]} has no effect with peft.type={self.type}; set "
-                f"peft.type={'lora' if of_lora else ' or '.join(ADAPTERS)}, or leave it out"
-            )
-        if self.targets == []:
-            raise UserError("peft.targets is empty; name modules, or leave it out")
 
 
 @dataclass(frozen=True)
@@ -172,6 +141,10 @@ class UpdateConfig:
     """Steps over which the rate rises linearly from 0."""
     weight_decay: float = 0.0
     """Decay a step is lr times this; none on parameters of fewer than two dims (biases, norms)."""
+    anchor: float = 0.0
+    """Decay toward the base model's weights: a step shrinks the distance to them by lr times this,
+    in the blocks that its directions reach. For weights stored in float32; the checkpoint is read
+    again."""
     clip: float | None = None
     """Limit of a projected gradient, in root mean squares of those of the last 16 steps; none by
     default."""
@@ -181,7 +154,7 @@ class UpdateConfig:
         choice("update.schedule", self.schedule, SCHEDULES)
         if self.lr != AUTO:
             object.__setattr__(self, "lr", number("update.lr", self.lr, f"a number or {AUTO}"))
-        for key in ("lr", "warmup_steps", "weight_decay"):
+        for key in ("lr", "warmup_steps", "weight_decay", "anchor"):
             if (value := getattr(self, key)) != AUTO:
                 at_least(f"update.{key}", value, 0)
         if self.clip is not None and not (math.isfinite(self.clip) and self.clip > 0):

@@ -163,6 +163,10 @@ class Encoder:
             UserError: the columns fit none.
         """
         columns = self.rows.columns
+        if columns >= {"chosen", "rejected"}:
+            used = tuple(c for c in ("prompt", "chosen", "rejected") if c in columns)
+            how = "pairs: the chosen answer is to become likelier than the rejected one"
+            return Encoding(self._pair, used, how)
         for key in ("messages", "conversations"):
             if key in columns:
                 how = "every turn of the assistant, by the tokenizer's chat template"
@@ -194,7 +198,7 @@ class Encoder:
             return Encoding(self._pieces, ("text",), "every token of each text", in_pieces=True)
         raise UserError(
             f"data.name={self.name} has columns {', '.join(sorted(columns))}; use text, prompt and "
-            f"completion, instruction and output, or messages{hint}"
+            f"completion, prompt and chosen and rejected, instruction and output, or messages{hint}"
         )
 
     @cached_property
@@ -213,6 +217,43 @@ class Encoder:
             return self._answered(origin, self._chat.samples(origin, turns, first))
         prompt = self._text(origin, row, "prompt")
         return self._completed(origin, prompt, self._answer(origin, row, "completion"))
+
+    def _pair(self, origin: Origin, row: Row) -> Encoded:
+        """Encode a prompt with a chosen and a rejected answer, as texts or as messages."""
+        names = ("chosen", "rejected")
+        if any(isinstance(row.get(name), list) for name in names):
+            sides = self._pair_of_turns(origin, row, names)
+        else:
+            prompt = self._text(origin, row, "prompt")
+            sides = [self._completed(origin, prompt, self._answer(origin, row, n)) for n in names]
+        for name, side in zip(names, sides, strict=True):
+            if len(side.examples) > 1:
+                raise UserError(
+                    f"{origin}: the chat template writes earlier turns of the assistant in another "
+                    f"way than the last, so that {self._shown(name)} is several sequences; let it "
+                    "have one turn of the assistant"
+                )
+        (chosen,), (rejected,) = (side.examples for side in sides)
+        tokens, has_ends = max(side.tokens for side in sides), all(side.has_end for side in sides)
+        return Encoded([replace(chosen, rejected=rejected)], tokens, has_ends)
+
+    def _pair_of_turns(self, origin: Origin, row: Row, names: Sequence[str]) -> list[Encoded]:
+        """Encode two answers as messages, or two conversations; trained from where they part."""
+        answers = [a if isinstance(a := row.get(n), list) and a else [None] for n in names]
+        before, opening = row.get("prompt"), answers[0][0]
+        if isinstance(before, str) and isinstance(opening, dict):
+            asks = opening.get("role") == "assistant"
+            before = [{"role": "user", "content": before}] if asks else []
+        before = before if isinstance(before, list) else []
+        said = [before + answer for answer in answers]
+        parts = (i for i, (a, b) in enumerate(zip(*said, strict=False)) if a != b)
+        first = min(next(parts, len(said[0])), *(len(turns) - 1 for turns in said))
+        first = max(first, len(before))
+        sides = []
+        for name, turns in zip(names, said, strict=True):
+            found = read_turns(origin, turns, self._shown(name), first)
+            sides.append(self._answered(origin, self._chat.samples(origin, found, first)))
+        return sides
 
     def _instructed(
         self, ask: str, answer: str, system: str, more: str, origin: Origin, row: Row

@@ -1,7 +1,7 @@
 """Report of what a run trains on, for its first lines and for ``--check``."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from statistics import median_low
 from typing import Any
@@ -121,7 +121,8 @@ def _ends(encoded: Sequence[Encoded], tokenizer: Any) -> bool:
     row = next((row for row in encoded if row.has_end), None)
     return row is None or any(
         e.ids[i] in special
-        for e in row.examples
+        for pair in row.examples
+        for e in pair.sides
         for i in range(e.target, len(e.ids))
         if i not in e.ignored
     )
@@ -134,6 +135,9 @@ def mark(example: Example, tokenizer: Any, names: Sequence[str]) -> str:
         return f"{short_text(tokenizer.decode(example.ids))}[[{short_text(followed)}]]"
     if names:
         return f"{short_text(tokenizer.decode(example.ids))}[[{names[example.target]}]]"
+    if example.rejected is not None:
+        chosen, rejected = (mark(replace(e, rejected=None), tokenizer, ()) for e in example.sides)
+        return f"{chosen} rather than {rejected}"
     places = range(len(example.ids))
     parts = groupby(places, lambda i: i >= example.target and i not in example.ignored)
     shown = []

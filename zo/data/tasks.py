@@ -6,6 +6,7 @@
     completion   a text, or a prompt and its completion           cross-entropy of the completion
     class        a text and its class, for a classifier           cross-entropy over the classes
     answer       a question whose answer is generated             F1 (:mod:`zo.data.answers`)
+    pair         a prompt, a better and a worse answer            see :mod:`zo.data.pairs`
 
 A candidate counts by the mean log-likelihood of its tokens. Losses are computed from logits in
 float32, never taken from the model: several families return a loss in bf16, whose spacing is larger
@@ -27,7 +28,7 @@ from zo.errors import UserError
 from zo.model.info import ModelInfo
 
 Batch = Mapping[str, Tensor]
-TARGETS = ("labels", "target", "rows", "right", "places")
+TARGETS = ("labels", "target", "rows", "right", "places", "reference")
 """Keys of a micro-batch that are not arguments of the model."""
 WHOLE = "whole."
 """Prefix of the keys of a second micro-batch in one: the same examples as completions."""
@@ -53,6 +54,8 @@ class Example:
     """Indices of the candidates that count as right; by default ``target`` alone."""
     answers: tuple[str, ...] = ()
     """Texts that count as right where an answer is generated."""
+    rejected: "Example | None" = None
+    """The same prompt with the answer that is to become less likely than this one."""
 
     def followed(self) -> "Example":
         """Return the completion of ``ids`` by the candidate to train on."""
@@ -61,6 +64,16 @@ class Example:
     def candidate(self, number: int) -> "Example":
         """Return the completion of ``ids`` by one candidate."""
         return Example(self.ids + self.candidates[number], len(self.ids))
+
+    @property
+    def sides(self) -> "tuple[Example, ...]":
+        """The sequences that a micro-batch holds of it: one, or chosen and rejected."""
+        return (self,) if self.rejected is None else (self, self.rejected)
+
+    @property
+    def length(self) -> int:
+        """Tokens of its longest sequence."""
+        return max(len(side.ids) for side in self.sides)
 
 
 @dataclass(frozen=True)
@@ -72,7 +85,7 @@ class Task:
     """Make a micro-batch of examples; the second ones, among which they are, decide its length."""
     terms: Callable[[nn.Module, Batch], Tensor]
     """Return float64 of shape ``[3]``: sum of losses, number of terms, sum of scores, which are
-    correct decisions if ``score`` is accuracy."""
+    correct decisions if ``score`` is accuracy; of pairs also the sum of margins."""
     score: str = ""
     """Name of the mean of the scores; empty if there are none."""
     examine: Callable[[nn.Module, Batch], Tensor] | None = None
@@ -90,6 +103,8 @@ class Task:
     """True if 1 minus the score is minimised."""
     check: Callable[[nn.Module, Batch], Tensor] | None = None
     """What shows how a model computes on a micro-batch, where the objective has few values."""
+    width: int = 3
+    """Numbers that ``terms`` returns."""
 
     def objective(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the sum of losses and the number of terms; float64 of shape ``[2]``."""
@@ -149,7 +164,8 @@ class Task:
         first, mean = sums[0] / sums[1], sums[2] / sums[1]
         if self.kind == "completion":
             return {"loss": first, "perplexity": math.exp(min(first, 700.0))}
-        return {self.score: mean, "exact_match" if self.kind == "answer" else "loss": first}
+        found = {self.score: mean, "exact_match" if self.kind == "answer" else "loss": first}
+        return found | ({"margin": sums[3] / sums[1]} if self.kind == "pair" else {})
 
 
 def choice(info: ModelInfo, pad: int, word_ids: Sequence[int]) -> Task:
@@ -221,7 +237,7 @@ def candidates(info: ModelInfo, pad: int) -> Task:
         }
 
     def terms(model: nn.Module, batch: Batch) -> Tensor:
-        losses, labels = _token_losses(model, batch, info), batch["labels"]
+        losses, labels = answer_losses(model, batch, info), batch["labels"]
         scores_R = -losses.sum(1) / (labels != IGNORED).sum(1)  # noqa: N806
         # Row -1, of a candidate that an example lacks, is the last: it is never chosen.
         never = scores_R.new_full((1,), -torch.inf)
@@ -247,26 +263,16 @@ def completion(info: ModelInfo, pad: int) -> Task:
     """Return the task of predicting the tokens of a completion, or of a whole text."""
 
     def collate(examples: Sequence[Example], among: Sequence[Example]) -> Batch:
-        longest = max(len(e.ids) - e.target for e in among)
-        labels = torch.full((len(examples), longest), IGNORED)
-        for row, e in zip(labels, examples, strict=True):
-            row[longest - (len(e.ids) - e.target) :] = torch.tensor(e.ids[e.target :])
-            row[[longest - len(e.ids) + i for i in e.ignored]] = IGNORED
-        return pad_left(examples, among, info, pad) | {"labels": labels}
+        return collate_answers(examples, among, info, pad)
 
     def terms(model: nn.Module, batch: Batch) -> Tensor:
-        loss = _token_losses(model, batch, info, "sum")
+        loss = answer_losses(model, batch, info, "sum")
         count = (batch["labels"] != IGNORED).sum()
         return torch.stack((loss.double(), count.double(), torch.zeros_like(loss).double()))
 
     def examine(model: nn.Module, batch: Batch) -> Tensor:
-        labels = batch["labels"]
-        logits = _last_logits(model, batch, info, labels.shape[1] + 1)[:, :-1]
-        loss = cross_entropy(
-            logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="none"
-        )
-        sums = loss.view(labels.shape).sum(1, dtype=torch.float64)
-        terms = (labels != IGNORED).sum(1).to(sums)
+        sums = answer_losses(model, batch, info).sum(1, dtype=torch.float64)
+        terms = (batch["labels"] != IGNORED).sum(1).to(sums)
         return torch.stack((sums, terms, torch.full_like(sums, -1)), 1)
 
     def predict(
@@ -278,6 +284,33 @@ def completion(info: ModelInfo, pad: int) -> Task:
         return _last_logits(model, batch, info, 1)[:, -1].argmax(-1)
 
     return Task("completion", collate, terms, "", examine, predict)
+
+
+def collate_answers(
+    examples: Sequence[Example], among: Sequence[Example], info: ModelInfo, pad: int
+) -> Batch:
+    """Return sequences with the labels of their answers, ``[B, longest answer]``, as a batch."""
+    longest = max(len(e.ids) - e.target for e in among)
+    labels = torch.full((len(examples), longest), IGNORED)
+    for row, e in zip(labels, examples, strict=True):
+        row[longest - (len(e.ids) - e.target) :] = torch.tensor(e.ids[e.target :])
+        row[[longest - len(e.ids) + i for i in e.ignored]] = IGNORED
+    return pad_left(examples, among, info, pad) | {"labels": labels}
+
+
+def answer_losses(
+    model: nn.Module, batch: Batch, info: ModelInfo, reduction: str = "none"
+) -> Tensor:
+    """Return the losses of the labels, ``[B, T]`` with 0 where there is none, or their sum."""
+    labels = batch["labels"]
+    logits = _last_logits(model, batch, info, labels.shape[1] + 1)[:, :-1]
+    losses = cross_entropy(
+        logits.flatten(0, 1).float(),
+        labels.flatten(),
+        ignore_index=IGNORED,
+        reduction=reduction,
+    )
+    return losses if reduction == "sum" else losses.view(labels.shape)
 
 
 def classification(info: ModelInfo, pad: int) -> Task:
@@ -348,21 +381,6 @@ def _last_logits(model: nn.Module, batch: Batch, info: ModelInfo, count: int) ->
     """
     options = {"logits_to_keep": count} if "logits_to_keep" in info.accepts else {}
     return _logits(model, batch, info, options)[:, -count:]
-
-
-def _token_losses(
-    model: nn.Module, batch: Batch, info: ModelInfo, reduction: str = "none"
-) -> Tensor:
-    """Return the losses of the labels, ``[B, T]`` with 0 where there is none, or their sum."""
-    labels = batch["labels"]
-    logits = _last_logits(model, batch, info, labels.shape[1] + 1)[:, :-1]
-    losses = cross_entropy(
-        logits.flatten(0, 1).float(),
-        labels.flatten(),
-        ignore_index=IGNORED,
-        reduction=reduction,
-    )
-    return losses if reduction == "sum" else losses.view(labels.shape)
 
 
 def _decisions(logits_BN: Tensor, labels: Tensor) -> Tensor:  # noqa: N803

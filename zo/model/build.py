@@ -19,7 +19,8 @@ from transformers import (
 from transformers.core_model_loading import build_glob_alternation
 from transformers.utils import logging
 
-from zo.config.schema import TASKS, ModelConfig, PeftConfig
+from zo.config.peft import PEFT_KEYS, PeftConfig
+from zo.config.schema import TASKS, ModelConfig
 from zo.errors import UserError
 from zo.io import quickstart as assets
 from zo.io.engines import Engine
@@ -61,7 +62,7 @@ class ModelLoader:
 
         Raises:
             UserError: the folder or hub id does not exist, its configuration is unknown, or
-                adapters are asked for and it is not of a causal language model.
+                virtual tokens are asked for and it is not of a causal language model.
         """
         if not config.name:
             raise UserError(
@@ -75,11 +76,11 @@ class ModelLoader:
         self.hf_config: Any = self._read("model.name", self.path, AutoConfig)
         self.task = self._task()
         self.peft = peft or PeftConfig()
-        if self.peft.type is not None and self.task != "causal-lm":
+        if self.peft.type in PEFT_KEYS["tokens"] and self.task != "causal-lm":
             raise UserError(
                 f"peft.type={self.peft.type} is for causal language models, and model.name="
-                f"{config.name} is of model.task={self.task}, whose head it would not train; "
-                "choose what to train by model.train"
+                f"{config.name} is of model.task={self.task}; use peft.type=lora or ia3, or choose "
+                "what to train by model.train"
             )
 
     def _read(self, key: str, path: str, kind: Any) -> Any:
@@ -210,10 +211,12 @@ class ModelLoader:
         key, limit = next(
             ((k, n) for k, n in found if isinstance(n, int) and n > 0), ("", max_tokens)
         )
-        if max_tokens > limit:
+        taken = self.peft.virtual_tokens if key else 0
+        if max_tokens > limit - taken:
+            beside = f" beside peft.tokens={taken}" if taken else ""
             raise UserError(
                 f"batch.max_tokens={max_tokens} is more than the {limit} positions of "
-                f"model.name={self.config.name} ({key}); use at most {limit}"
+                f"model.name={self.config.name} ({key}){beside}; use at most {limit - taken}"
             )
 
     def _on_meta(self, hf_config: Any) -> Any:
@@ -221,7 +224,7 @@ class ModelLoader:
         model = self._bare(hf_config)
         train_only(model, self.config.train)
         if self.peft.type is not None:
-            add_adapters(model, self.peft, self.config.name, self.config.revision)
+            add_adapters(model, self.peft, self.config.name, self.config.revision, self.task)
         return model.eval()
 
     def _bare(self, hf_config: Any) -> Any:
@@ -287,7 +290,8 @@ class ModelLoader:
         if self.peft.type is None:
             return self._base(skeleton, seed, engine)
         base = self._base(self._bare(self.hf_config), seed, engine)
-        return AdaptedSource(base, initial_adapters(self._bare(self.hf_config), self.peft, seed))
+        bare = self._bare(self.hf_config)
+        return AdaptedSource(base, initial_adapters(bare, self.peft, seed, self.task))
 
     def _base(self, skeleton: nn.Module, seed: int, engine: Engine) -> WeightSource:
         """Return the source of the weights of a model without adapters."""

@@ -95,27 +95,24 @@ class Structure:
 
 
 def trained_header(config: Config) -> dict[str, Any]:
-    """Return what the log's header says of the parameters that are trained, where not all are."""
+    """Return what the log's header says of training that not every run has."""
     found: dict[str, Any] = {}
     if config.model.train is not None:
         found["train"] = config.model.train
     if config.peft.type is not None:
         found["peft"] = asdict(config.peft)
+    if config.update.anchor:
+        found["anchor"] = config.update.anchor
     return found
 
 
-def log_header(config: Config, base: str, data: str, structure: Structure) -> dict[str, Any]:
-    """Return the header of a new log.
-
-    Args:
-        config: of the run.
-        base: fingerprint of the weights at version 0.
-        data: checksum of the data.
-        structure: of the model.
-    """
+def log_header(
+    config: Config, replica: Replica, problem: Problem, structure: Structure
+) -> dict[str, Any]:
+    """Return the header of a new log."""
     return {
-        "base": base,
-        "data": data,
+        "base": replica.store.base,
+        "data": problem.data_checksum,
         "directions": config.directions,
         "distribution": config.estimator.distribution,
         "rule": config.update.name,

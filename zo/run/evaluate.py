@@ -1,6 +1,6 @@
 """Scores on held-out batches, shared among all ranks, by plain forwards at the newest version."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -61,16 +61,15 @@ def evaluate(
     """
     labels = [] if task.examine is None else [batch["labels"] for batch in batches]
     rows = max(map(len, labels), default=1)
-    owners = [i % mesh.ranks for i in range(len(batches))]
-    cells = [
-        lambda batch=b: _examine(replica.model, task, batch, mesh.device, rows)
-        for b in batches[mesh.rank :: mesh.ranks]
-    ]
-    # Ranks that share slices pass over the model together, as often as the rank with the most
-    # batches, rank 0, has to.
-    most = -(-len(batches) // mesh.ranks)
-    passes = -(-most // at_once)
-    table, _ = mesh.gather(replica.plain(cells, at_once, passes), owners, width=3 * rows)
+    width = task.width if task.examine is None else 3 * rows
+    table = of_batches(
+        lambda batch: _examine(replica.model, task, batch, rows),
+        replica,
+        batches,
+        mesh,
+        at_once,
+        width,
+    )
     if task.examine is None:
         # Summed in the order of the batches, so that the scores have the same bits on any mesh.
         return Evaluation(task.summarize([sum(column) for column in table.T.tolist()]))
@@ -79,10 +78,37 @@ def evaluate(
     return evaluation(task, torch.cat(parts), classes)
 
 
-def _examine(model: nn.Module, task: Task, batch: Batch, device: torch.device, rows: int) -> Tensor:
+def _examine(model: nn.Module, task: Task, batch: Batch, rows: int) -> Tensor:
     """Return the examples of a batch, padded to so many rows, or else their sums, as one row."""
-    batch = {key: value.to(device) for key, value in batch.items()}
     if task.examine is None:
         return task.terms(model, batch)
     table = task.examine(model, batch)
     return pad(table, (0, 0, 0, rows - len(table))).flatten()
+
+
+def of_batches(
+    terms: Callable[[Batch], Tensor],
+    replica: Replica,
+    batches: Sequence[Batch],
+    mesh: Mesh,
+    at_once: int,
+    width: int,
+) -> Tensor:
+    """Return the terms of batches, float64 of shape ``[len(batches), width]``, on every rank.
+
+    Args:
+        terms: of one batch by a plain forward, float64 of shape ``[width]``.
+        replica: see :func:`evaluate`.
+        batches: see :func:`evaluate`.
+        mesh: see :func:`evaluate`.
+        at_once: see :func:`evaluate`.
+        width: numbers per batch.
+    """
+    owners = [i % mesh.ranks for i in range(len(batches))]
+    mine = batches[mesh.rank :: mesh.ranks]
+    cells = [lambda batch=b: terms({k: v.to(mesh.device) for k, v in batch.items()}) for b in mine]
+    # Ranks that share slices pass over the model together, as often as the rank with the most
+    # batches, rank 0, has to.
+    most = -(-len(batches) // mesh.ranks)
+    passes = -(-most // at_once)
+    return mesh.gather(replica.plain(cells, at_once, passes), owners, width)[0]

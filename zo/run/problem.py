@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from zo.config.schema import Config
 from zo.data.batches import build_data, pad_id
 from zo.data.named import NamedRows
+from zo.data.pairs import Reference
 from zo.data.papers import TASKS
 from zo.data.report import DataReport
 from zo.data.rows import SYNTHETIC, Rows
@@ -43,6 +44,8 @@ class Problem:
     report: DataReport | None = None
     task: Task | None = None
     dev_batches: Sequence[Batch] = ()
+    reference: Reference | None = None
+    """Of pairs: what their answers' log-probabilities were under the base model."""
     tokenizer: Any = None
     exportable: bool = False
     """True if the model can be written as a Hugging Face folder."""
@@ -118,6 +121,7 @@ def build_problem(config: Config) -> Problem:
         report=data.report,
         task=data.task,
         dev_batches=data.dev_batches,
+        reference=data.reference,
         tokenizer=tokenizer,
         exportable=True,
         narrow=loader.narrow(skeleton),

@@ -64,6 +64,7 @@ class Steps(Protocol):
     replica: Replica
     log: Log
     folder: RunFolder
+    find_reference: Callable[..., None]
 
     def header(self) -> dict[str, Any]:
         """Return the header of the run's log."""
@@ -126,6 +127,7 @@ class _Trials:
 
     def find(self) -> Probed:
         run = self._run
+        run.find_reference()
         self._begin(0.0)
         self._before, sequences = self._clean_loss(), len(JUDGED_STEPS) * run.config.batch.sequences
         self._say(

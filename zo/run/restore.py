@@ -22,6 +22,7 @@ from zo.run.base_card import read_base_card
 from zo.run.export import write_folder
 from zo.run.model_card import Card, python_of
 from zo.run.problem import Problem, build_problem
+from zo.run.reference import find_reference
 from zo.state import log as logs
 from zo.state.log import Log, difference, untrained_header
 from zo.state.run_folder import RunFolder
@@ -128,7 +129,7 @@ def load_run(
         raise UserError(f"step={step} is not in run={path}, whose last step is {len(entries)}")
     last, entries = len(entries), entries[:step]
     config = change(config_of(content["config"]))
-    problem, mesh, replica = _load(config, folder.blocks(0))
+    problem, mesh, replica = _load(config, folder.blocks(0), path)
     if replica.store.base != header.get("base"):
         raise UserError(f"run={path} was started from a different base model; restore that model")
     if (begun := content.get("log_header")) and (found := difference(header, begun)):
@@ -136,10 +137,11 @@ def load_run(
             f"run={path}: steps.log belongs to another run: its {found[0]} is {found[1]}, and "
             f"{found[2]} in config.yaml; restore this run's log"
         )
-    if {key: header[key] for key in ("train", "peft") if key in header} != trained_header(config):
+    kept = {key: header[key] for key in ("train", "peft", "anchor") if key in header}
+    if kept != trained_header(config):
         raise UserError(
-            f"run={path}: config.yaml and steps.log differ in model.train or peft; put the "
-            "config.yaml back that the run wrote"
+            f"run={path}: config.yaml and steps.log differ in model.train, peft or update.anchor; "
+            "put the config.yaml back that the run wrote"
         )
     log = Log(header, entries)
     # Snapshots after the step that is wanted are no news.
@@ -151,12 +153,16 @@ def load_run(
 
 def load_plain(config: Config) -> FinishedRun:
     """Load a model as it is, without a run."""
-    problem, mesh, replica = _load(config, Path())
+    problem, mesh, replica = _load(config, Path(), None)
     replica.open(Log(untrained_header()))
     return FinishedRun(problem, mesh, replica, {}, {}, 0, 0, config)
 
 
-def _load(config: Config, blocks: Path) -> tuple[Problem, Mesh, Replica]:
+def _load(config: Config, blocks: Path, folder: Path | None) -> tuple[Problem, Mesh, Replica]:
+    """Return a model at version 0, in a store whose blocks are in ``blocks``.
+
+    ``folder`` is of its run, if there is one.
+    """
     device = choose_device(config.run.device)
     make_deterministic(device)
     mesh = Mesh(device.type, config.mesh.timeout_s)
@@ -165,6 +171,8 @@ def _load(config: Config, blocks: Path) -> tuple[Problem, Mesh, Replica]:
         problem = build_problem(config)
     with torch.no_grad(), explain_nondeterminism():
         replica, _ = assemble(problem, config, mesh, blocks, phase, writable=False)
+    at_once = 2 * config.batch.sequences
+    find_reference(problem.reference, replica, mesh, phase, at_once, folder=folder)
     return problem, mesh, replica
 
 

@@ -41,10 +41,12 @@ from zo.run.audit import Audit
 from zo.run.evaluate import check_scored, evaluate
 from zo.run.objective import Objective
 from zo.run.problem import Problem, build_problem, own_problem
-from zo.run.rates import Probed, check_store, resolve_rate, save
+from zo.run.rates import JUDGED_STEPS, Probed, check_store, resolve_rate, save
+from zo.run.reference import find_reference
 from zo.run.reporter import Reporter
 from zo.run.restore import export_model, rebuild, restore_snapshot, save_snapshot
 from zo.run.samples import samples
+from zo.state.anchor import check_anchor
 from zo.state.log import Log
 from zo.state.versions import versions
 
@@ -166,7 +168,8 @@ class Run:
         self.config, self.mesh = config, mesh
         estimator.check_directions(config.run.steps, config.directions)
         check_store(config)
-        self._arrange_mesh()
+        # The table has the same shape in every step.
+        mesh.arrange(fit(config.mesh, mesh.ranks, config.grid, mesh.local_ranks))
         self.folder = startup.choose_folder(mesh, config)
         self.is_writer = self._lock(resources)
         startup.prepare_process(config)
@@ -178,8 +181,13 @@ class Run:
         check_scored(config, self.problem)
         self.replica, self.structure = assemble(self.problem, config, mesh, blocks, progress.phase)
         self.structure.check(config.estimator, self.replica.layout)
+        check_anchor(config.update.anchor, self.replica.layout, self.replica.base)
+        ours = self.problem.reference, self.replica, mesh, progress.phase
+        at_once, steps = 2 * config.batch.sequences, max(config.run.steps, JUDGED_STEPS.stop)
+        self.find_reference: Callable[..., None] = partial(find_reference, *ours, at_once, steps)
         self.config, found, self.probed = resolve_rate(self, progress.say)
         self.log = self._open_log(command, found)
+        self.find_reference(self.folder.path, self.is_writer)
         if line := startup.extend(mesh, self.folder, self.is_writer, self.config, self.log):
             progress.say(line)
         restore_snapshot(self.folder, self.replica, self.log, progress.warn)
@@ -189,11 +197,6 @@ class Run:
         self.reporter.guard(self.problem.uniform_loss)
         if self.probed is not None and mesh.rank == 0:
             save(self.probed, self.folder.path)
-
-    def _arrange_mesh(self) -> None:
-        """Size the axes of the mesh to the table, which has the same shape in every step."""
-        mesh, config = self.mesh, self.config
-        mesh.arrange(fit(config.mesh, mesh.ranks, config.grid, mesh.local_ranks))
 
     def _lock(self, resources: ExitStack) -> bool:
         """Check the folder and lock it; return whether this rank writes there."""
@@ -221,8 +224,7 @@ class Run:
 
     def header(self) -> dict[str, Any]:
         """Return the header of a new log."""
-        base, data = self.replica.store.base, self.problem.data_checksum
-        return log_header(self.config, base, data, self.structure)
+        return log_header(self.config, self.replica, self.problem, self.structure)
 
     def to_end(self, asked: threading.Event) -> dict[str, Any]:
         """Train, evaluate, export; stop after a step once ``asked`` is set, on any rank."""

@@ -3,6 +3,7 @@
     config.yaml     resolved configuration, versions, base model and its fingerprint
     steps.log       the log
     metrics.jsonl   one object a step and an evaluation
+    reference.json  of pairs: log-probabilities of answers under the base model; a derived file
     events.jsonl    what the run said
     status.json     its phase and step
     report.html     the run as a page
@@ -37,7 +38,10 @@ from zo.model.layout import Block, Layout
 from zo.state.log import Log
 from zo.state.snapshot import Snapshot, Writer
 
-RESULT_KEYS = ("model", "peft", "data", "batch", "estimator", "update", "run.seed")
+RESULT_KEYS = (
+    *("model", "peft", "data", "batch", "estimator", "objective", "update"),
+    "run.seed",
+)
 """Groups and keys that decide a run's bits, so that a resumed run must have the same."""
 SNAPSHOTS_KEPT = 2
 UNFINISHED = {"lock", "blocks", "config.yaml.new", "steps.log.new"}

@@ -4,6 +4,7 @@ Training, evaluation and export use a model through this class alone.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,9 +23,9 @@ from zo.model.form import Form
 from zo.model.layout import WHOLE, Block, Layout, Part, Placed, Slice, Spec, views
 from zo.model.lockstep import Lockstep
 from zo.model.probing import Probing
-from zo.model.source import WeightSource
+from zo.model.source import SharedSource, WeightSource
 from zo.observe.timeline import Timeline
-from zo.state.log import Log
+from zo.state.log import Log, untrained_header
 from zo.state.replay import Replay
 from zo.streaming.budget import Budget, budget
 from zo.streaming.cache import BlockCache, ResidentCache, SlotCache, Traffic
@@ -74,7 +75,7 @@ class Replica:
             UserError: too little memory or disk, or weights that cannot be read.
         """
         engine = ENGINES[memory.disk_engine if memory.store == "disk" else "mmap"]()
-        source = base(engine)
+        source = SharedSource(base(engine))
         source.attach_buffers(model)
         self.base: WeightSource | None = source if source.is_rereadable else None
         """The source of the weights of version 0, if it can be read once more."""
@@ -141,8 +142,25 @@ class Replica:
                 memory beside the weights.
         """
         self._source = self._source if is_trial else None
-        self.log, replay, store = log, Replay(log, self.layout), self.store
-        store.open(log.version, log.identity)
+        self.store.open(log.version, log.identity)
+        self._follow(log)
+
+    @contextmanager
+    def at_base(self) -> Iterator[None]:
+        """Compute with the weights of version 0 inside a ``with`` block, before :meth:`open`."""
+        self._follow(Log(untrained_header()))
+        try:
+            yield
+        finally:
+            self._detach()
+            self.cache.close()
+            # Their memory, before the next ones take theirs.
+            del self.cache, self.streamer
+            self.binding.forget()
+
+    def _follow(self, log: Log) -> None:
+        """Make what computes with the weights, which stand where the store has them."""
+        self.log, replay = log, Replay(log, self.layout, self.base)
         self.cache = self._make_cache(replay)
         self.is_resident = self.cache.is_resident
         self.cache.bind_at_rest(self.binding)
