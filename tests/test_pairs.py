@@ -79,7 +79,7 @@ def test_the_loss_is_that_of_the_paper():
     model, base = make_llama(), make_llama(rope_theta=10.0)
     pairs = [
         Example((5, 6, 7, 8), 2, rejected=Example((5, 6, 9), 2)),
-        Example((8, 9, 10, 11, 12), 1, (3,), Example((8, 9, 13, 14, 15, 16), 1)),
+        Example((8, 9, 10, 11, 12), 1, (3,), rejected=Example((8, 9, 13, 14, 15, 16), 1)),
     ]
 
     def log_probability(model, e):

@@ -210,7 +210,7 @@ def test_another_adapter_is_refused_for_a_run(overrides, tmp_path):
         (["peft.type=lora", "peft.targets=[]"], r"^peft\.targets is empty"),
         (["peft.type=lora", "model.train=*norm*"], "both say what is trained; leave one"),
         (["peft.type=lora", "peft.targets=[vproj]"], r"cannot be added.*set peft\.targets"),
-        (["peft.type=prompt", "model.task=sequence-classification"], "is a sequence classifier"),
+        (["peft.type=prompt", "model.task=sequence-classification"], "use peft.type=lora or ia3"),
         (["peft.type=lora", "peft.tokens=4"], r"^peft\.tokens has no effect with peft\.type=lora"),
         (["peft.type=prompt"], r"64 positions of .* beside peft\.tokens=20; use at most 44$"),
     ],
