@@ -99,9 +99,9 @@ MISTAKES = {
         "column text holds int",
         rows({**ROW, "text": 1}) * 30,
     ),
-    "label word of two tokens": (
+    "label outside the label words": (
         ["data.label_words=[terrible,'very great']"],
-        "'very great' is 2 tokens",
+        "label 'great' is not in the label set",
     ),
     "a template with a lone brace": (
         ["data.template='{{text}} {{'"],
