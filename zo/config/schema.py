@@ -20,7 +20,7 @@ from zo.io.engines import ENGINES
 from zo.method.table import Grid
 from zo.method.update import RULES, SCHEDULES
 
-TASKS = ("causal-lm", "sequence-classification")
+TASKS = ("causal-lm", "sequence-classification", "seq2seq-lm")
 """Names of :data:`zo.model.build.AUTO_CLASS`, which imports transformers."""
 ADAPTERS = ("lora", "ia3")
 """Adapters that :mod:`zo.model.adapters` adds, which imports torch."""
@@ -39,8 +39,8 @@ class ModelConfig:
     dtype: str = "float32"
     """Stored type of the weights: ``float32``, ``bfloat16`` or ``float16``."""
     task: str = "auto"
-    """``causal-lm``, ``sequence-classification``, or ``auto`` to read it from the model's
-    configuration."""
+    """``causal-lm``, ``sequence-classification``, ``seq2seq-lm`` (an encoder reads the prompt, a
+    decoder makes the completion), or ``auto`` to read it from the model's configuration."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     tokenizer: str | None = None

@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any
 
 from zo.config.schema import BatchConfig, Config
-from zo.data import tasks
+from zo.data import seq2seq, tasks
 from zo.data.encode import Encoder
 from zo.data.report import DataReport, make_report
 from zo.data.rows import Rows, permutation
@@ -111,7 +111,9 @@ class SyntheticData(Data):
     def _example(self, number: int) -> Example:
         count = self.batch.max_tokens
         words = word_stream(self.seed, number * (count + 1), count + 1, 0, Purpose.TOKENS).tolist()
-        target = words[-1] % self._classes if self.task.kind == "class" else 1
+        target = -(-count // 2) if self.task.has_encoder else 1
+        if self.task.kind == "class":
+            target = words[-1] % self._classes
         return Example(tuple(w % self._vocab_size for w in words[:-1]), target)
 
     @cached_property
@@ -138,21 +140,27 @@ def build_data(
     """
     pad, vocab_size = pad_id(tokenizer, info.vocab_size), info.vocab_size
     classifier = info.task == "sequence-classification"
+    has_encoder = info.task == "seq2seq-lm"
+    language = seq2seq.completion(pad) if has_encoder else tasks.completion(info, pad)
     if rows.synthetic:
-        task = tasks.classification(info, pad) if classifier else tasks.completion(info, pad)
+        task = tasks.classification(info, pad) if classifier else language
         return SyntheticData(task, config.batch, config.run.seed, vocab_size, len(classes))
-    encoder = Encoder(rows, tokenizer, config.batch.max_tokens, vocab_size)
+    kind = seq2seq.PairEncoder if has_encoder else Encoder
+    encoder = kind(rows, tokenizer, config.batch.max_tokens, vocab_size)
     names, warnings = list(classes), []
     if classifier:
         task = tasks.classification(info, pad)
         encoding = encoder.labelled("{text}", names, is_classifier=True)
     elif "label" in rows.columns and rows.template and rows.label_words:
         names = rows.label_words
-        task = tasks.choice(info, pad, encoder.word_ids(names))
+        words = encoder.word_ids(names)
+        task = tasks.choice(info, pad, words)
+        if isinstance(encoder, seq2seq.PairEncoder):
+            task = seq2seq.choice(pad, words, encoder.lead(names[0], words[0]))
         encoding = encoder.labelled(rows.template, names, is_classifier=False)
         warnings = encoder.warnings_of(names)
     else:
-        task, encoding = tasks.completion(info, pad), encoder.language()
+        task, encoding = language, encoder.language()
     encoded = [encoding.encode(*row) for row in rows.numbered_train]
     train = [example for row in encoded for example in row.examples]
     dev = [example for row in rows.numbered_dev for example in encoding.encode(*row).examples]

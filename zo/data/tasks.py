@@ -47,6 +47,8 @@ class Task:
     """Make a micro-batch of examples; the second ones, among which they are, decide its length."""
     terms: Callable[[nn.Module, Batch], Tensor]
     """Return float64 of shape ``[3]``: sum of losses, number of terms, correct decisions."""
+    has_encoder: bool = False
+    """True if an encoder takes what is before an example's ``target``; padding is on the right."""
 
     def objective(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the sum of losses and the number of terms; float64 of shape ``[2]``."""
@@ -54,11 +56,14 @@ class Task:
 
     def shorten(self, batch: Batch) -> Batch:
         """Return a part of a micro-batch with tokens that have a loss, to check a model with."""
-        # Padding is on the left but for a classifier.
-        tokens = slice(SHORT_TOKENS) if self.kind == "class" else slice(-SHORT_TOKENS, None)
+        # Padding is on the left but for a classifier or an encoder.
+        is_right = self.kind == "class" or self.has_encoder
+        tokens = slice(SHORT_TOKENS) if is_right else slice(-SHORT_TOKENS, None)
         rows = {key: value[:SHORT_SEQUENCES] for key, value in batch.items()}
         labels = rows.pop("labels")
         short = {key: value[:, tokens] for key, value in rows.items()}
+        if self.has_encoder:
+            return short | {"labels": labels if labels.dim() == 1 else labels[:, tokens]}
         # The label of a token is that of the logits before it.
         return short | {"labels": labels if labels.dim() == 1 else labels[:, -SHORT_TOKENS + 1 :]}
 
@@ -82,7 +87,7 @@ def choice(info: ModelInfo, pad: int, word_ids: Sequence[int]) -> Task:
 
     def terms(model: nn.Module, batch: Batch) -> Tensor:
         last = _last_logits(model, batch, info, 1)[:, -1]
-        return _decisions(last[:, words(last.device)], batch["labels"])
+        return decisions(last[:, words(last.device)], batch["labels"])
 
     return Task("choice", collate, terms)
 
@@ -123,7 +128,7 @@ def classification(info: ModelInfo, pad: int) -> Task:
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
     def terms(model: nn.Module, batch: Batch) -> Tensor:
-        return _decisions(_logits(model, batch, info, {}), batch["labels"])
+        return decisions(_logits(model, batch, info, {}), batch["labels"])
 
     return Task("class", collate, terms)
 
@@ -161,7 +166,8 @@ def _last_logits(model: nn.Module, batch: Batch, info: ModelInfo, count: int) ->
     return _logits(model, batch, info, options)[:, -count:]
 
 
-def _decisions(logits_BN: Tensor, labels: Tensor) -> Tensor:  # noqa: N803
+def decisions(logits_BN: Tensor, labels: Tensor) -> Tensor:  # noqa: N803
+    """Return the terms of choosing among N words or classes (see :class:`Task`)."""
     logits_BN = logits_BN.float()  # noqa: N806
     loss = cross_entropy(logits_BN, labels, reduction="sum").double()
     correct = (logits_BN.argmax(-1) == labels).sum().double()

@@ -12,6 +12,9 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
 )
@@ -31,8 +34,12 @@ from zo.model.trained import train_only
 # Loading bars would appear between the run's own lines, once per rank.
 logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
-AUTO_CLASS = dict(
-    zip(TASKS, (AutoModelForCausalLM, AutoModelForSequenceClassification), strict=True)
+AUTO_CLASS: dict[str, Any] = dict(
+    zip(
+        TASKS,
+        (AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForSeq2SeqLM),
+        strict=True,
+    )
 )
 """transformers' auto classes, by value of ``model.task``."""
 ATTENTION_WORDS = re.compile(
@@ -71,10 +78,12 @@ class ModelLoader:
         self.task = self._task()
         self.peft = peft or PeftConfig()
         if self.peft.type is not None and self.task != "causal-lm":
+            why = "an encoder and a decoder"
+            if self.task == "sequence-classification":
+                why = "a sequence classifier, whose head it would not train"
             raise UserError(
                 f"peft.type={self.peft.type} is for causal language models, and model.name="
-                f"{config.name} is a sequence classifier, whose head it would not train; choose "
-                "what to train by model.train"
+                f"{config.name} is {why}; choose what to train by model.train"
             )
 
     def _read(self, key: str, path: str, kind: Any) -> Any:
@@ -98,11 +107,31 @@ class ModelLoader:
             raise UserError(f"{key}={path} cannot be loaded: {_first_line(error)}") from error
 
     def _task(self) -> str:
-        if self.config.task != "auto":
-            return self.config.task
-        architectures = self.hf_config.architectures or [""]
-        classifier = architectures[0].endswith("ForSequenceClassification")
-        return "sequence-classification" if classifier else "causal-lm"
+        """Return the task that is asked for, or else that of the checkpoint's class.
+
+        Raises:
+            UserError: it is a masked language model, which sees the words that it should predict.
+        """
+        made_for, task = (self.hf_config.architectures or [""])[0], self.config.task
+        if task == "auto":
+            task = "causal-lm"
+            if made_for.endswith("ForSequenceClassification"):
+                task = "sequence-classification"
+            elif self.hf_config.is_encoder_decoder and _has(AutoModelForSeq2SeqLM, self.hf_config):
+                task = "seq2seq-lm"
+        if task == "causal-lm" and self._sees_both_sides():
+            raise UserError(
+                f"model.name={self.config.name} is a masked language model"
+                f"{f' ({made_for})' if made_for else ''}: it sees the words on both sides, so it "
+                "cannot be trained as a causal one; use model.task=sequence-classification with "
+                "rows that have a label, or another model"
+            )
+        return task
+
+    def _sees_both_sides(self) -> bool:
+        config = self.hf_config
+        is_decoder = getattr(config, "is_decoder", False) or config.is_encoder_decoder
+        return _has(AutoModelForMaskedLM, config) and not is_decoder
 
     def tokenizer(self) -> Any:
         """Load the tokenizer of ``model.tokenizer``, or else of the model.
@@ -219,7 +248,7 @@ class ModelLoader:
         asked = self.config.attention
         try:
             with init_empty_weights(include_buffers=False):
-                model = AUTO_CLASS[self.task].from_config(  # type: ignore[no-untyped-call]
+                model = self._auto_class().from_config(
                     hf_config,
                     dtype=self.dtype,
                     # None: sdpa if the model's class supports it, else eager.
@@ -243,10 +272,22 @@ class ModelLoader:
         model.tie_weights()
         return model.eval()
 
+    def _auto_class(self) -> Any:
+        """Return transformers' auto class of the task; of a model that also sees images, its own.
+
+        Its text is trained (see :func:`zo.model.held.find_held`).
+        """
+        found, config = AUTO_CLASS[self.task], self.hf_config
+        is_known = self.task != "causal-lm" or _has(found, config)
+        return (
+            found
+            if is_known or not _has(AutoModelForImageTextToText, config)
+            else (AutoModelForImageTextToText)
+        )
+
     def _attentions(self, hf_config: Any) -> list[str]:
         """Return the values of ``model.attention`` that the model's class declares support for."""
-        auto: Any = AUTO_CLASS[self.task]
-        kind: Any = auto._model_mapping.get(type(hf_config), None)
+        kind: Any = self._auto_class()._model_mapping.get(type(hf_config), None)
         kind = kind[0] if isinstance(kind, list | tuple) else kind
         flags = {"sdpa": "_supports_sdpa", "flex_attention": "_supports_flex_attn"}
         flags["flash_attention_2"] = "_supports_flash_attn"
@@ -293,12 +334,17 @@ class ModelLoader:
                 f"the weights of model.name={name} cannot be loaded: {_first_line(error)}; give a "
                 "folder with intact safetensors files, or set model.weights=random"
             ) from error
-        if found.missing and self.task == "causal-lm":
+        if found.missing and self.task != "sequence-classification":
             raise UserError(
                 f"model.name={name} lacks {len(found.missing)} weights, {found.missing[0]} first; "
-                "give a complete checkpoint of a causal language model, or set model.weights=random"
+                "give a complete checkpoint of a language model, or set model.weights=random"
             )
         return found
+
+
+def _has(auto: Any, hf_config: Any) -> bool:
+    """Return True if an auto class has a model for a configuration."""
+    return type(hf_config) in auto._model_mapping
 
 
 def _first_line(error: Exception) -> str:

@@ -90,7 +90,12 @@ def load_run(
         raise UserError(f"step={step} is not in run={path}, whose last step is {len(entries)}")
     entries = entries[:step]
     config = change(config_of(content["config"]))
-    problem, mesh, replica = _load(config, folder.blocks(0))
+    problem, mesh, replica, held = _load(config, folder.blocks(0))
+    if held != header.get("held", []):
+        raise UserError(
+            f"run={path}: steps.log holds other parameters as they are than this data would; give "
+            "data of the kind that the run was trained on"
+        )
     if replica.store.base != header.get("base"):
         raise UserError(f"run={path} was started from a different base model; restore that model")
     if (begun := content.get("log_header")) and (found := difference(header, begun)):
@@ -113,12 +118,12 @@ def load_run(
 
 def load_plain(config: Config) -> FinishedRun:
     """Load a model as it is, without a run."""
-    problem, mesh, replica = _load(config, Path())
+    problem, mesh, replica, _ = _load(config, Path())
     replica.open(Log(untrained_header()))
     return FinishedRun(problem, mesh, replica, {}, {}, 0)
 
 
-def _load(config: Config, blocks: Path) -> tuple[Problem, Mesh, Replica]:
+def _load(config: Config, blocks: Path) -> tuple[Problem, Mesh, Replica, list[str]]:
     device = choose_device(config.run.device)
     make_deterministic(device)
     mesh = Mesh(device.type, config.mesh.timeout_s)
@@ -126,8 +131,8 @@ def _load(config: Config, blocks: Path) -> tuple[Problem, Mesh, Replica]:
     with phase(f"reading model {config.model.name} and data {config.data.name}"):
         problem = build_problem(config)
     with torch.no_grad(), explain_nondeterminism():
-        replica, _ = assemble(problem, config, mesh, blocks, phase, writable=False)
-    return problem, mesh, replica
+        replica, structure = assemble(problem, config, mesh, blocks, phase, writable=False)
+    return problem, mesh, replica, list(structure.held)
 
 
 def adapted(

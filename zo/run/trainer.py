@@ -149,6 +149,8 @@ class Run:
         with progress.phase(f"reading model {config.model.name} and data {config.data.name}"):
             self.problem = own or build_problem(config)
         self.replica, self.structure = assemble(self.problem, config, mesh, blocks, progress.phase)
+        for line in self.structure.lines:
+            progress.say(line)
         self.structure.check(config.estimator, self.replica.layout)
         self.log = self._open_log(command)
         restore_snapshot(self.folder, self.replica, self.log, progress.warn)
