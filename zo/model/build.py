@@ -28,6 +28,7 @@ from zo.io.engines import Engine
 from zo.model.adapters import AdaptedSource, add_adapters, initial_adapters
 from zo.model.checkpoint import CheckpointSource, shard_files
 from zo.model.info import ModelInfo
+from zo.model.positions import check_positions
 from zo.model.source import RandomSource, WeightSource
 from zo.model.trained import train_only
 
@@ -173,6 +174,7 @@ class ModelLoader:
         Raises:
             UserError: transformers has no model for this configuration and task.
         """
+        self._check_task()
         try:
             return self._on_meta(self.hf_config)  # type: ignore[no-any-return]
         except UserError:
@@ -181,6 +183,23 @@ class ModelLoader:
             raise UserError(
                 f"model.name={self.config.name} has no {self.task} model: {_first_line(error)}"
             ) from error
+
+    def _check_task(self) -> None:
+        """Raise a :class:`UserError` for a task that transformers has no model of this type for."""
+        config, name = self.hf_config, self.config.name
+        if not _has(self._auto_class(), config) and not hasattr(config, "auto_map"):
+            others = [
+                f"model.task={task}" for task, auto in AUTO_CLASS.items() if _has(auto, config)
+            ]
+            raise UserError(
+                f"model.name={name} is a {config.model_type}, of which transformers has no "
+                f"{self.task} model; use {' or '.join(others) or 'a language model'}"
+            )
+        if self.task == "seq2seq-lm" and getattr(config, "decoder_start_token_id", None) is None:
+            raise UserError(
+                f"model.name={name} has no decoder_start_token_id, with which its decoder would "
+                "begin; add it to the model's config.json"
+            )
 
     def narrow(self, skeleton: nn.Module) -> nn.Module | None:
         """Build a model of the same structure and a small width; ``None`` if that is not possible.
@@ -215,26 +234,25 @@ class ModelLoader:
         ]
         return model if same else None
 
-    def check_positions(self, max_tokens: int) -> None:
-        """Check that sequences of ``max_tokens`` fit the model's positions.
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens that the model knows.
 
         Raises:
-            UserError: they do not.
+            UserError: it reads none.
         """
-        text = self.hf_config.get_text_config()
-        # Common configuration keys; a model without any of them has no limit.
-        found = (
-            (key, getattr(text, key, None))
-            for key in ("max_position_embeddings", "n_positions", "n_ctx")
-        )
-        key, limit = next(
-            ((k, n) for k, n in found if isinstance(n, int) and n > 0), ("", max_tokens)
-        )
-        if max_tokens > limit:
+        found = getattr(self.hf_config.get_text_config(), "vocab_size", None)
+        if not isinstance(found, int):
             raise UserError(
-                f"batch.max_tokens={max_tokens} is more than the {limit} positions of "
-                f"model.name={self.config.name} ({key}); use at most {limit}"
+                f"model.name={self.config.name} has no vocab_size in its configuration, so it does "
+                "not read tokens of a tokenizer; use a language model"
             )
+        return found
+
+    def check_positions(self, max_tokens: int, skeleton: nn.Module | None = None) -> None:
+        """Check that sequences fit (see :func:`zo.model.positions.check_positions`)."""
+        text = self.hf_config.get_text_config()
+        check_positions(self.config.name, text, max_tokens, skeleton)
 
     def _on_meta(self, hf_config: Any) -> Any:
         """Build a model on meta with its adapters, and mark what is trained."""
@@ -273,17 +291,14 @@ class ModelLoader:
         return model.eval()
 
     def _auto_class(self) -> Any:
-        """Return transformers' auto class of the task; of a model that also sees images, its own.
+        """Return transformers' auto class of the task; of a model that sees or hears too, its own.
 
         Its text is trained (see :func:`zo.model.held.find_held`).
         """
-        found, config = AUTO_CLASS[self.task], self.hf_config
-        is_known = self.task != "causal-lm" or _has(found, config)
-        return (
-            found
-            if is_known or not _has(AutoModelForImageTextToText, config)
-            else (AutoModelForImageTextToText)
-        )
+        more = (AutoModelForImageTextToText, AutoModelForSeq2SeqLM)
+        is_text = self.task != "causal-lm" or self.hf_config.is_encoder_decoder
+        classes = (AUTO_CLASS[self.task], *(() if is_text else more))
+        return next((auto for auto in classes if _has(auto, self.hf_config)), classes[0])
 
     def _attentions(self, hf_config: Any) -> list[str]:
         """Return the values of ``model.attention`` that the model's class declares support for."""
@@ -298,11 +313,28 @@ class ModelLoader:
         ]
 
     def info(self, skeleton: nn.Module) -> ModelInfo:
-        """Return the facts of the model that data and objective need."""
+        """Return the facts of the model that data and objective need.
+
+        Raises:
+            UserError: it needs more than tokens.
+        """
+        takes = inspect.signature(skeleton.forward).parameters
+        needed = [
+            name
+            for name, parameter in takes.items()
+            if parameter.default is parameter.empty
+            and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+            and name not in ("input_ids", "attention_mask")
+        ]
+        if needed:
+            raise UserError(
+                f"model.name={self.config.name} needs {', '.join(needed)} beside tokens, and data "
+                "here is text alone; use a model that reads text by itself"
+            )
         return ModelInfo(
             task=self.task,
-            vocab_size=self.hf_config.get_text_config().vocab_size,
-            accepts=frozenset(inspect.signature(skeleton.forward).parameters),
+            vocab_size=self.vocab_size,
+            accepts=frozenset(takes),
         )
 
     def weights(self, skeleton: nn.Module, seed: int, engine: Engine) -> WeightSource:

@@ -15,6 +15,7 @@ from zo.model.blocks import (
     callables,
     callers,
     find_layout,
+    is_around,
     kind_of,
     layer_lists,
     layer_names,
@@ -112,10 +113,11 @@ def find_held(small: nn.Module, forwards: Sequence[Forward], may_hold: bool) -> 
 def _unused(model: nn.Module, forwards: Sequence[Forward]) -> Iterable[str]:
     """Yield the trainable parameters that no forward reads, of modules that none calls."""
     called, read = used(model, forwards)
-    layers, callable_ = layer_names(model), set(callables(model))
+    lists, layers, callable_ = layer_lists(model), layer_names(model), set(callables(model))
     for names in tied(model):
         homes = {layer_of(name, layers) or callers(name, callable_)[-1] for name in names}
-        if not called & homes and not read.intersection(names):
+        is_idle = not called & homes or any(is_around(home, lists) for home in homes)
+        if is_idle and not read.intersection(names):
             yield from names
 
 

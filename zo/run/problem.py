@@ -88,9 +88,9 @@ def build_problem(config: Config) -> Problem:
     classes = (
         rows.class_names(loader.class_names) if loader.task == "sequence-classification" else []
     )
-    vocab_size = loader.hf_config.get_text_config().vocab_size
-    loader.set_classes(classes, pad_id(tokenizer, vocab_size))
+    loader.set_classes(classes, pad_id(tokenizer, loader.vocab_size))
     skeleton = loader.skeleton()
+    loader.check_positions(config.batch.max_tokens, skeleton)
     data = build_data(rows, config, tokenizer, loader.info(skeleton), classes)
     return Problem(
         skeleton=skeleton,
