@@ -43,9 +43,10 @@ def header(checked, layout, model):
     }
 
 
-def replica_of(model, checked, unit="layer"):
+def replica_of(model, checked, unit="layer", memory=None, folder=None):
     layout = find_layout(model, unit, checked.merged)
-    replica = Replica(model, layout, lambda engine: ModelSource(model), MemoryConfig(), CPU, Path())
+    source, memory = ModelSource(model), memory or MemoryConfig()
+    replica = Replica(model, layout, lambda engine: source, memory, CPU, folder or Path())
     replica.open(Log(header(checked, layout, model)))
     return replica
 
@@ -113,6 +114,23 @@ def test_a_corrected_probe_is_the_written_one(name, unit):
         for fold in (None, 1, 2) if unit == "layer" else (None,):
             assert agree(in_folds(replica, model, cells, part, fold), expected), (part, fold)
     assert not agree(expected[:1], expected[1:2])
+
+
+@pytest.mark.parametrize("store", ["host", "disk"])
+@torch.no_grad()
+def test_cells_that_meet_at_modules_find_their_weights_in_any_store(tmp_path, store):
+    """A layer is a block of several meeting points: each needs the block's weights in a slot."""
+    cells = forwards(build("t5"))
+    checked = self_check([build("t5")], cells, CPU, "rank-one")
+    assert checked.meet == "module"
+    found = []
+    for memory in (MemoryConfig(), MemoryConfig(store=store, slots=2)):
+        model = build("t5")
+        replica = replica_of(model, checked, memory=memory, folder=tmp_path)
+        layers = layer_places(model, forward_order(find_layout(model), model, checked.visits))
+        found.append([r for part in (0, layers[-1]) for r in in_folds(replica, model, cells, part)])
+        replica.close()
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @torch.no_grad()

@@ -88,7 +88,7 @@ def test_a_sweep_runs_what_is_missing_and_names_the_best(overrides, tmp_path):
     assert first.returncode == 2, first.stderr
     assert "error: 2 of 4 runs failed" in first.stderr, first.stderr
     assert first.stdout.count("nowhere is not a folder") == 2
-    assert "Best: python launch/train.py recipe=quickstart" in first.stdout
+    assert "Best: python launch/train.py recipe=default" in first.stdout
     assert (folder / "sweep.md").read_text() == first.stdout
     assert (folder / "sweep.png").read_bytes().startswith(b"\x89PNG")
     results = json.loads((folder / "sweep.json").read_text())

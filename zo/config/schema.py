@@ -24,7 +24,7 @@ from zo.io.engines import ENGINES
 from zo.method.table import Grid
 from zo.method.update import RULES, SCHEDULES
 
-TASKS = ("causal-lm", "sequence-classification", "masked-lm")
+TASKS = ("causal-lm", "sequence-classification", "masked-lm", "seq2seq-lm")
 """Names of :data:`zo.model.build.AUTO_CLASS`, which imports transformers."""
 AUTO = "auto"
 """Value of ``update.lr`` for a rate that is found at start."""
@@ -43,8 +43,9 @@ class ModelConfig:
     dtype: str = "float32"
     """Stored type of the weights: ``float32``, ``bfloat16`` or ``float16``."""
     task: str = "auto"
-    """``causal-lm``, ``sequence-classification``, ``masked-lm``, or ``auto`` to read it from the
-    model's configuration."""
+    """``causal-lm``, ``sequence-classification``, ``masked-lm``, ``seq2seq-lm`` (an encoder reads
+    the prompt, a decoder makes the completion), or ``auto`` to read it from the model's
+    configuration."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     tokenizer: str | None = None

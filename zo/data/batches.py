@@ -16,8 +16,8 @@ from typing import Any
 
 from zo.config.objective import LIKELIHOOD
 from zo.config.schema import BatchConfig, Config
-from zo.data import tasks
-from zo.data.encode import Encoded
+from zo.data import seq2seq, tasks
+from zo.data.encode import Encoded, Encoding
 from zo.data.named import NamedRows
 from zo.data.pairs import Reference, preference
 from zo.data.questions import QuestionEncoder
@@ -142,7 +142,9 @@ class SyntheticData(Data):
     def _example(self, number: int) -> Example:
         count = self.batch.max_tokens
         words = word_stream(self.seed, number * (count + 1), count + 1, 0, Purpose.TOKENS).tolist()
-        target = words[-1] % self._classes if self.task.kind == "class" else 1
+        target = -(-count // 2) if self.task.has_encoder else 1
+        if self.task.kind == "class":
+            target = words[-1] % self._classes
         return Example(tuple(w % self._vocab_size for w in words[:-1]), target)
 
     @cached_property
@@ -168,35 +170,20 @@ def build_data(
             several tokens.
     """
     pad, vocab_size = pad_id(tokenizer, info.vocab_size), info.vocab_size
-    classifier = info.task == "sequence-classification"
+    has_encoder = info.task == "seq2seq-lm"
     if rows.synthetic:
-        if info.task == "masked-lm":
-            raise UserError(
-                "data.name=synthetic has no mask to predict for model.task=masked-lm; use "
-                "model.task=sequence-classification to measure speed"
-            )
-        task = tasks.classification(info, pad) if classifier else tasks.completion(info, pad)
+        task = _synthetic(info, pad)
         return SyntheticData(task, config.batch, config.run.seed, vocab_size, len(classes))
-    encoder = QuestionEncoder(rows, tokenizer, config.batch.max_tokens, vocab_size)
+    kind = seq2seq.PairEncoder if has_encoder else QuestionEncoder
+    encoder = kind(rows, tokenizer, config.batch.max_tokens, vocab_size)
     names, warnings, reference = list(classes), [], None
-    if isinstance(rows, NamedRows) and rows.named.options is not None:
-        task, encoding = encoder.options(rows, info, pad)
-    elif info.task == "masked-lm":
-        names = rows.label_words or []
-        task, encoding = encoder.masked(names, info, pad)
-    elif classifier:
-        task = tasks.classification(info, pad)
-        encoding = encoder.labelled("{text}", names, is_classifier=True)
-    elif rows.columns >= {"chosen", "rejected"}:
+    if rows.columns >= {"chosen", "rejected"} and not has_encoder and not names:
         reference = Reference(info, pad, lambda steps: data.drawn(steps))
         task = preference(info, pad, config.objective.beta, reference)
         encoding = encoder.language()
-    elif "label" in rows.columns and rows.template and rows.label_words:
-        names = rows.label_words
-        task, encoding = encoder.choice(rows.template, names, info, pad)
-        warnings = encoder.warnings_of(names)
     else:
-        task, encoding = tasks.completion(info, pad), encoder.language()
+        task, encoding, names = _task(encoder, info, pad, names)
+        warnings = encoder.warnings_of(names) if task.kind in ("choice", "candidates") else []
     task = replace(task, names=tuple(names), template=rows.template)
     task = task.minimising(config.objective.name or LIKELIHOOD)
     encoded = [encoding.encode(*row) for row in rows.numbered_train]
@@ -213,6 +200,51 @@ def build_data(
     )
     data = Data(task, train, dev, batch, config.run.seed, together, at_once, report, reference)
     return data
+
+
+def _synthetic(info: ModelInfo, pad: int) -> Task:
+    """Return the task of random tokens.
+
+    Raises:
+        UserError: they have no mask, which the model needs.
+    """
+    if info.task == "masked-lm":
+        raise UserError(
+            "data.name=synthetic has no mask to predict for model.task=masked-lm; use "
+            "model.task=sequence-classification to measure speed"
+        )
+    if info.task == "sequence-classification":
+        return tasks.classification(info, pad)
+    return seq2seq.completion(pad) if info.task == "seq2seq-lm" else tasks.completion(info, pad)
+
+
+def _task(
+    encoder: QuestionEncoder | seq2seq.PairEncoder, info: ModelInfo, pad: int, classes: list[str]
+) -> tuple[Task, Encoding, list[str]]:
+    """Return the task of an encoder's rows, their encoding, and the names of their labels.
+
+    Raises:
+        UserError: the model is not of a kind that the task is for.
+    """
+    rows = encoder.rows
+    if isinstance(rows, NamedRows) and rows.named.options is not None:
+        if not isinstance(encoder, QuestionEncoder):
+            raise UserError(
+                "this task is for causal models, and model.name has an encoder and a "
+                "decoder; use another model or another task"
+            )
+        return *encoder.options(rows, info, pad), classes
+    if info.task == "masked-lm" and isinstance(encoder, QuestionEncoder):
+        words = rows.label_words or []
+        return *encoder.masked(words, info, pad), words
+    if info.task == "sequence-classification":
+        encoding = encoder.labelled("{text}", classes, is_classifier=True)
+        return tasks.classification(info, pad), encoding, classes
+    if "label" in rows.columns and rows.template and rows.label_words:
+        words = rows.label_words
+        return *encoder.choice(rows.template, words, info, pad), words
+    language = seq2seq.completion(pad) if info.task == "seq2seq-lm" else tasks.completion(info, pad)
+    return language, encoder.language(), classes
 
 
 def _equal_pairs(rows: Rows, encoded: Sequence[Encoded]) -> str | None:

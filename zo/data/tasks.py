@@ -105,6 +105,8 @@ class Task:
     """What shows how a model computes on a micro-batch, where the objective has few values."""
     width: int = 3
     """Numbers that ``terms`` returns."""
+    has_encoder: bool = False
+    """True if an encoder takes what is before an example's ``target``; padding is on the right."""
 
     def objective(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the sum of losses and the number of terms; float64 of shape ``[2]``."""
@@ -141,14 +143,14 @@ class Task:
     def shorten(self, batch: Batch) -> Batch:
         """Return a part of a micro-batch with tokens that have a loss, to check a model with."""
         # Padding is on the right where the whole text is read, else on the left.
-        reads_all = self.kind in ("class", "mask")
+        reads_all = self.kind in ("class", "mask") or self.has_encoder
         tokens = slice(SHORT_TOKENS) if reads_all else slice(-SHORT_TOKENS, None)
         short = {}
         for key, value in batch.items():
             kept, name = value[:SHORT_SEQUENCES], key.removeprefix(WHOLE)
             if name == "labels" and kept.dim() == 2 and (key != name or self.kind != "answer"):
-                # The label of a token is that of the logits before it.
-                kept = kept[:, -SHORT_TOKENS + 1 :]
+                # The label of a token is that of the logits before it, but in a decoder's own.
+                kept = kept[:, tokens if self.has_encoder else slice(1 - SHORT_TOKENS, None)]
             elif name not in TARGETS:
                 kept = kept[:, tokens]
             short[key] = kept
@@ -180,11 +182,11 @@ def choice(info: ModelInfo, pad: int, word_ids: Sequence[int]) -> Task:
 
     def terms(model: nn.Module, batch: Batch) -> Tensor:
         last = _last_logits(model, batch, info, 1)[:, -1]
-        return _decisions(last[:, words(last.device)], batch["labels"])
+        return decisions(last[:, words(last.device)], batch["labels"])
 
     def examine(model: nn.Module, batch: Batch) -> Tensor:
         last = _last_logits(model, batch, info, 1)[:, -1]
-        return _each_decision(last[:, words(last.device)], batch["labels"])
+        return each_decision(last[:, words(last.device)], batch["labels"])
 
     return Task("choice", collate, terms, "accuracy", examine)
 
@@ -203,10 +205,10 @@ def masked(info: ModelInfo, pad: int, word_ids: Sequence[int], mask_id: int) -> 
         return logits[numbers, batch["places"]][:, words(logits.device)]
 
     def terms(model: nn.Module, batch: Batch) -> Tensor:
-        return _decisions(at_mask(model, batch), batch["labels"])
+        return decisions(at_mask(model, batch), batch["labels"])
 
     def examine(model: nn.Module, batch: Batch) -> Tensor:
-        return _each_decision(at_mask(model, batch), batch["labels"])
+        return each_decision(at_mask(model, batch), batch["labels"])
 
     return Task("mask", collate, terms, "accuracy", examine)
 
@@ -242,7 +244,7 @@ def candidates(info: ModelInfo, pad: int) -> Task:
         # Row -1, of a candidate that an example lacks, is the last: it is never chosen.
         never = scores_R.new_full((1,), -torch.inf)
         scores_BN = torch.cat((scores_R, never))[batch["rows"]]  # noqa: N806
-        sums = _decisions(scores_BN, batch["target"])
+        sums = decisions(scores_BN, batch["target"])
         chosen = batch["right"].gather(1, scores_BN.argmax(-1, keepdim=True))
         return torch.cat((sums[:2], chosen.sum().double().view(1)))
 
@@ -320,10 +322,10 @@ def classification(info: ModelInfo, pad: int) -> Task:
         return _pad_right(examples, among, pad)
 
     def terms(model: nn.Module, batch: Batch) -> Tensor:
-        return _decisions(_logits(model, batch, info, {}), batch["labels"])
+        return decisions(_logits(model, batch, info, {}), batch["labels"])
 
     def examine(model: nn.Module, batch: Batch) -> Tensor:
-        return _each_decision(_logits(model, batch, info, {}), batch["labels"])
+        return each_decision(_logits(model, batch, info, {}), batch["labels"])
 
     return Task("class", collate, terms, "accuracy", examine)
 
@@ -383,13 +385,15 @@ def _last_logits(model: nn.Module, batch: Batch, info: ModelInfo, count: int) ->
     return _logits(model, batch, info, options)[:, -count:]
 
 
-def _decisions(logits_BN: Tensor, labels: Tensor) -> Tensor:  # noqa: N803
+def decisions(logits_BN: Tensor, labels: Tensor) -> Tensor:  # noqa: N803
+    """Return the terms of choosing among N words or classes (see :class:`Task`)."""
     logits_BN = logits_BN.float()  # noqa: N806
     loss = cross_entropy(logits_BN, labels, reduction="sum").double()
     correct = (logits_BN.argmax(-1) == labels).sum().double()
     return torch.stack((loss, torch.full_like(loss, len(labels)), correct))
 
 
-def _each_decision(logits_BN: Tensor, labels: Tensor) -> Tensor:  # noqa: N803
+def each_decision(logits_BN: Tensor, labels: Tensor) -> Tensor:  # noqa: N803
+    """Return of each example its loss, 1 and the class decided for, ``[B, 3]``."""
     loss = cross_entropy(logits_BN.float(), labels, reduction="none").double()
     return torch.stack((loss, torch.ones_like(loss), logits_BN.argmax(-1).to(loss)), 1)

@@ -41,6 +41,18 @@ def layer_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
     return found
 
 
+def layer_names(model: nn.Module) -> set[str]:
+    """Return the names of all layers."""
+    return {
+        f"{name}.{i}" for name, members in layer_lists(model).items() for i in range(len(members))
+    }
+
+
+def kind_of(layer: nn.Module) -> tuple[object, ...]:
+    """Return what layers of a list have in common if they differ in weights alone."""
+    return type(layer), *((n, tuple(p.shape)) for n, p in layer.named_parameters())
+
+
 def tied(model: nn.Module, trainable: bool | None = True) -> list[tuple[str, ...]]:
     """Return all names of each trainable, frozen, or (``None``) any parameter, in model order.
 
@@ -83,18 +95,19 @@ def find_layout(
             "their requires_grad"
         )
     lists = layer_lists(model)
-    layers = {f"{name}.{i}" for name, members in lists.items() for i in range(len(members))}
+    layers = layer_names(model)
+    called = set(callables(model))
     names += [
         frozen
         for frozen in tied(model, trainable=False)
         if all(
-            _inside(name, layers)
-            or not (name in resident or _is_around(name.rpartition(".")[0], lists))
+            layer_of(name, layers)
+            or not (name in resident or is_around(callers(name, called)[-1], lists))
             for name in frozen
         )
     ]
     names.sort(key=_order(model))
-    layout = lay_out(_merge(model, names, _group_entry_module(names, lists, layers)))
+    layout = lay_out(_merge(model, names, _group_entry_module(names, called, lists, layers)))
     if unit == "layer":
         return layout
 
@@ -125,12 +138,31 @@ def _modules_above(parameter: str) -> list[str]:
     return [".".join(path[:n]) for n in range(len(path) + 1)]
 
 
-def _inside(parameter: str, layers: Collection[str]) -> str | None:
+def callers(parameter: str, called: Collection[str]) -> list[str]:
+    """Return the modules that are called and contain a parameter, outermost first."""
+    return [module for module in _modules_above(parameter) if module in called]
+
+
+def unserved(model: nn.Module) -> list[tuple[str, ...]]:
+    """Return the trainable parameters of modules that contain the layers: no visit serves them."""
+    lists, called = layer_lists(model), set(callables(model))
+    layers = layer_names(model)
+    return [
+        names
+        for names in tied(model)
+        if any(
+            layer_of(name, layers) is None and is_around(callers(name, called)[-1], lists)
+            for name in names
+        )
+    ]
+
+
+def layer_of(parameter: str, layers: Collection[str]) -> str | None:
     """Return the layer that contains a parameter; ``None`` if it is outside the layers."""
     return next((m for m in _modules_above(parameter) if m in layers), None)
 
 
-def _is_around(module: str, lists: Collection[str]) -> bool:
+def is_around(module: str, lists: Collection[str]) -> bool:
     """Return True if a module contains a list of layers."""
     return any(name.startswith(f"{module}." if module else "") for name in lists)
 
@@ -142,22 +174,25 @@ def _order(model: nn.Module) -> Callable[[tuple[str, ...]], int]:
 
 
 def _group_entry_module(
-    groups: Sequence[tuple[str, ...]], lists: Collection[str], layers: Collection[str]
+    groups: Sequence[tuple[str, ...]],
+    called: Collection[str],
+    lists: Collection[str],
+    layers: Collection[str],
 ) -> Callable[[str], str]:
-    owners = {name.rpartition(".")[0] for names in groups for name in names}
+    owners = {callers(name, called)[-1] for names in groups for name in names}
 
     def entry_module(parameter: str) -> str:
         """Return the module whose forward a visit of this parameter hooks."""
-        if layer := _inside(parameter, layers):
+        if layer := layer_of(parameter, layers):
             return layer
-        above = _modules_above(parameter)
-        if _is_around(above[-1], lists):
+        above = callers(parameter, called)
+        if is_around(above[-1], lists):
             raise UserError(
                 f"parameter {parameter} is not in a block: its module "
                 f"{above[-1] or '(root)'} contains the transformer layers; leave it out of "
                 "model.train, or use a model without it"
             )
-        return next(m for m in above if not _is_around(m, lists) and m in owners)
+        return next(m for m in above if not is_around(m, lists) and m in owners)
 
     return entry_module
 
@@ -195,7 +230,7 @@ def _chunks(
     if len(parameters) > 1 or len(shape) != 2 or matrix.numel * itemsize <= CHUNK_BYTES:
         return []
     if any(
-        m in merged or _inside(f"{m}.weight", layers) or not read_by_rows(model.get_submodule(m))
+        m in merged or layer_of(f"{m}.weight", layers) or not read_by_rows(model.get_submodule(m))
         for m in modules
     ):
         return []

@@ -12,7 +12,9 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
 )
@@ -27,16 +29,22 @@ from zo.io.engines import Engine
 from zo.model.adapters import AdaptedSource, add_adapters, initial_adapters
 from zo.model.checkpoint import CheckpointSource, shard_files
 from zo.model.info import ModelInfo
+from zo.model.positions import check_positions
 from zo.model.source import RandomSource, WeightSource
 from zo.model.trained import train_only
 
 # Loading bars would appear between the run's own lines, once per rank.
 logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
-AUTO_CLASS = dict(
+AUTO_CLASS: dict[str, Any] = dict(
     zip(
         TASKS,
-        (AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForMaskedLM),
+        (
+            AutoModelForCausalLM,
+            AutoModelForSequenceClassification,
+            AutoModelForMaskedLM,
+            AutoModelForSeq2SeqLM,
+        ),
         strict=True,
     )
 )
@@ -104,15 +112,33 @@ class ModelLoader:
             raise UserError(f"{key}={path} cannot be loaded: {_first_line(error)}") from error
 
     def _task(self) -> str:
-        if self.config.task != "auto":
-            return self.config.task
-        architectures = self.hf_config.architectures or [""]
-        endings = {
-            "ForSequenceClassification": "sequence-classification",
-            "ForMaskedLM": "masked-lm",
-        }
-        found = (task for end, task in endings.items() if architectures[0].endswith(end))
-        return next(found, "causal-lm")
+        """Return the task that is asked for, or else that of the checkpoint's class.
+
+        Raises:
+            UserError: a masked language model, which sees the words that it should predict.
+        """
+        made_for, task = (self.hf_config.architectures or [""])[0], self.config.task
+        if task == "auto":
+            task = "causal-lm"
+            if made_for.endswith("ForSequenceClassification"):
+                task = "sequence-classification"
+            elif made_for.endswith("ForMaskedLM"):
+                task = "masked-lm"
+            elif self.hf_config.is_encoder_decoder and _has(AutoModelForSeq2SeqLM, self.hf_config):
+                task = "seq2seq-lm"
+        if task == "causal-lm" and self._sees_both_sides():
+            raise UserError(
+                f"model.name={self.config.name} is a masked language model"
+                f"{f' ({made_for})' if made_for else ''}: it sees the words on both sides, so it "
+                "cannot be trained as a causal one; use model.task=masked-lm with label words, "
+                "model.task=sequence-classification with rows that have a label, or another model"
+            )
+        return task
+
+    def _sees_both_sides(self) -> bool:
+        config = self.hf_config
+        is_decoder = getattr(config, "is_decoder", False) or config.is_encoder_decoder
+        return _has(AutoModelForMaskedLM, config) and not is_decoder
 
     def tokenizer(self) -> Any:
         """Load the tokenizer of ``model.tokenizer``, or else of the model.
@@ -154,6 +180,7 @@ class ModelLoader:
         Raises:
             UserError: transformers has no model for this configuration and task.
         """
+        self._check_task()
         try:
             return self._on_meta(self.hf_config)  # type: ignore[no-any-return]
         except UserError:
@@ -162,6 +189,23 @@ class ModelLoader:
             raise UserError(
                 f"model.name={self.config.name} has no {self.task} model: {_first_line(error)}"
             ) from error
+
+    def _check_task(self) -> None:
+        """Raise a :class:`UserError` for a task that transformers has no model of this type for."""
+        config, name = self.hf_config, self.config.name
+        if not _has(self._auto_class(), config) and not hasattr(config, "auto_map"):
+            others = [
+                f"model.task={task}" for task, auto in AUTO_CLASS.items() if _has(auto, config)
+            ]
+            raise UserError(
+                f"model.name={name} is a {config.model_type}, of which transformers has no "
+                f"{self.task} model; use {' or '.join(others) or 'a language model'}"
+            )
+        if self.task == "seq2seq-lm" and getattr(config, "decoder_start_token_id", None) is None:
+            raise UserError(
+                f"model.name={name} has no decoder_start_token_id, with which its decoder would "
+                "begin; add it to the model's config.json"
+            )
 
     def narrow(self, skeleton: nn.Module) -> nn.Module | None:
         """Build a model of the same structure and a small width; ``None`` if that is not possible.
@@ -196,28 +240,25 @@ class ModelLoader:
         ]
         return model if same else None
 
-    def check_positions(self, max_tokens: int) -> None:
-        """Check that sequences of ``max_tokens`` fit the model's positions.
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens that the model knows.
 
         Raises:
-            UserError: they do not.
+            UserError: it reads none.
         """
-        text = self.hf_config.get_text_config()
-        # Common configuration keys; a model without any of them has no limit.
-        found = (
-            (key, getattr(text, key, None))
-            for key in ("max_position_embeddings", "n_positions", "n_ctx")
-        )
-        key, limit = next(
-            ((k, n) for k, n in found if isinstance(n, int) and n > 0), ("", max_tokens)
-        )
-        taken = self.peft.virtual_tokens if key else 0
-        if max_tokens > limit - taken:
-            beside = f" beside peft.tokens={taken}" if taken else ""
+        found = getattr(self.hf_config.get_text_config(), "vocab_size", None)
+        if not isinstance(found, int):
             raise UserError(
-                f"batch.max_tokens={max_tokens} is more than the {limit} positions of "
-                f"model.name={self.config.name} ({key}){beside}; use at most {limit - taken}"
+                f"model.name={self.config.name} has no vocab_size in its configuration, so it does "
+                "not read tokens of a tokenizer; use a language model"
             )
+        return found
+
+    def check_positions(self, max_tokens: int, skeleton: nn.Module | None = None) -> None:
+        """Check that sequences fit (see :func:`zo.model.positions.check_positions`)."""
+        text = self.hf_config.get_text_config()
+        check_positions(self.config.name, text, max_tokens, skeleton, self.peft.virtual_tokens)
 
     def _on_meta(self, hf_config: Any) -> Any:
         """Build a model on meta with its adapters, and mark what is trained."""
@@ -231,7 +272,7 @@ class ModelLoader:
         asked = self.config.attention
         try:
             with init_empty_weights(include_buffers=False):
-                model = AUTO_CLASS[self.task].from_config(  # type: ignore[no-untyped-call]
+                model = self._auto_class().from_config(
                     hf_config,
                     dtype=self.dtype,
                     # None: sdpa if the model's class supports it, else eager.
@@ -255,10 +296,19 @@ class ModelLoader:
         model.tie_weights()
         return model.eval()
 
+    def _auto_class(self) -> Any:
+        """Return transformers' auto class of the task; of a model that sees or hears too, its own.
+
+        Its text is trained (see :func:`zo.model.held.find_held`).
+        """
+        more = (AutoModelForImageTextToText, AutoModelForSeq2SeqLM)
+        is_text = self.task != "causal-lm" or self.hf_config.is_encoder_decoder
+        classes = (AUTO_CLASS[self.task], *(() if is_text else more))
+        return next((auto for auto in classes if _has(auto, self.hf_config)), classes[0])
+
     def _attentions(self, hf_config: Any) -> list[str]:
         """Return the values of ``model.attention`` that the model's class declares support for."""
-        auto: Any = AUTO_CLASS[self.task]
-        kind: Any = auto._model_mapping.get(type(hf_config), None)
+        kind: Any = self._auto_class()._model_mapping.get(type(hf_config), None)
         kind = kind[0] if isinstance(kind, list | tuple) else kind
         flags = {"sdpa": "_supports_sdpa", "flex_attention": "_supports_flex_attn"}
         flags["flash_attention_2"] = "_supports_flash_attn"
@@ -269,11 +319,28 @@ class ModelLoader:
         ]
 
     def info(self, skeleton: nn.Module) -> ModelInfo:
-        """Return the facts of the model that data and objective need."""
+        """Return the facts of the model that data and objective need.
+
+        Raises:
+            UserError: it needs more than tokens.
+        """
+        takes = inspect.signature(skeleton.forward).parameters
+        needed = [
+            name
+            for name, parameter in takes.items()
+            if parameter.default is parameter.empty
+            and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+            and name not in ("input_ids", "attention_mask")
+        ]
+        if needed:
+            raise UserError(
+                f"model.name={self.config.name} needs {', '.join(needed)} beside tokens, and data "
+                "here is text alone; use a model that reads text by itself"
+            )
         return ModelInfo(
             task=self.task,
-            vocab_size=self.hf_config.get_text_config().vocab_size,
-            accepts=frozenset(inspect.signature(skeleton.forward).parameters),
+            vocab_size=self.vocab_size,
+            accepts=frozenset(takes),
         )
 
     def weights(self, skeleton: nn.Module, seed: int, engine: Engine) -> WeightSource:
@@ -312,6 +379,11 @@ class ModelLoader:
                 "give a complete checkpoint of a language model, or set model.weights=random"
             )
         return found
+
+
+def _has(auto: Any, hf_config: Any) -> bool:
+    """Return True if an auto class has a model for a configuration."""
+    return type(hf_config) in auto._model_mapping
 
 
 def _first_line(error: Exception) -> str:

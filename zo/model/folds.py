@@ -16,6 +16,7 @@ from itertools import groupby
 from typing import Any, Generic, TypeVar
 
 from greenlet import getcurrent, greenlet
+from torch import nn
 
 from zo.method.passes import Probe
 from zo.model.binding import Binding
@@ -78,6 +79,7 @@ class Folds:
         self._meet_at = _meeting_points(binding.layout, probing, form)
         """Names of the modules to meet at, and their positions in the order of the forward."""
         self._modules = {name: binding.model.get_submodule(name) for name in self._meet_at}
+        self._block_around = _blocks_around(binding.layout, self._modules)
         for name, module in self._modules.items():
             self._inner[name] = module.forward
             self._patches.replace(module, self._meet(name))
@@ -134,6 +136,24 @@ def _meeting_points(layout: Layout, probing: Probing | None, form: Form) -> dict
     return {module: place[module] for group in layout.groups for module in group.modules}
 
 
+def _blocks_around(layout: Layout, modules: Mapping[str, nn.Module]) -> dict[str, int]:
+    """Return the block of each module that lies inside of a block, and so does not enter it."""
+    holders = {
+        name: block
+        for block in layout.blocks
+        for part in block.parts
+        if part.rows is None
+        for name in part.parameter.spec.names
+    }
+    found = {}
+    for name, module in modules.items():
+        held = (holders.get(leaf) for leaf, _ in module.named_parameters(name))
+        block = next((block for block in held if block is not None), None)
+        if block is not None and name not in block.modules:
+            found[name] = block.index
+    return found
+
+
 def _parties(cells: Sequence[Cell[T]], shared: Sequence[str]) -> list[list[int]]:
     """Return the numbers of cells that have a column or a fold in common, joined."""
     party_of: dict[tuple[str, int], list[int]] = {}
@@ -172,6 +192,8 @@ class _Driver:
     ) -> None:
         self._folds, self.cells, self._table, self._results = folds, numbers, cells, results
         self._part = part
+        self._within: int | None = None
+        """The block that was entered last, if the driver is inside of it."""
         self._greenlets: dict[int, greenlet] = {}
         self._calls: dict[int, tuple[str, Call]] = {}
         self._is_below = part > 0
@@ -239,10 +261,19 @@ class _Driver:
         ):
             probes = () if self._is_below else tuple(self._table[n].probe for n in group)
             with self._folds.computing(probes):
-                self._folds._lockstep.enter(self._folds._modules[name], call.arguments)
+                self._enter(name, call)
                 output = self._folds._inner[name](*call.arguments, **call.options)
             outputs |= dict(zip(group, split(output, len(group)), strict=True))
         return outputs.items()
+
+    def _enter(self, name: str, call: Call) -> None:
+        """Wait for the weights of a module, unless they came with those of the one before."""
+        lockstep, around = self._folds._lockstep, self._folds._block_around.get(name)
+        if around is None:
+            lockstep.enter(self._folds._modules[name], call.arguments)
+        elif around != self._within:
+            lockstep.enter_block(around)
+        self._within = around
 
     def _fork(self) -> None:
         """Let each fold go on in a driver of its own."""

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from zo.errors import UserError
-from zo.model.blocks import layer_lists, pattern
+from zo.model.blocks import layer_lists, layer_names, pattern
 from zo.model.layout import Layout
 
 MEETINGS = ("layer", "module", "apart")
@@ -98,11 +98,12 @@ def forward_order(layout: Layout, model: nn.Module, visits: Sequence[str]) -> tu
     ranks: dict[str, int] = {}
     for module in visits:
         ranks.setdefault(pattern(module, lists), len(ranks))
-    # Sorting is stable: modules of one pattern, the layers, stay in their order.
-    return tuple(sorted(_modules(layout), key=lambda m: ranks.get(pattern(m, lists), len(ranks))))
+    # Sorting is stable: modules of one pattern, the layers, stay in their order. What is never
+    # visited comes first, so that the last layer is the top one.
+    return tuple(sorted(_modules(layout), key=lambda m: ranks.get(pattern(m, lists), -1)))
 
 
 def layer_places(model: nn.Module, order: Sequence[str]) -> list[int]:
     """Return the places of a model's layers in an order of modules."""
-    layers = {f"{name}.{i}" for name, of in layer_lists(model).items() for i in range(len(of))}
+    layers = layer_names(model)
     return [at for at, module in enumerate(order) if module in layers]

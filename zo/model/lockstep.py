@@ -108,6 +108,10 @@ class Lockstep:
         if module in self._suspend:
             self._suspend[module](module, arguments)
 
+    def enter_block(self, block: int) -> None:
+        """Suspend the current forward until the block holds its weights."""
+        self._enter(block)
+
     def _enter(
         self, block: int, row_numbers: Tensor | None = None, hidden: Tensor | None = None
     ) -> None:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from zo.model.layout import Block, Layout, Part, spans, views
 
@@ -155,7 +156,7 @@ class RandomSource:
         """Return ``_init_weights`` of the innermost transformers model that contains ``module``."""
         path = module.split(".") if module else []
         above = [self._model.get_submodule(".".join(path[:n])) for n in range(len(path) + 1)]
-        return next(m._init_weights for m in reversed(above) if hasattr(m, "_init_weights"))  # type: ignore[return-value]
+        return next(m._init_weights for m in reversed(above) if isinstance(m, PreTrainedModel))
 
     def is_expensive(self, block: Block) -> bool:
         """See :class:`WeightSource`."""

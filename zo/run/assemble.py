@@ -14,8 +14,9 @@ from zo.data.tasks import Batch
 from zo.distributed.process_group import Mesh
 from zo.errors import UserError
 from zo.method.part import fewest_layers, layers_reached
-from zo.model.blocks import find_layout
+from zo.model.blocks import find_layout, layer_names, layer_of
 from zo.model.form import forward_order, layer_places
+from zo.model.held import Held
 from zo.model.layout import Layout
 from zo.run.problem import Problem
 from zo.streaming.replica import Replica
@@ -32,22 +33,29 @@ class Structure:
     order: tuple[str, ...]
     """Modules that enter its groups, in the order of the forward."""
     layers: tuple[int, ...]
-    """Places of its layers in that order."""
+    """Places of its layers in that order, without those that the loss does not use."""
     trained: range
     """Places from the first to the last module that enters a group with a trainable parameter."""
     meet: str
     written: frozenset[str]
     """See :class:`zo.model.form.Form`."""
+    held: tuple[str, ...] = ()
+    """Parameters that are not trained though the configuration would have it."""
+    lines: tuple[str, ...] = ()
+    """What a user should know of them."""
 
     @classmethod
-    def of(cls, layout: Layout, model: nn.Module, checked: Checked) -> "Structure":
-        """Return the facts of a model that was checked on a smaller copy."""
+    def of(cls, layout: Layout, model: nn.Module, checked: Checked, held: Held) -> "Structure":
+        """Return the facts of a model that was checked on a smaller copy, where ``held`` is."""
         order = forward_order(layout, model, checked.visits)
         entered = {m for group in layout.groups if group.trainable for m in group.modules}
         places = [at for at, module in enumerate(order) if module in entered]
         trained = range(places[0], places[-1] + 1)
-        layers = tuple(layer_places(model, order))
-        return cls(order, layers, trained, checked.meet, checked.written)
+        idle = {layer_of(name, layer_names(model)) for name in held.unused}
+        layers = tuple(at for at in layer_places(model, order) if order[at] not in idle)
+        names = tuple(sorted(held.unused | held.elsewhere))
+        form = checked.meet, checked.written
+        return cls(order, layers, trained, *form, names, tuple(held.lines(model)))
 
     def fork(self, part: str, step: int, seed: int) -> int:
         """Return the place of the first module that a step's directions reach.
@@ -91,7 +99,13 @@ class Structure:
 
     def header(self) -> dict[str, Any]:
         """Return what the log's header says of it."""
-        return {"order": list(self.order), "meet": self.meet, "written": sorted(self.written)}
+        held = {"held": list(self.held)} if self.held else {}
+        return {
+            "order": list(self.order),
+            "meet": self.meet,
+            "written": sorted(self.written),
+            **held,
+        }
 
 
 def trained_header(config: Config) -> dict[str, Any]:
@@ -159,10 +173,14 @@ def assemble(
     unit = config.memory.unit
     with phase("checking that block-by-block forwards equal plain forwards, bit for bit"):
         distribution = config.estimator.distribution
-        checked = self_check(models, forwards, mesh.device, distribution, unit, probed)
+        # What the user names to be trained, or gives as a model, is trained or refused.
+        may_hold = config.model.train is None and not problem.own
+        checked = self_check(models, forwards, mesh.device, distribution, unit, probed, may_hold)
+    held = checked.held.hold(problem.skeleton)
     layout = find_layout(problem.skeleton, unit, checked.merged, checked.resident)
     model = problem.build()
-    structure = Structure.of(layout, problem.skeleton, checked)
+    checked.held.hold(model)
+    structure = Structure.of(layout, problem.skeleton, checked, held)
     size = sum(b.size_bytes for b in layout.blocks) / 2**20
     with phase(f"loading weights: {size:,.1f} MiB"), mesh.agreed():
         replica = Replica(

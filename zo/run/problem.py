@@ -106,9 +106,9 @@ def build_problem(config: Config) -> Problem:
     classes = (
         rows.class_names(loader.class_names) if loader.task == "sequence-classification" else []
     )
-    vocab_size = loader.hf_config.get_text_config().vocab_size
-    loader.set_classes(classes, pad_id(tokenizer, vocab_size))
+    loader.set_classes(classes, pad_id(tokenizer, loader.vocab_size))
     skeleton = loader.skeleton()
+    loader.check_positions(config.batch.max_tokens, skeleton)
     data = build_data(rows, config, tokenizer, loader.info(skeleton), classes)
     return Problem(
         skeleton=skeleton,
@@ -125,7 +125,7 @@ def build_problem(config: Config) -> Problem:
         tokenizer=tokenizer,
         exportable=True,
         narrow=loader.narrow(skeleton),
-        uniform_loss=log(max(2, len(classes) or vocab_size)),
+        uniform_loss=log(max(2, len(classes) or loader.vocab_size)),
     )
 
 

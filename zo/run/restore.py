@@ -129,7 +129,12 @@ def load_run(
         raise UserError(f"step={step} is not in run={path}, whose last step is {len(entries)}")
     last, entries = len(entries), entries[:step]
     config = change(config_of(content["config"]))
-    problem, mesh, replica = _load(config, folder.blocks(0), path)
+    problem, mesh, replica, held = _load(config, folder.blocks(0), path)
+    if held != header.get("held", []):
+        raise UserError(
+            f"run={path}: steps.log holds other parameters as they are than this data would; give "
+            "data of the kind that the run was trained on"
+        )
     if replica.store.base != header.get("base"):
         raise UserError(f"run={path} was started from a different base model; restore that model")
     if (begun := content.get("log_header")) and (found := difference(header, begun)):
@@ -153,13 +158,15 @@ def load_run(
 
 def load_plain(config: Config) -> FinishedRun:
     """Load a model as it is, without a run."""
-    problem, mesh, replica = _load(config, Path(), None)
+    problem, mesh, replica, _ = _load(config, Path(), None)
     replica.open(Log(untrained_header()))
     return FinishedRun(problem, mesh, replica, {}, {}, 0, 0, config)
 
 
-def _load(config: Config, blocks: Path, folder: Path | None) -> tuple[Problem, Mesh, Replica]:
-    """Return a model at version 0, in a store whose blocks are in ``blocks``.
+def _load(
+    config: Config, blocks: Path, folder: Path | None
+) -> tuple[Problem, Mesh, Replica, list[str]]:
+    """Return a model at version 0, in a store whose blocks are in ``blocks``, and what is held.
 
     ``folder`` is of its run, if there is one.
     """
@@ -170,10 +177,10 @@ def _load(config: Config, blocks: Path, folder: Path | None) -> tuple[Problem, M
     with phase(f"reading model {config.model.name} and data {config.data.name or config.task}"):
         problem = build_problem(config)
     with torch.no_grad(), explain_nondeterminism():
-        replica, _ = assemble(problem, config, mesh, blocks, phase, writable=False)
+        replica, structure = assemble(problem, config, mesh, blocks, phase, writable=False)
     at_once = 2 * config.batch.sequences
     find_reference(problem.reference, replica, mesh, phase, at_once, folder=folder)
-    return problem, mesh, replica
+    return problem, mesh, replica, list(structure.held)
 
 
 def adapted(

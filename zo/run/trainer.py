@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zo.config.schema import Config
+from zo.config.schema import AUTO, Config
 from zo.data.tasks import Batch
 from zo.distributed.mesh import fit
 from zo.distributed.process_group import Mesh
@@ -168,7 +168,6 @@ class Run:
         self.config, self.mesh = config, mesh
         estimator.check_directions(config.run.steps, config.directions)
         check_store(config)
-        # The table has the same shape in every step.
         mesh.arrange(fit(config.mesh, mesh.ranks, config.grid, mesh.local_ranks))
         self.folder = startup.choose_folder(mesh, config)
         self.is_writer = self._lock(resources)
@@ -180,16 +179,19 @@ class Run:
             self.problem = own or build_problem(config)
         check_scored(config, self.problem)
         self.replica, self.structure = assemble(self.problem, config, mesh, blocks, progress.phase)
+        for line in self.structure.lines:
+            progress.say(line)
         self.structure.check(config.estimator, self.replica.layout)
         check_anchor(config.update.anchor, self.replica.layout, self.replica.base)
         ours = self.problem.reference, self.replica, mesh, progress.phase
-        at_once, steps = 2 * config.batch.sequences, max(config.run.steps, JUDGED_STEPS.stop)
+        judged = JUDGED_STEPS.stop if config.update.lr == AUTO else 0
+        at_once, steps = 2 * config.batch.sequences, max(config.run.steps, judged)
         self.find_reference: Callable[..., None] = partial(find_reference, *ours, at_once, steps)
         self.config, found, self.probed = resolve_rate(self, progress.say)
         self.log = self._open_log(command, found)
         self.find_reference(self.folder.path, self.is_writer)
-        if line := startup.extend(mesh, self.folder, self.is_writer, self.config, self.log):
-            progress.say(line)
+        if said := startup.extend(mesh, self.folder, self.is_writer, self.config, self.log):
+            progress.say(said)
         restore_snapshot(self.folder, self.replica, self.log, progress.warn)
         self.replica.open(self.log)
         self.audit = Audit(self.replica) if config.mesh.check_every else None

@@ -6,21 +6,20 @@ forwards, and the losses are compared with ``torch.equal``.
 """
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 from zo.config.schema import MemoryConfig
 from zo.errors import UserError
 from zo.method.perturbation import Probe
-from zo.model.blocks import callables, find_layout, layer_lists, pattern, tied
+from zo.model.blocks import callables, find_layout, kind_of, layer_lists, pattern, tied
+from zo.model.held import NOTHING, Held, find_held
 from zo.model.layout import Layout
+from zo.model.reads import Forward, out_of_block_reads
 from zo.model.source import ModelSource
 from zo.state.log import Log, untrained_header
 from zo.streaming.probe_check import SEED, choose_meeting, probed
@@ -29,21 +28,6 @@ from zo.streaming.stores import DeviceStore
 
 SCALE = 0.0625
 """Far larger than any eps, so that a wrong probe's weight changes every loss."""
-VALUE_PROPERTIES = {"T", "mT", "H", "mH", "data", "real", "imag"}
-"""Properties of a tensor that read its values; the others return metadata."""
-METADATA_METHODS = {
-    "size",
-    "dim",
-    "numel",
-    "stride",
-    "element_size",
-    "is_floating_point",
-    "get_device",
-    "nelement",
-}
-
-Forward = Callable[[nn.Module], Tensor]
-"""A cell of the table as a function of the model: an objective on one micro-batch."""
 
 
 def miniature(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -74,9 +58,7 @@ def miniature(model: nn.Module, seed: int = 0) -> nn.Module:
 
 def _kinds_seen(members: nn.ModuleList) -> int:
     """Return the number of first members that include each kind (class, shapes); at least two."""
-    kinds = [
-        (type(m), tuple((n, tuple(p.shape)) for n, p in m.named_parameters())) for m in members
-    ]
+    kinds = [kind_of(member) for member in members]
     return max(2, 1 + max(kinds.index(kind) for kind in kinds))
 
 
@@ -93,6 +75,8 @@ class Checked:
     """See :class:`zo.model.form.Form`."""
     written: frozenset[str] = frozenset()
     """See :class:`zo.model.form.Form`."""
+    held: Held = NOTHING
+    """Parameters of the small copy that are not trained."""
     resident: frozenset[str] = frozenset()
     """Frozen parameters that no visit can serve (see :func:`zo.model.blocks.find_layout`)."""
 
@@ -104,6 +88,7 @@ def self_check(
     distribution: str,
     unit: str = "layer",
     short: Mapping[torch.dtype, Sequence[Forward]] | None = None,
+    may_hold: bool = False,
 ) -> Checked:
     """Choose the blocks of a model and the form of its probes, and check them.
 
@@ -116,6 +101,7 @@ def self_check(
         unit: ``layer`` or ``module``.
         short: short micro-batches to try probes with, for a model in float64 and in float32;
             several cells of them are computed at once. By default ``forwards``.
+        may_hold: hold parameters that no visit can serve, in place of an error.
 
     Returns:
         The blocks to merge, the order of the forward, and the form of the probes.
@@ -125,12 +111,12 @@ def self_check(
     """
     for model in models[:-1]:
         try:
-            return _check(miniature(model), forwards, device, distribution, unit, short)
+            return _check(miniature(model), forwards, device, distribution, unit, short, may_hold)
         except UserError:
             raise
         except (RuntimeError, ValueError, IndexError):
             continue  # Not every narrow model can run; the full width decides.
-    return _check(miniature(models[-1]), forwards, device, distribution, unit, short)
+    return _check(miniature(models[-1]), forwards, device, distribution, unit, short, may_hold)
 
 
 def _check(
@@ -140,10 +126,12 @@ def _check(
     distribution: str,
     unit: str,
     short: Mapping[torch.dtype, Sequence[Forward]] | None,
+    may_hold: bool,
 ) -> Checked:
     merged: frozenset[str] = frozenset()
     lists = layer_lists(small)
     move_resident(small, device, everything=True)
+    held = find_held(small, forwards, may_hold)
     resident = _frozen_read_elsewhere(small, forwards)
     while True:
         layout = find_layout(small, unit, merged, resident)
@@ -155,11 +143,12 @@ def _check(
         if unvisited is None and same:
             entered = _order_of_visits(small, layout, forwards[0])
             if distribution != "rank-one":
-                return Checked(merged, entered, resident=resident)
+                return Checked(merged, entered, held=held, resident=resident)
             written = _read_outside_their_module(small, forwards, resident)
             short = short or dict.fromkeys((torch.float64, torch.float32), forwards)
             meet = choose_meeting(small, short, device, written, entered, resident)
-            return Checked(merged, entered, meet, written if meet else frozenset(), resident)
+            form = meet, written if meet else frozenset()
+            return Checked(merged, entered, *form, held, resident)
         owners = {
             n.rpartition(".")[0]
             for b in layout.blocks
@@ -209,7 +198,7 @@ def _frozen_read_elsewhere(small: nn.Module, forwards: Sequence[Forward]) -> fro
     frozen = {name for names in tied(small, trainable=False) for name in names}
     if not frozen:
         return frozenset()
-    return frozenset(frozen & _out_of_block_reads(small, find_layout(small), forwards))
+    return frozenset(frozen & out_of_block_reads(small, find_layout(small), forwards))
 
 
 def _read_outside_their_module(
@@ -229,63 +218,8 @@ def _merged_for_reads(
     small: nn.Module, layout: Layout, forwards: Sequence[Forward], merged: frozenset[str]
 ) -> frozenset[str]:
     """Return the modules to merge for the reads that are outside of their blocks."""
-    outside = _out_of_block_reads(small, layout, forwards)
+    outside = out_of_block_reads(small, layout, forwards)
     return frozenset(_merge_up(small, layout, name, merged) for name in outside)
-
-
-class _Watch(TorchFunctionMode):
-    """Torch function mode that records parameters read outside their own block."""
-
-    def __init__(self, owner: dict[int, int], here: Callable[[], int | None]) -> None:
-        super().__init__()
-        self._owner, self._here = owner, here
-        self.out_of_block_reads: set[int] = set()
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not _reads_metadata(func):
-            for leaf in tree_leaves((args, kwargs or {})):
-                if (
-                    isinstance(leaf, nn.Parameter)
-                    and self._owner.get(id(leaf), self._here()) != self._here()
-                ):
-                    self.out_of_block_reads.add(id(leaf))
-        return func(*args, **(kwargs or {}))
-
-
-def _reads_metadata(func: Any) -> bool:
-    """Return True if a function of a tensor reads its shape or type, not its values."""
-    name = getattr(func, "__name__", "")
-    if name == "__get__":
-        return getattr(getattr(func, "__self__", None), "__name__", "") not in VALUE_PROPERTIES
-    return name in METADATA_METHODS
-
-
-def _out_of_block_reads(model: nn.Module, layout: Layout, forwards: Sequence[Forward]) -> set[str]:
-    """Return the names of parameters that plain forwards read outside their blocks."""
-    inside: list[int] = []
-    hooks = [
-        model.get_submodule(name).register_forward_pre_hook(
-            lambda m, a, block=b.index: inside.append(block)
-        )
-        for b in layout.blocks
-        for name in b.modules
-    ]
-    named = dict(model.named_parameters(remove_duplicate=False))
-    # Chunks have no entry module; the module that owns all of them serves them.
-    owner = {
-        id(named[name]): b.index
-        for b in layout.blocks
-        for part in b.parts
-        if part.rows is None
-        for name in part.parameter.spec.names
-    }
-    watch = _Watch(owner, lambda: inside[-1] if inside else None)
-    with torch.no_grad(), watch:
-        for forward in forwards:
-            forward(model)
-    for hook in hooks:
-        hook.remove()
-    return {name for name, p in named.items() if id(p) in watch.out_of_block_reads}
 
 
 def _merge_up(model: nn.Module, layout: Layout, parameter: str, merged: frozenset[str]) -> str:
