@@ -32,6 +32,7 @@ class Purpose(enum.IntEnum):
     COLUMN = 6
     PART = 7
     BUCKET = 8
+    SAMPLE = 9
 
 
 def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> Tensor:

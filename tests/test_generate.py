@@ -1,0 +1,65 @@
+"""Generation: greedy and sampled completions, each a function of its own prompt and number."""
+
+from dataclasses import replace
+
+import torch
+from conftest import make_llama
+
+from zo.model.generate import Decoding, end_tokens, generate, gumbel, trim
+
+GREEDY = Decoding(max_new_tokens=6, end=(2,), pad=0)
+PROMPTS = [[5, 6, 7], [9, 10, 11, 12, 13], [4]]
+
+
+def batch_of(prompts):
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def step_by_step(model, prompt, pick):
+    """Generate one completion by whole forwards, without a cache."""
+    ids = list(prompt)
+    while len(ids) < len(prompt) + GREEDY.max_new_tokens and (ids == prompt or ids[-1] != 2):
+        ids.append(int(pick(model(torch.tensor([ids])).logits[0, -1], len(ids) - len(prompt))))
+    return trim(ids[len(prompt) :], GREEDY.end)
+
+
+def completions(model, prompts, decoding, sequences=None):
+    found = generate(model, batch_of(prompts), decoding, sequences)
+    return [trim(row, decoding.end) for row in found.tolist()]
+
+
+def test_greedy_completions_in_a_batch_are_those_of_whole_forwards():
+    model = make_llama().double()
+    expected = [step_by_step(model, p, lambda logits, _: logits.argmax()) for p in PROMPTS]
+    assert completions(model, PROMPTS, GREEDY) == expected
+
+
+def test_a_sample_depends_on_its_own_number_and_not_on_its_batch():
+    model, numbers = make_llama().double(), torch.tensor([8, 7, 9])
+    sampled = replace(GREEDY, temperature=0.7, seed=5)
+
+    def pick(number):
+        return lambda logits, at: (logits / 0.7 + gumbel(5, number, 6 * at, 6, "cpu")).argmax()
+
+    found = completions(model, PROMPTS, sampled, numbers)
+    expected = [
+        step_by_step(model, p, pick(n)) for p, n in zip(PROMPTS, numbers.tolist(), strict=True)
+    ]
+    assert found == expected
+    assert completions(model, PROMPTS[1:], sampled, numbers[1:]) == found[1:]
+    assert completions(model, PROMPTS, replace(sampled, seed=6), numbers) != found
+
+
+def test_the_largest_of_noisy_logits_is_a_sample_of_their_softmax():
+    logits = torch.tensor([0.0, 1.0, 2.0, -1.0]).double()
+    draws = gumbel(3, 0, 0, 20000, "cpu").view(-1, 4)
+    shares = (logits + draws).argmax(-1).bincount(minlength=4) / 20000
+    assert (shares - logits.softmax(-1)).abs().max() < 0.015
+
+
+def test_end_tokens_are_those_of_tokenizer_and_model(tokenizer):
+    config = make_llama(eos_token_id=[2, 5]).config
+    assert end_tokens(tokenizer, config) == (2, 5)
