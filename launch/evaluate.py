@@ -67,6 +67,13 @@ def main(arguments: list[str]) -> None:
             "there is nothing to score on: data.dev_examples is 0, or the data is synthetic; give "
             "data=FILE"
         )
+    if (rewards := problem.task.rewards) is not None:
+        if path and not rewards.reward.is_ours and not trust:
+            raise UserError(
+                f"run={own['run']} is rewarded by code of {rewards.reward.name}, which is not run "
+                "by default; read it, then set trust_remote_code=true"
+            )
+        rewards.reward.load()
     mesh, replica = finished.mesh, finished.replica
     scores = evaluate(replica, problem.task, problem.dev_batches, mesh, at_once=BATCHES_AT_ONCE)
     fingerprint = replica.fingerprint()

@@ -56,7 +56,10 @@ def check(config: Config) -> None:
         return
     from zo.run.problem import build_problem
 
-    report = build_problem(config).report
+    problem = build_problem(config)
+    if problem.task is not None and problem.task.rewards is not None:
+        problem.task.rewards.reward.load()
+    report = problem.report
     if report is None:
         print("data: synthetic", file=sys.stderr)
         return

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from zo.config.checks import MAX_THREADS, at_least, at_most, choice, template_columns
+from zo.config.objective import GenerationConfig as GenerationConfig
+from zo.config.objective import ObjectiveConfig as ObjectiveConfig
 from zo.config.table import BatchConfig as BatchConfig
 from zo.config.table import EstimatorConfig as EstimatorConfig
 from zo.config.table import check_table, directions, grid
@@ -321,6 +323,8 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     peft: PeftConfig = field(default_factory=PeftConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     estimator: EstimatorConfig = field(default_factory=EstimatorConfig)
     update: UpdateConfig = field(default_factory=UpdateConfig)

@@ -13,9 +13,11 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
+from zo.config.objective import reward_name
 from zo.config.schema import BatchConfig, Config
 from zo.data import tasks
 from zo.data.encode import Encoder
+from zo.data.prompts import build_prompts
 from zo.data.report import DataReport, make_report
 from zo.data.rows import Rows, permutation
 from zo.data.tasks import Batch, Example, Task
@@ -141,6 +143,8 @@ def build_data(
     if rows.synthetic:
         task = tasks.classification(info, pad) if classifier else tasks.completion(info, pad)
         return SyntheticData(task, config.batch, config.run.seed, vocab_size, len(classes))
+    if reward := reward_name(config.objective, config.data.name):
+        return _data(*build_prompts(rows, config, tokenizer, info, pad, reward), config)
     encoder = Encoder(rows, tokenizer, config.batch.max_tokens, vocab_size)
     names, warnings = list(classes), []
     if classifier:
@@ -156,12 +160,28 @@ def build_data(
     encoded = [encoding.encode(*row) for row in rows.numbered_train]
     train = [example for row in encoded for example in row.examples]
     dev = [example for row in rows.numbered_dev for example in encoding.encode(*row).examples]
+    report = make_report(
+        encoding,
+        encoded,
+        len(rows.numbered_dev),
+        config.batch.max_tokens,
+        tokenizer,
+        names,
+        warnings,
+    )
+    return _data(task, train, dev, report, config)
+
+
+def _data(
+    task: Task,
+    train: Sequence[Example],
+    dev: Sequence[Example],
+    report: DataReport,
+    config: Config,
+) -> Data:
     grid, batch = config.grid, config.batch
     # As many rows go through a product at once as in training.
     together, at_once = max(1, grid.fold // grid.height), grid.fold * batch.micro
-    report = make_report(
-        encoding, encoded, len(rows.numbered_dev), batch.max_tokens, tokenizer, names, warnings
-    )
     return Data(task, train, dev, batch, config.run.seed, together, at_once, report)
 
 

@@ -3,6 +3,7 @@
     choice       a prompt and the label word that follows it      cross-entropy over the label words
     completion   a text, or a prompt and its completion           cross-entropy of the completion
     class        a text and its class, for a classifier           cross-entropy over the classes
+    prompt       a prompt that the model completes                a reward: see zo/data/rewards.py
 
 Losses are computed from logits in float32, never taken from the model: several families return a
 loss in bf16, whose spacing is larger than the difference of two probes. Shapes: B sequences,
@@ -13,12 +14,16 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from zo.model.info import ModelInfo
+
+if TYPE_CHECKING:
+    from zo.data.rewards import Rewards
 
 Batch = Mapping[str, Tensor]
 IGNORED = -100
@@ -33,7 +38,8 @@ class Example:
 
     ids: tuple[int, ...]
     target: int
-    """Index of the label; for a completion, the position of the first token with a loss."""
+    """Index of the label; for a completion, the position of the first token with a loss; for a
+    prompt, its number among all."""
     ignored: tuple[int, ...] = ()
     """Positions after ``target`` without a loss: what stands between an assistant's turns."""
 
@@ -47,6 +53,9 @@ class Task:
     """Make a micro-batch of examples; the second ones, among which they are, decide its length."""
     terms: Callable[[nn.Module, Batch], Tensor]
     """Return float64 of shape ``[3]``: sum of losses, number of terms, correct decisions."""
+
+    rewards: "Rewards | None" = None
+    """What rewards the completions of prompts; the steps and scores of such a task are of these."""
 
     def objective(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the sum of losses and the number of terms; float64 of shape ``[2]``."""
@@ -65,6 +74,8 @@ class Task:
     def summarize(self, sums: Sequence[float]) -> dict[str, float]:
         """Return the scores of a data set from the sums of ``terms`` over its batches."""
         loss = sums[0] / sums[1]
+        if self.kind == "prompt":
+            return {"reward": 0.0 - loss}
         if self.kind == "completion":
             return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
         return {"accuracy": sums[2] / sums[1], "loss": loss}
@@ -126,6 +137,30 @@ def classification(info: ModelInfo, pad: int) -> Task:
         return _decisions(_logits(model, batch, info, {}), batch["labels"])
 
     return Task("class", collate, terms)
+
+
+def prompts(info: ModelInfo, pad: int, rewards: "Rewards") -> Task:
+    """Return the task of completing prompts; ``terms`` are of the prompts' own tokens.
+
+    A model is checked with these, which read all weights as a completion does.
+    """
+
+    def collate(examples: Sequence[Example], among: Sequence[Example]) -> Batch:
+        return _pad_left(examples, among, info, pad) | {
+            "labels": torch.tensor([e.target for e in examples])
+        }
+
+    def terms(model: nn.Module, batch: Batch) -> Tensor:
+        logits = _logits(model, batch, info, {})
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED)
+        # The first token is rated too, by the logits at the last: a prompt may have but one.
+        loss = cross_entropy(
+            logits.flatten(0, 1).float(), labels.roll(-1, 1).flatten(), reduction="sum"
+        )
+        count = batch["attention_mask"].sum()
+        return torch.stack((loss.double(), count.double(), torch.zeros_like(loss).double()))
+
+    return Task("prompt", collate, terms, rewards)
 
 
 def _pad_left(

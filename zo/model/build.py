@@ -186,8 +186,8 @@ class ModelLoader:
         ]
         return model if same else None
 
-    def check_positions(self, max_tokens: int) -> None:
-        """Check that sequences of ``max_tokens`` fit the model's positions.
+    def check_positions(self, max_tokens: int, key: str = "batch.max_tokens") -> None:
+        """Check that sequences of ``max_tokens``, which ``key`` sets, fit the model's positions.
 
         Raises:
             UserError: they do not.
@@ -198,13 +198,13 @@ class ModelLoader:
             (key, getattr(text, key, None))
             for key in ("max_position_embeddings", "n_positions", "n_ctx")
         )
-        key, limit = next(
+        of, limit = next(
             ((k, n) for k, n in found if isinstance(n, int) and n > 0), ("", max_tokens)
         )
         if max_tokens > limit:
             raise UserError(
-                f"batch.max_tokens={max_tokens} is more than the {limit} positions of "
-                f"model.name={self.config.name} ({key}); use at most {limit}"
+                f"{key}={max_tokens} is more than the {limit} positions of "
+                f"model.name={self.config.name} ({of}); use at most {limit}"
             )
 
     def _on_meta(self, hf_config: Any) -> Any:
@@ -258,10 +258,13 @@ class ModelLoader:
 
     def info(self, skeleton: nn.Module) -> ModelInfo:
         """Return the facts of the model that data and objective need."""
+        text = self.hf_config.get_text_config()
+        end = getattr(text, "eos_token_id", None)
         return ModelInfo(
             task=self.task,
-            vocab_size=self.hf_config.get_text_config().vocab_size,
+            vocab_size=text.vocab_size,
             accepts=frozenset(inspect.signature(skeleton.forward).parameters),
+            end_tokens=() if end is None else tuple(end) if isinstance(end, list) else (end,),
         )
 
     def weights(self, skeleton: nn.Module, seed: int, engine: Engine) -> WeightSource:

@@ -7,6 +7,7 @@ import torch
 from zo.data.tasks import Batch, Task
 from zo.distributed.process_group import Mesh
 from zo.io.determinism import explain_nondeterminism
+from zo.run.rewarded import measure_held_out
 from zo.streaming.replica import Replica
 
 
@@ -26,6 +27,10 @@ def evaluate(
     """
     owners = [i % mesh.ranks for i in range(len(batches))]
     mine = batches[mesh.rank :: mesh.ranks]
+    if task.rewards is not None:
+        found = measure_held_out(replica, task.rewards, mine, mesh)
+        table, _ = mesh.gather(found, owners, width=3)
+        return task.summarize([sum(column) for column in table.T.tolist()])
     cells = [
         lambda batch=b: task.terms(replica.model, {k: v.to(mesh.device) for k, v in batch.items()})
         for b in mine

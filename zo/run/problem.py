@@ -6,10 +6,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from zo.config.objective import reward_name
 from zo.config.schema import Config
 from zo.data.batches import build_data, pad_id
 from zo.data.report import DataReport
-from zo.data.rows import Rows
+from zo.data.rows import SYNTHETIC, Rows
 from zo.data.tasks import Batch, Task
 from zo.errors import UserError
 from zo.io.engines import Engine
@@ -74,6 +75,31 @@ def own_problem(
     )
 
 
+def _check_rewarded(config: Config, reward: str, loader: ModelLoader) -> None:
+    """Check that a reward can be had of a model's completions.
+
+    Raises:
+        UserError: it cannot.
+    """
+    said, memory = f"objective.name={reward} rewards completions", config.memory
+    if loader.task != "causal-lm":
+        raise UserError(
+            f"{said}, which model.name={config.model.name}, a sequence classifier, does not write; "
+            "use a causal language model"
+        )
+    if memory.store != "device":
+        raise UserError(
+            f"{said}, for which all weights must be where the model computes; use "
+            f"memory.store=device in place of {memory.store}"
+        )
+    if config.data.name == SYNTHETIC:
+        raise UserError(f"{said}, and data.name={SYNTHETIC} has no prompts; give rows with them")
+    loader.check_positions(
+        config.batch.max_tokens + config.generation.max_new_tokens,
+        "batch.max_tokens + generation.max_new_tokens",
+    )
+
+
 def build_problem(config: Config) -> Problem:
     """Return the problem of a configuration, read from folders or the hub; no weights are read yet.
 
@@ -84,6 +110,8 @@ def build_problem(config: Config) -> Problem:
         raise UserError("data.name is empty; give a file, a hub id, a task or synthetic")
     loader, rows = ModelLoader(config.model, config.peft), Rows(config.data)
     loader.check_positions(config.batch.max_tokens)
+    if reward := reward_name(config.objective, config.data.name):
+        _check_rewarded(config, reward, loader)
     tokenizer = None if rows.synthetic else loader.tokenizer()
     classes = (
         rows.class_names(loader.class_names) if loader.task == "sequence-classification" else []

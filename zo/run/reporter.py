@@ -72,7 +72,7 @@ class Reporter:
         """Step and scores of the run's first evaluation."""
         if mesh.rank == 0:
             self._open()
-        self._skipped_in_a_row, self._said_rounding = 0, False
+        self._skipped_in_a_row, self._said_rounding, self._said_signal = 0, False, False
         self._started, self._before, self._sent = 0.0, Traffic(), 0
 
     def _open(self) -> None:
@@ -175,14 +175,21 @@ class Reporter:
             **memory(self.mesh.device),
         }
         values |= {"skipped": skipped} if skipped else {}
+        if agreed := estimator.agreement_of(self.config.estimator.name, table):
+            values |= {
+                "reward": 0.0 - table.loss,
+                "pairs_disagree": agreed[0],
+                "same_outputs": agreed[1],
+            }
         values |= {} if self.config.update.clip is None else {"clipped": clipped}
         if self.metrics:
             self.metrics.write(values)
             self.trackers.log(values, entry.step)
         self.progress.step(values, self.scores, self._first_scores)
         self.enter("training")
-        self._warn(entry.step, entry.scalars, skipped)
-        self._warn_of_rounding(entry.step, spread, resolution)
+        if agreed is None:
+            self._warn_of_rounding(entry.step, spread, resolution)
+        self._warn(entry.step, entry.scalars, skipped, agreed)
         for name in self.replica.corrupt():
             self.progress.warn(
                 f"block {name} was corrupt on disk and was rebuilt from the base and the log"
@@ -191,17 +198,31 @@ class Reporter:
             self.replica.timeline.active = False
             self._draw_timeline()
 
-    def _warn(self, step: int, scalars: tuple[float, ...], skipped: int) -> None:
+    def _warn(
+        self,
+        step: int,
+        scalars: tuple[float, ...],
+        skipped: int,
+        agreed: tuple[float, float] | None,
+    ) -> None:
         if skipped:
             self.progress.warn(
                 f"step {step}: {skipped} of {len(scalars)} directions had no finite loss and count "
                 "as zero"
             )
+        elif not any(scalars) and agreed is not None:
+            if not self._said_signal:
+                self.progress.warn(
+                    f"step {step}: the signal is gone: no probe has a better reward than another, "
+                    f"and {agreed[1]:.0%} of their completions are the same; raise estimator.eps, "
+                    "give rewards that tell more completions apart, or set generation.temperature=1"
+                )
         elif not any(scalars):
             self.progress.warn(
                 f"step {step}: every projected gradient is exactly zero: the perturbation does not "
                 "change the loss; raise estimator.eps, or set model.dtype=float32"
             )
+        self._said_signal = agreed is not None and not any(scalars)
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped == len(scalars) else 0
         if self._skipped_in_a_row >= self.config.run.max_skipped:
             raise UserError(

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from zo.config.objective import reward_name
 from zo.config.recipes import config_of
 from zo.config.schema import Config
 from zo.distributed.process_group import Mesh
@@ -142,6 +143,9 @@ def adapted(
         trust_remote_code: allow code from the model's folder or repository to run.
     """
     if data is not None:
+        # The reward of a task's data is that of the run, on other data too.
+        reward = reward_name(config.objective, config.data.name)
+        config = replace(config, objective=replace(config.objective, name=reward))
         config = replace(config, data=replace(config.data, name=data, dev=data, dev_examples=10**9))
     if device is not None:
         config = replace(config, run=replace(config.run, device=device))

@@ -39,6 +39,7 @@ from zo.observe.progress import Progress
 from zo.observe.record import Record
 from zo.observe.timeline import check_drawable
 from zo.observe.trackers import check_trackers
+from zo.run import rewarded
 from zo.run.assemble import assemble, to_device, trained_header
 from zo.run.audit import Audit
 from zo.run.evaluate import evaluate
@@ -148,6 +149,9 @@ class Run:
         progress = Progress(0, 0, mesh.rank == 0, record.event)
         with progress.phase(f"reading model {config.model.name} and data {config.data.name}"):
             self.problem = own or build_problem(config)
+        self._rewards = self.problem.task.rewards if self.problem.task else None
+        if self._rewards is not None:
+            self._rewards.reward.load()
         self.replica, self.structure = assemble(self.problem, config, mesh, blocks, progress.phase)
         self.structure.check(config.estimator, self.replica.layout)
         self.log = self._open_log(command)
@@ -268,9 +272,12 @@ class Run:
         folds = table.folds(self.mesh.rank, axes.perturb, axes.data)
         results = self._forwards(step, table, [cell for fold in folds for cell in fold])
         owners = table.owners(axes.perturb, axes.data)
-        values, stops = self.mesh.gather(results, owners, width=4, flag=asked)
-        table = table.fill(values)
-        raw, skipped = estimator.estimate(config.estimator.name, table, config.estimator.eps)
+        width = 4 if self._rewards is None else rewarded.width(config.batch.micro)
+        values, stops = self.mesh.gather(results, owners, width, flag=asked)
+        table, settings = table.fill(values), config.estimator
+        raw, skipped = estimator.estimate(
+            settings.name, table, settings.eps, settings.shape, settings.shape_per
+        )
         limit = config.update.clip
         scalars = raw if limit is None else clip(raw, self.log.entries, limit)
         position = step * config.batch.sequences
@@ -302,6 +309,10 @@ class Run:
             column: to_device(self.problem.batches(step - 1, column), self.mesh)
             for column in sorted({column for _, column in cells})
         }
+        if self._rewards is not None:
+            return rewarded.measure_cells(
+                self.replica, self._rewards, table, numbers, batches, step - 1
+            )
         forwards = [partial(self._forward, batches[column]) for _, column in cells]
         rows, together = [row for row, _ in cells], ALONE
         if self.structure.meet or table.part:

@@ -36,7 +36,10 @@ from zo.model.layout import Block, Layout
 from zo.state.log import Log
 from zo.state.snapshot import Snapshot, Writer
 
-RESULT_KEYS = ("model", "peft", "data", "batch", "estimator", "update", "run.seed")
+RESULT_KEYS = (
+    *("model", "peft", "data", "objective.name", "generation"),
+    *("batch", "estimator", "update", "run.seed"),
+)
 """Groups and keys that decide a run's bits, so that a resumed run must have the same."""
 SNAPSHOTS_KEPT = 2
 UNFINISHED = {"lock", "blocks", "config.yaml.new", "steps.log.new"}

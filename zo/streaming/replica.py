@@ -32,6 +32,7 @@ from zo.streaming.device import device_of
 from zo.streaming.disk_store import DiskStore
 from zo.streaming.stores import DeviceStore, HostStore
 from zo.streaming.streamer import UNPERTURBED, Streamer
+from zo.streaming.whole import Whole
 
 T = TypeVar("T")
 Stored = tuple[DeviceStore | HostStore | DiskStore, Callable[[Replay], BlockCache]]
@@ -134,6 +135,7 @@ class Replica:
     def open(self, log: Log) -> None:
         """Follow a log; a block catches up with it at each visit."""
         self.log, replay, store = log, Replay(log, self.layout), self.store
+        self._replay = replay
         store.open(log.version, log.identity)
         self.cache = self._make_cache(replay)
         self.is_resident = self.cache.is_resident
@@ -153,6 +155,7 @@ class Replica:
         offload = self._memory.activations == "host"
         self._lockstep = Lockstep(self.binding, offload=offload, probing=self._probing)
         self._folds = Folds(self.binding, self._lockstep, self._probing, form)
+        self._whole: Whole | None = None
 
     def budget(self, rows: tuple[int, int] = (0, 0)) -> Budget:
         """Return the memory that this rank allocates.
@@ -224,6 +227,19 @@ class Replica:
             )
         ]
         return self._folds.run(cells, self.streamer, together.part)
+
+    def whole(
+        self,
+        probes: Sequence[Probe],
+        rows: Sequence[int],
+        folds: Sequence[Sequence[int]],
+        part: int,
+        compute: Callable[[Sequence[int]], Sequence[T]],
+    ) -> list[T]:
+        """Run what calls the model many times; see :meth:`zo.streaming.whole.Whole.run`."""
+        if self._whole is None:
+            self._whole = Whole(self.binding, self._replay, self.cache, self._probing, self._form)
+        return self._whole.run(probes, rows, folds, part, compute)
 
     def plain(self, forwards: Sequence[Callable[[], T]], at_once: int, passes: int) -> list[T]:
         """Run forwards of the unperturbed model, ``at_once`` in each of ``passes``."""
