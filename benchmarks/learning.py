@@ -31,6 +31,8 @@ from zo.io.quickstart import model_folder
 from zo.run.problem import build_problem
 
 ROOT = Path(__file__).resolve().parent.parent
+PROMPT = ["data.template='{text} It was'", "data.label_words=[' terrible',' great']"]
+"""MeZO's for reviews. The task's own begins at 79 %, which leaves less to tell methods apart by."""
 FULL = ["estimator.cover=full", "estimator.part=all", "estimator.directions=1"]
 DENSE = ["estimator.distribution=rademacher", "estimator.name=spsa", "estimator.eps=1e-3"]
 EACH = ["estimator.cover=diagonal", "estimator.directions=null", "batch.micro=1"]
@@ -69,7 +71,14 @@ TIMED_STEPS = 5
 def launch(settings, seed, steps, every, processes):
     """Train by torchrun; return the lines of ``metrics.jsonl``."""
     with tempfile.TemporaryDirectory() as scratch:
-        keys = [*settings, f"run.seed={seed}", f"run.steps={steps}", f"eval.every={every}"]
+        keys = [
+            "recipe=quickstart",
+            *PROMPT,
+            *settings,
+            f"run.seed={seed}",
+            f"run.steps={steps}",
+            f"eval.every={every}",
+        ]
         keys += [f"run.dir={scratch}/run", "export.at_end=false"]
         command = [sys.executable, "-m", "torch.distributed.run"]
         command += ["--nproc-per-node", str(processes), str(ROOT / "launch" / "train.py"), *keys]
@@ -82,7 +91,7 @@ def adamw(name, seed, steps, every):
     """Train by backward passes; return lines as ``metrics.jsonl`` has them."""
     top, lr = ADAMW[name]
     keys = ["batch.micro=16", "estimator.probes=1", "estimator.cover=full", "estimator.part=all"]
-    config = load_config("quickstart", [*keys, f"run.seed={seed}"])
+    config = load_config("quickstart", [*PROMPT, *keys, f"run.seed={seed}"])
     problem = build_problem(config)
     model = AutoModelForCausalLM.from_pretrained(model_folder("smollm2-135m-instruct")).eval()
     if top is not None:
@@ -169,19 +178,18 @@ def plot(records, path):
     by_method = defaultdict(list)
     for record in records:
         by_method[record["method"]].append(record["curve"])
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=150)
-    for name, curves in by_method.items():
+    figure, axes = pyplot.subplots(figsize=(10, 4.5), dpi=150)
+    for number, (name, curves) in enumerate(by_method.items()):
         seconds = [statistics.mean(p[0] for p in points) for points in zip(*curves, strict=True)]
         accuracy = [
             100 * statistics.mean(p[3] for p in points) for points in zip(*curves, strict=True)
         ]
-        axes.plot(
-            seconds, accuracy, marker="o", markersize=3, label=f"{name} ({len(curves)} seeds)"
-        )
+        shown = {"color": pyplot.get_cmap("tab20").colors[number], "marker": "o", "markersize": 3}
+        axes.plot(seconds, accuracy, label=f"{name} ({len(curves)} seeds)", **shown)
     axes.set_xlabel("seconds of training, two cores")
     axes.set_ylabel("held-out accuracy, % (256 reviews)")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7, loc="lower right")
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
     figure.tight_layout()
     figure.savefig(path)
 

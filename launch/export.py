@@ -1,6 +1,6 @@
 """Write a run's model as a Hugging Face folder.
 
-launch/export.py run=DIR to=DIR [step=N] [push=USER/NAME] [public=true]
+launch/export.py run=DIR to=DIR [step=N|best] [push=USER/NAME] [public=true]
 """
 
 import os
@@ -18,7 +18,7 @@ from zo.config.cli import existing_run, flag, run, split, step_of
 from zo.errors import UserError
 
 USAGE = (
-    "usage: launch/export.py run=DIR to=DIR [step=N] [push=USER/NAME] [public=true|false] "
+    "usage: launch/export.py run=DIR to=DIR [step=N|best] [push=USER/NAME] [public=true|false] "
     "[run.device=cpu|cuda] [trust_remote_code=true]"
 )
 
@@ -52,7 +52,13 @@ def main(arguments: list[str]) -> None:
     finished = load_run(path, lambda config: adapted(config, None, device, trust), step)
     scores = last_scores(path / "metrics.jsonl", finished.steps)
     card = card_of(
-        finished.content, finished.header, finished.steps, scores, finished.replica.fingerprint()
+        finished.content,
+        finished.header,
+        finished.steps,
+        scores,
+        finished.replica.fingerprint(),
+        finished.problem.task,
+        finished.last_step,
     )
     write_folder(
         finished.replica.model, finished.problem.tokenizer, to, card, source=finished.replica

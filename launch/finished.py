@@ -15,8 +15,9 @@ if __name__ == "__main__":
     end_on_signals()  # Before the imports, which take seconds.
 
 from zo.config.cli import run, split
-from zo.config.recipes import DEFAULT, load_config
+from zo.config.recipes import load_config, recipe_for
 from zo.errors import UserError
+from zo.observe.metrics import read_history
 from zo.state.log import read
 from zo.state.run_folder import RunFolder
 
@@ -26,17 +27,21 @@ NOT_YET = 75
 def main(arguments: list[str]) -> None:
     """Compare log and model folder with the configuration."""
     own, overrides = split(arguments, ("recipe",))
-    config = load_config(own.get("recipe", DEFAULT), overrides)
+    config = load_config(own.get("recipe") or recipe_for(overrides), overrides)
     if config.run.dir is None:
         raise UserError("run.dir is empty; give the folder of the run")
     folder = RunFolder(Path(config.run.dir))
     steps = len(read(folder.log_file)[1]) if folder.log_file.exists() else 0
+    history = read_history(folder.metrics_file, steps, config.eval.metric, config.eval.patience)
+    ended = steps >= config.run.steps or history.has_ended
     waits = config.export.at_end and not folder.model.is_dir()
+    early = ", ended by eval.patience" if ended and steps < config.run.steps else ""
     print(
-        f"{folder.path}: step {steps} of {config.run.steps}{', model/ is not written' * waits}",
+        f"{folder.path}: step {steps} of {config.run.steps}{early}"
+        f"{', model/ is not written' * waits}",
         file=sys.stderr,
     )
-    if steps < config.run.steps or waits:
+    if not ended or waits:
         raise SystemExit(NOT_YET)
 
 

@@ -13,7 +13,7 @@ if __name__ == "__main__":
     end_on_signals()  # Before the imports, which take seconds.
 
 from zo.config.cli import asked_for_text, run, split
-from zo.config.recipes import DEFAULT
+from zo.config.recipes import recipe_for
 from zo.errors import UserError
 
 USAGE = (
@@ -27,7 +27,7 @@ def main(arguments: list[str]) -> None:
     The same command with the same ``dir`` runs what is missing.
     """
     own, overrides = split(arguments, ("recipe", "nproc", "dir"))
-    recipe, nproc = own.get("recipe", DEFAULT), own.get("nproc", "1")
+    recipe, nproc = own.get("recipe") or recipe_for(overrides), own.get("nproc", "1")
     if text := asked_for_text(arguments, recipe, overrides, USAGE):
         print(text)
         return

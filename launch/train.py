@@ -15,7 +15,7 @@ if __name__ == "__main__":
     end_on_signals()  # Before the imports, which take seconds.
 
 from zo.config.cli import asked_for_text, run, split
-from zo.config.recipes import DEFAULT, load_config
+from zo.config.recipes import load_config, recipe_for
 from zo.config.schema import Config
 from zo.errors import UserError
 
@@ -28,7 +28,7 @@ USAGE = (
 def main(arguments: list[str]) -> None:
     """Run the command; the last line on stdout is the summary of the run."""
     own, overrides = split(arguments, ("recipe",))
-    recipe = own.get("recipe", DEFAULT)
+    recipe = own.get("recipe") or recipe_for(overrides)
     if text := asked_for_text(arguments, recipe, overrides, USAGE):
         print(text)
     elif "--check" in arguments:
@@ -55,10 +55,10 @@ def check(config: Config) -> None:
     if int(os.environ.get("RANK", 0)):
         return
     from zo.run.problem import build_problem
+    from zo.run.rewarded import load
 
     problem = build_problem(config)
-    if problem.task is not None and problem.task.rewards is not None:
-        problem.task.rewards.reward.load()
+    load(problem.task)
     report = problem.report
     if report is None:
         print("data: synthetic", file=sys.stderr)

@@ -184,7 +184,7 @@ def test_whatever_the_bytes_are_a_log_is_read_or_refused(tmp_path):
         assert found == expected[: len(found)]
 
 
-@pytest.mark.parametrize("content", [b"", b"hello", b"ZOLOG1\n", b"ZOLOG2\n\xff\xff\xff\x7f{}"])
+@pytest.mark.parametrize("content", [b"", b"hello", b"ZOLOG2\n", b"ZOLOG3\n\xff\xff\xff\x7f{}"])
 def test_what_is_no_log_is_refused_in_one_line(tmp_path, content, capsys):
     path = tmp_path / "x"
     path.write_bytes(content)

@@ -17,7 +17,9 @@ def test_parts_reach_what_they_say():
     assert layers_reached("all", 1, 0, 12) is None
     assert layers_reached("all", 1, 0, 0) is None
     assert layers_reached("top:12", 5, 0, 12) == 12
+    assert [layers_reached("auto", 5, 0, layers) for layers in (12, 3, 0)] == [4, 3, None]
     assert layers_reached("top:1", 5, 0, 12) == 1
+    assert layers_reached("top:0", 5, 0, 12) == 0
 
 
 @pytest.mark.parametrize("layers", [1, 3, 8, 30])
@@ -40,7 +42,7 @@ def test_a_draw_is_a_function_of_seed_and_step():
     assert draws != [layers_reached("sampled", step, 8, 16) for step in range(1, 40)]
 
 
-@pytest.mark.parametrize("text", ["foo", "top", "top:", "top:0", "top:-1", "top:x", "top:1e3", ""])
+@pytest.mark.parametrize("text", ["foo", "top", "top:", "top:-1", "top:x", "top:1e3", ""])
 def test_a_part_that_is_none_is_refused(text):
     with pytest.raises(UserError, match=r"^estimator\.part=[^\n]* use [^\n]*$"):
         EstimatorConfig(part=text)

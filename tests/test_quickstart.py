@@ -31,7 +31,7 @@ def test_the_model_is_whole_and_loads_as_any_other():
     )
     assert sum(p.numel() for p in model.parameters()) == 134_515_008
     assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
-    assert [len(tokenizer(word)["input_ids"]) for word in (" terrible", " great")] == [1, 1]
+    assert [len(tokenizer(word)["input_ids"]) for word in (" negative", " positive")] == [1, 1]
     # A broken conversion still loads; it does not know what comes next.
     ids = tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
     with torch.no_grad():

@@ -350,7 +350,7 @@ def test_only_rank_0_tracks_and_records(overrides, tmp_path):
     assert [int(row[1]) for row in rows if row[2] == "dev/accuracy"] == [0, 2, 4]
     events = lines(folder / "events.jsonl")
     assert len([event for event in events if event["kind"] == "score"]) == 3
-    assert status(folder)["summary"]["eval"].keys() == {"accuracy", "loss"}
+    assert status(folder)["summary"]["eval"].keys() == {"accuracy", "loss", "details"}
 
 
 @pytest.mark.parametrize(("name", "said"), [("nothing", "is not known"), ("swanlab", "installed")])

@@ -164,7 +164,6 @@ def test_another_pattern_is_refused_for_a_run(overrides, tmp_path):
         ),
         (["model.train=''"], "has an empty pattern"),
         (["model.train=a||b"], "has an empty pattern"),
-        (["model.train=*norm*", RANK_ONE[0]], "rank-one is of matrices, and the model trains none"),
         (["model.train=*layers.0*", "estimator.part=top:2"], "steps that reach no trained"),
         (["model.train=*layers.0*", "estimator.part=sampled"], "use estimator.part=all"),
     ],
@@ -225,6 +224,24 @@ def test_a_frozen_weight_that_is_read_elsewhere_stays_with_the_model(tmp_path, r
     assert found[0] == found[1]
     names = changed(tmp_path / "2", tmp_path / "base")
     assert names and all(".value_proj." in name or "classifier" in name for name in names)
+
+
+def test_a_part_above_the_layers_trains_the_last_norm_alone(overrides, tiny_model, tmp_path):
+    settings = [*overrides, *RANK_ONE, "model.train=*norm*", "estimator.part=top:0"]
+    run(settings, tmp_path / "run", "export.at_end=true", "run.steps=2")
+    assert changed(tmp_path / "run", tiny_model) == {"model.norm.weight"}
+
+
+def test_rank_one_directions_of_a_model_without_matrices_are_refused(tmp_path):
+    model = nn.LayerNorm(8)
+    config = plain_config([f"run.dir={tmp_path}/run", "estimator.distribution=rank-one"])
+    with pytest.raises(UserError, match="is of matrices, and the model has none"):
+        Trainer(
+            config,
+            model=model,
+            objective=lambda net, batch: torch.stack((net(batch["x"]).sum(), torch.tensor(1.0))),
+            batches=lambda step, column: {"x": torch.ones(2, 8)},
+        ).train()
 
 
 class ReadElsewhere(nn.Module):

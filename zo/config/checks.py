@@ -67,3 +67,15 @@ def at_least(key: str, value: float, minimum: float) -> None:
     """Raise :class:`UserError` unless ``value`` is a finite number >= ``minimum``."""
     if (isinstance(value, float) and not math.isfinite(value)) or value < minimum:
         raise UserError(f"{key}={value} is out of range; use a number of at least {minimum}")
+
+
+def number(key: str, value: Any, wanted: str = "a number") -> float:
+    """Return a value as a float.
+
+    Raises:
+        UserError: it is none; ``wanted`` says what the key takes.
+    """
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise UserError(f"{key}={value} is not {wanted}") from None

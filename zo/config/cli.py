@@ -1,16 +1,19 @@
 """Arguments, ``--help`` and error handling that the commands of ``launch/`` share."""
 
 import errno
+import json
 import os
 import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Literal
 
 from omegaconf import OmegaConf
 
-from zo.config.recipes import DEFAULT, FOLDER, keys, recipe_names, resolve
+from zo.config.recipes import DEFAULT, FOLDER, OWN, keys, recipe_names, resolve
 from zo.errors import RankError, UserError
 from zo.io.hardware import name_accelerator
 from zo.io.signals import end_with_agent
@@ -35,28 +38,34 @@ def run(command: Callable[[list[str]], None]) -> int:
         # others.
         if rank:
             time.sleep(3)
-        print(
-            f"error: {error}" if not rank else f"error on rank {rank}: {error}",
-            file=sys.stderr,
-            flush=True,
-        )
+        end_with(f"error: {error}" if not rank else f"error on rank {rank}: {error}")
         return USER_ERROR
     except RankError as error:
-        print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
+        end_with(f"error on rank {rank}: {error}")
         # A worker may still wait for the lost rank; what it writes is whole under its name or not
         # there.
         os._exit(RANK_LOST)
     except (MemoryError, RuntimeError, OSError) as error:
         if (remedy := out_of_memory(error)) is None:
             raise
-        print(
-            f"error on rank {rank}: {remedy}" if rank else f"error: {remedy}",
-            file=sys.stderr,
-            flush=True,
-        )
+        end_with(f"error on rank {rank}: {remedy}" if rank else f"error: {remedy}")
         # Threads may hold what the memory went to, or fail for want of it while Python winds down.
         os._exit(USER_ERROR)
     return DONE
+
+
+def end_with(line: str) -> None:
+    """Print the line that says why a command ends, and leave it for torchrun.
+
+    torchrun prints a traceback of its own below that line, and then a report of the first rank that
+    failed, which ends with what that rank left in a file: the format is that of
+    ``torch``'s ``ErrorHandler``, which takes seconds to import.
+    """
+    print(line, file=sys.stderr, flush=True)
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        said = {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}
+        with suppress(OSError):
+            Path(path).write_text(json.dumps({"message": said}), encoding="utf-8")
 
 
 def out_of_memory(error: Exception) -> str | None:
@@ -149,17 +158,22 @@ def flag(own: Mapping[str, str], key: str, meaning: str) -> bool:
     return value == "true"
 
 
-def step_of(own: Mapping[str, str]) -> int | None:
-    """Return a command's ``step=``, a step of a run; ``None`` where it is not given.
+def step_of(own: Mapping[str, str]) -> int | Literal["best"] | None:
+    """Return a command's ``step=``, a step of a run or ``best``; ``None`` where it is not given.
 
     Raises:
-        UserError: it is not a number.
+        UserError: it is neither.
     """
-    if (value := own.get("step")) is not None and not value.isdecimal():
+    value = own.get("step")
+    if value is None:
+        return None
+    if value == "best":
+        return "best"
+    if not value.isdecimal():
         raise UserError(
-            f"step={value} is not a number; give a step of the run, 0 for the base model"
+            f"step={value} is not a number; give a step of the run, 0 for the base model, or best"
         )
-    return None if value is None else int(value)
+    return int(value)
 
 
 def asked_for_text(
@@ -167,7 +181,7 @@ def asked_for_text(
 ) -> str | None:
     """Return the text of ``--help`` or ``--cfg job``, or ``None`` if neither is asked for."""
     if "--help" in arguments or "-h" in arguments:
-        return help_text(usage)
+        return help_text(usage, recipe, [o for o in overrides if "=" in o])
     if "--cfg" in arguments:
         at = overrides.index("--cfg")
         if overrides[at + 1 : at + 2] != ["job"]:
@@ -176,17 +190,24 @@ def asked_for_text(
     return None
 
 
-def help_text(usage: str) -> str:
-    """Return usage, the recipes with their first line, and every key with its sentence."""
+def help_text(usage: str, recipe: str, overrides: Sequence[str] = ()) -> str:
+    """Return usage, the recipes with their first line, and every key with value and sentence."""
+    used = {
+        DEFAULT: " (used without arguments)",
+        OWN: " (used with model.name or data.name, and without recipe)",
+    }
     lines = [usage, "", "recipes:"]
     for name in recipe_names():
         first = (FOLDER / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
-        lines.append(f"  {name:<14} {first}{' (default)' if name == DEFAULT else ''}")
-    lines += ["", "keys (default):"]
-    lines += [
-        f"  {key} ({'' if default is None else default}): {sentence}"
-        for key, default, sentence in keys()
-    ]
+        lines.append(f"  {name:<14} {first}{used.get(name, '')}")
+    try:
+        resolved, given = resolve(recipe, overrides), " and these arguments" * bool(overrides)
+    except UserError:  # Help is for who does not know the keys.
+        resolved, given = resolve(recipe), ""
+    lines += ["", f"keys (value with recipe={recipe}{given}):"]
+    for key, _, sentence in keys():
+        value = OmegaConf.select(resolved, key)
+        lines.append(f"  {key} ({'' if value is None else value}): {sentence}")
     return "\n".join(lines)
 
 

@@ -1,5 +1,6 @@
-"""Keys of the objective: its name, and how completions are generated where it is a reward."""
+"""Keys of what a run minimises, and of completions where that is a reward of them."""
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -8,6 +9,8 @@ from zo.errors import UserError
 
 LIKELIHOOD = "cross-entropy"
 """The objective of ordinary fine-tuning."""
+SCORES = ("accuracy", "f1")
+"""Scores that can be the objective; a run minimises 1 minus the score."""
 REWARDS = {
     "countdown": "zo.data.countdown:reward",
     "gsm8k": "zo.data.gsm8k:reward",
@@ -22,22 +25,29 @@ class ObjectiveConfig:
     """What is optimised."""
 
     name: str | None = None
-    """``cross-entropy``; or a reward of completions that the model generates: ``countdown``,
+    """``cross-entropy``; a score, which needs no gradient: ``accuracy`` of labels and choices,
+    ``f1`` of generated answers; or a reward of completions that the model generates: ``countdown``,
     ``gsm8k``, or ``module:function`` for ``function(prompt, completion, row) -> float``, a
     larger one being better, in a Python file or module of yours. By default a task's own, else
     cross-entropy."""
+    beta: float = 0.1
+    """Of data with chosen and rejected answers: weight of a log-probability's gain over the base
+    model's; the larger, the closer the model stays to it."""
     timeout_s: float = 10.0
     """Seconds that a reward may take for one completion."""
 
     def __post_init__(self) -> None:
+        if not (math.isfinite(self.beta) and self.beta > 0):
+            raise UserError(f"objective.beta={self.beta} must be a number above 0, such as 0.1")
         at_least("objective.timeout_s", self.timeout_s, 0.001)
         if self.name is not None and not NAMED.fullmatch(self.name):
-            choice("objective.name", self.name, (LIKELIHOOD, *REWARDS, "module:function"))
-            if self.name == "module:function":
-                raise UserError(
-                    "objective.name=module:function stands for a function of yours; give its file "
-                    "and name, such as objective.name=my_reward.py:reward"
-                )
+            known = LIKELIHOOD, *SCORES, *REWARDS, "module:function"
+            choice("objective.name", self.name, known)
+        if self.name == "module:function":
+            raise UserError(
+                "objective.name=module:function stands for a function of yours; give its file "
+                "and name, such as objective.name=my_reward.py:reward"
+            )
 
 
 @dataclass(frozen=True)
@@ -56,7 +66,7 @@ class GenerationConfig:
         at_least("generation.temperature", self.temperature, 0)
 
 
-def reward_name(objective: ObjectiveConfig, data: str) -> str | None:
+def reward_name(objective: ObjectiveConfig, data: str | None) -> str | None:
     """Return the name of the reward that a run maximises, if it maximises one.
 
     Args:
@@ -64,4 +74,4 @@ def reward_name(objective: ObjectiveConfig, data: str) -> str | None:
         data: ``data.name``, whose task may have a reward.
     """
     name = objective.name or (data if data in REWARDS else LIKELIHOOD)
-    return None if name == LIKELIHOOD else name
+    return None if name in (LIKELIHOOD, *SCORES) else name

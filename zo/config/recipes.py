@@ -19,7 +19,15 @@ from zo.config.schema import Config
 from zo.errors import UserError
 
 FOLDER = Path(__file__).resolve().parents[2] / "recipes"
+DEFAULT, OWN = "quickstart", "default"
+"""Recipes of a command that names none: as it is, and with a model or data of the user's own."""
 DEFAULT = "quickstart"
+NO_DATA = [
+    "data.name=''",
+    "data.split=train",
+    *(f"data.{key}=null" for key in ("subset", "dev", "columns", "template", "label_words")),
+]
+"""Overrides that a task on the command line sets first: it replaces the data of the recipe."""
 OTHER_NAMES = {
     "learning_rate": "update.lr",
     "lr_scheduler_type": "update.schedule",
@@ -60,6 +68,15 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
+def recipe_for(overrides: Sequence[str]) -> str:
+    """Return the recipe of a command that names none.
+
+    The quickstart's rate suits its own model and data alone.
+    """
+    own = ("model.name=", "data.name=")
+    return OWN if any(o.lstrip("+").startswith(own) for o in overrides) else DEFAULT
+
+
 def resolve(recipe: str = DEFAULT, overrides: Sequence[str] = ()) -> DictConfig:
     """Compose a recipe with overrides by Hydra, types checked.
 
@@ -68,6 +85,8 @@ def resolve(recipe: str = DEFAULT, overrides: Sequence[str] = ()) -> DictConfig:
     """
     if recipe not in recipe_names():
         raise UserError(f"recipe={recipe} is not known; use one of {', '.join(recipe_names())}")
+    if any(override.startswith("task=") for override in overrides):
+        overrides = [*NO_DATA, *overrides]
     # Every recipe names the schema first in its defaults.
     ConfigStore.instance().store("schema", _schema())
     try:
@@ -154,6 +173,8 @@ def _explain(error: Exception) -> str:
 def keys() -> Iterator[tuple[str, Any, str]]:
     """Yield every key with its default and its sentence."""
     for group in fields(Config):
+        if group.name == "task":
+            yield group.name, group.default, _sentences(Config)[group.name]
         if is_dataclass(group.type):
             sentences = _sentences(group.type)  # type: ignore[arg-type]
             for f in fields(group.type):

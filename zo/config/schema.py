@@ -11,9 +11,12 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from zo.config.checks import MAX_THREADS, at_least, at_most, choice, template_columns
+from zo.config.checks import MAX_THREADS, at_least, at_most, choice, number, template_columns
 from zo.config.objective import GenerationConfig as GenerationConfig
 from zo.config.objective import ObjectiveConfig as ObjectiveConfig
+from zo.config.outcome import EvalConfig as EvalConfig
+from zo.config.outcome import ExportConfig as ExportConfig
+from zo.config.peft import PeftConfig as PeftConfig
 from zo.config.table import BatchConfig as BatchConfig
 from zo.config.table import EstimatorConfig as EstimatorConfig
 from zo.config.table import check_table, directions, grid
@@ -22,10 +25,10 @@ from zo.io.engines import ENGINES
 from zo.method.table import Grid
 from zo.method.update import RULES, SCHEDULES
 
-TASKS = ("causal-lm", "sequence-classification")
+TASKS = ("causal-lm", "sequence-classification", "masked-lm")
 """Names of :data:`zo.model.build.AUTO_CLASS`, which imports transformers."""
-ADAPTERS = ("lora", "ia3")
-"""Adapters that :mod:`zo.model.adapters` adds, which imports torch."""
+AUTO = "auto"
+"""Value of ``update.lr`` for a rate that is found at start."""
 STORES = ("device", "host", "disk")
 """Names of the stores that :mod:`zo.streaming.replica` makes, which imports torch."""
 
@@ -41,8 +44,8 @@ class ModelConfig:
     dtype: str = "float32"
     """Stored type of the weights: ``float32``, ``bfloat16`` or ``float16``."""
     task: str = "auto"
-    """``causal-lm``, ``sequence-classification``, or ``auto`` to read it from the model's
-    configuration."""
+    """``causal-lm``, ``sequence-classification``, ``masked-lm``, or ``auto`` to read it from the
+    model's configuration."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     tokenizer: str | None = None
@@ -68,36 +71,6 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class PeftConfig:
-    """Adapters: small trained modules beside the frozen model."""
-
-    type: str | None = None
-    """``lora`` or ``ia3``, by the package peft (extra ``peft``); none by default."""
-    rank: int | None = None
-    """Rank of LoRA; 8 by default."""
-    alpha: int | None = None
-    """LoRA's output is scaled by alpha / rank; 16 by default."""
-    targets: list[str] | None = None
-    """Ends of the names of the modules to adapt, such as [q_proj,v_proj], or [all-linear]; by
-    default what peft takes for the model's family."""
-
-    def __post_init__(self) -> None:
-        if self.type is not None:
-            choice("peft.type", self.type, ADAPTERS)
-        given = [key for key in ("rank", "alpha", "targets") if getattr(self, key) is not None]
-        for key in ("rank", "alpha"):
-            at_least(f"peft.{key}", 1 if key not in given else getattr(self, key), 1)
-        of_lora = [key for key in given if key != "targets" and self.type != "lora"]
-        if of_lora or (given and self.type is None):
-            raise UserError(
-                f"peft.{(of_lora or given)[0]} has no effect with peft.type={self.type}; set "
-                f"peft.type={'lora' if of_lora else ' or '.join(ADAPTERS)}, or leave it out"
-            )
-        if self.targets == []:
-            raise UserError("peft.targets is empty; name modules, or leave it out")
-
-
-@dataclass(frozen=True)
 class DataConfig:
     """Examples and their prompts."""
 
@@ -106,10 +79,13 @@ class DataConfig:
     a list or a pattern of files, a folder, a hub id, or ``synthetic``."""
     subset: str | None = None
     """Configuration of a hub data set, such as ``sst2`` of ``nyu-mll/glue``."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub data set; a task brings its own."""
     split: str = "train"
     """Split of a hub data set or a folder to train on."""
     dev: Any = None
-    """Files or a split to evaluate on; without it, examples are held out of the training data."""
+    """Files or a split to evaluate on, of a task also ``test``: 1,000 rows of its test split;
+    without it, examples are held out of the training data."""
     columns: Any = None
     """Names of your columns where they are other ones: ``{text: review, label: sentiment}``."""
     dev_examples: int = 256
@@ -117,11 +93,11 @@ class DataConfig:
     train_examples: int | None = None
     """Examples trained on, at most; all by default."""
     template: str | None = None
-    """Prompt of an example with a label; ``{column}`` stands for the column's text. A task brings
-    its own."""
+    """Prompt of an example with a label; ``{column}`` stands for the column's text, ``{mask}`` for
+    the mask token of a masked language model. A task brings its own."""
     label_words: list[str] | None = None
-    """One word a class, in the order of the labels; each one token of the model's tokenizer, given
-    with its space."""
+    """One word a class, in the order of the labels, given with its space; words of several tokens
+    are compared by the mean log-likelihood of their tokens."""
 
     def __post_init__(self) -> None:
         for key in ("name", "dev"):
@@ -142,6 +118,10 @@ class DataConfig:
             raise UserError(
                 f"data.label_words={self.label_words} needs two or more different words"
             )
+        if self.label_words is not None and not all(word.strip() for word in self.label_words):
+            raise UserError(
+                f"data.label_words={self.label_words} has an empty word; give each class a word"
+            )
         if self.template is not None:
             template_columns(self.template)
 
@@ -152,8 +132,9 @@ class UpdateConfig:
 
     name: str = "sgd"
     """The rule; ``sgd``."""
-    lr: float = 1e-6
-    """Learning rate."""
+    lr: Any = 1e-6
+    """Learning rate, or ``auto``: some are tried for a few steps at start, and the largest that
+    lowers the loss with a margin is used."""
     schedule: str = "constant"
     """``constant``, ``linear`` or ``cosine``; both reach 0 one step after the last, so that the
     last still moves."""
@@ -161,6 +142,10 @@ class UpdateConfig:
     """Steps over which the rate rises linearly from 0."""
     weight_decay: float = 0.0
     """Decay a step is lr times this; none on parameters of fewer than two dims (biases, norms)."""
+    anchor: float = 0.0
+    """Decay toward the base model's weights: a step shrinks the distance to them by lr times this,
+    in the blocks that its directions reach. For weights stored in float32; the checkpoint is read
+    again."""
     clip: float | None = None
     """Limit of a projected gradient, in root mean squares of those of the last 16 steps; none by
     default."""
@@ -168,8 +153,11 @@ class UpdateConfig:
     def __post_init__(self) -> None:
         choice("update.name", self.name, RULES)
         choice("update.schedule", self.schedule, SCHEDULES)
-        for key in ("lr", "warmup_steps", "weight_decay"):
-            at_least(f"update.{key}", getattr(self, key), 0)
+        if self.lr != AUTO:
+            object.__setattr__(self, "lr", number("update.lr", self.lr, f"a number or {AUTO}"))
+        for key in ("lr", "warmup_steps", "weight_decay", "anchor"):
+            if (value := getattr(self, key)) != AUTO:
+                at_least(f"update.{key}", value, 0)
         if self.clip is not None and not (math.isfinite(self.clip) and self.clip > 0):
             raise UserError(
                 f"update.clip={self.clip} must be a number above 0, such as 2; leave it empty for "
@@ -278,6 +266,11 @@ class RunConfig:
     ranks. Products of a few rows in float32 may depend on it."""
     max_skipped: int = 10
     """Steps in a row that may give no finite estimate before the run stops."""
+    divergence: str = "stop"
+    """``stop`` the run where its loss has risen far over its start, or to that of guessing; or
+    ``warn`` once."""
+    extend: bool = False
+    """Go on with other rates where the folder's run has a schedule over fewer ``run.steps``."""
     trackers: list[str] | None = None
     """Trackers of accelerate that get the metrics, such as ``[wandb]``; by default tensorboard
     where it is installed; ``[]``: none."""
@@ -292,26 +285,7 @@ class RunConfig:
         if self.seed >= 2**63:
             raise UserError(f"run.seed={self.seed} is out of range; use a number below 2**63")
         choice("run.device", self.device, ("auto", "cpu", "cuda"))
-
-
-@dataclass(frozen=True)
-class EvalConfig:
-    """Evaluation during a run."""
-
-    every: int = 0
-    """Steps between evaluations; 0: never. Otherwise also before the first and after the last
-    step."""
-
-    def __post_init__(self) -> None:
-        at_least("eval.every", self.every, 0)
-
-
-@dataclass(frozen=True)
-class ExportConfig:
-    """Outputs of a finished run."""
-
-    at_end: bool = True
-    """Write ``model/``, a Hugging Face folder."""
+        choice("run.divergence", self.divergence, ("stop", "warn"))
 
 
 @dataclass(frozen=True)
@@ -320,6 +294,9 @@ class Config:
 
     recipe: str = ""
     """Name of the recipe it came from; a label."""
+    task: str | None = None
+    """A task of the papers by name, such as ``sst2``: its rows, splits, prompt and label words;
+    data.name=FOLDER takes rows with the same columns from there."""
     model: ModelConfig = field(default_factory=ModelConfig)
     peft: PeftConfig = field(default_factory=PeftConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -69,8 +69,8 @@ class EstimatorConfig:
     probes: int = 1
     """Directions of each micro-batch with cover=diagonal."""
     part: str = "all"
-    """Layers that a step's directions reach: ``all``, ``top:N``, or ``sampled``: a draw for each
-    step, mostly of the top."""
+    """Layers that a step's directions reach: ``all``, ``top:N``, ``sampled``: a draw for each step,
+    mostly of the top, or ``auto``: the top four."""
     eps: float = 1e-3
     """Length of the step along a direction."""
     distribution: str = "rademacher"

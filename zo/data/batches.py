@@ -10,17 +10,22 @@ make any batch of any step.
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
-from zo.config.objective import reward_name
+from zo.config.objective import LIKELIHOOD, reward_name
 from zo.config.schema import BatchConfig, Config
 from zo.data import tasks
-from zo.data.encode import Encoder
+from zo.data.encode import Encoded
+from zo.data.named import NamedRows
+from zo.data.pairs import Reference, preference
 from zo.data.prompts import build_prompts
+from zo.data.questions import QuestionEncoder
 from zo.data.report import DataReport, make_report
 from zo.data.rows import Rows, permutation
 from zo.data.tasks import Batch, Example, Task
+from zo.errors import UserError
 from zo.method.philox import Purpose, word_stream
 from zo.model.info import ModelInfo
 
@@ -44,6 +49,7 @@ class Data:
         together: int = 1,
         dev_batch: int | None = None,
         report: DataReport | None = None,
+        reference: Reference | None = None,
     ) -> None:
         """Store the examples; draw nothing yet.
 
@@ -56,10 +62,11 @@ class Data:
             together: consecutive micro-batches that are padded to one length, those of a fold.
             dev_batch: examples of a batch to evaluate on; as many as in a micro-batch by default.
             report: on the examples.
+            reference: of pairs.
         """
         self.task, self.train, self.dev, self.batch, self.seed = task, train, dev, batch, seed
         self._together, self._dev_batch = together, dev_batch or batch.micro
-        self.report = report
+        self.report, self.reference = report, reference
 
     def batches(self, step: int, column: int) -> Batch:
         """Return the micro-batch of a step (from 0) and a column."""
@@ -67,31 +74,54 @@ class Data:
         micro, wide = self.batch.micro, self.batch.micro * self._together
         first = column // self._together * wide
         among = drawn[first : first + wide]
-        return self.task.collate(drawn[column * micro : (column + 1) * micro], among)
+        return self.task.collate_trained(drawn[column * micro : (column + 1) * micro], among)
 
     def _drawn(self, step: int) -> list[Example]:
         """Return the examples of a step, sorted by length."""
         count, bucket = self.batch.sequences, self.batch.bucket or 1
         numbers = sequence_numbers(self.seed, step // bucket, count * bucket, len(self.train))
-        drawn = sorted((self.train[i] for i in numbers), key=lambda e: len(e.ids))
+        drawn = sorted((self.train[i] for i in numbers), key=lambda e: e.length)
         place = permutation(self.seed, step // bucket, bucket, Purpose.BUCKET)[step % bucket]
         return drawn[place * count : (place + 1) * count]
 
+    def drawn(self, steps: int) -> list[Example]:
+        """Return the examples that so many steps draw, each once, and those to evaluate on."""
+        bucket = self.batch.bucket or 1
+        count = -(-steps // bucket) * bucket * self.batch.sequences
+        order = permutation(self.seed, 0, len(self.train))
+        # Beyond the first epoch all of them are drawn.
+        return [self.train[i] for i in order[:count]] + list(self.dev)
+
     @cached_property
-    def dev_batches(self) -> list[Batch]:
+    def dev_batches(self) -> "Sequence[Batch]":
         """Batches of the examples to evaluate on, sorted by length."""
-        ordered, size = sorted(self.dev, key=lambda e: len(e.ids)), self._dev_batch
-        batches = (ordered[i : i + size] for i in range(0, len(ordered), size))
-        return [self.task.collate(batch, batch) for batch in batches]
+        return _Collated(self.task, sorted(self.dev, key=lambda e: e.length), self._dev_batch)
 
     @cached_property
     def checksum(self) -> str:
         """SHA-256 of the tokenised training examples."""
         digest = hashlib.sha256()
-        for example in self.train:
-            ignored = [example.ignored] if example.ignored else []
-            digest.update(json.dumps([example.ids, example.target, *ignored]).encode())
+        for example in (side for pair in self.train for side in pair.sides):
+            more = [example.ignored, example.candidates, example.right, example.answers]
+            given = [part for part in more if part]
+            digest.update(json.dumps([example.ids, example.target, *given]).encode())
         return digest.hexdigest()
+
+
+class _Collated(Sequence[Batch]):
+    """Batches made when they are asked for: those of pairs need the base model's numbers."""
+
+    def __init__(self, task: Task, ordered: Sequence[Example], size: int) -> None:
+        self._task = task
+        self._batches = [ordered[i : i + size] for i in range(0, len(ordered), size)]
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return self._task.collate(self._batches[index], self._batches[index])
 
 
 class SyntheticData(Data):
@@ -141,35 +171,47 @@ def build_data(
     pad, vocab_size = pad_id(tokenizer, info.vocab_size), info.vocab_size
     classifier = info.task == "sequence-classification"
     if rows.synthetic:
+        if info.task == "masked-lm":
+            raise UserError(
+                "data.name=synthetic has no mask to predict for model.task=masked-lm; use "
+                "model.task=sequence-classification to measure speed"
+            )
         task = tasks.classification(info, pad) if classifier else tasks.completion(info, pad)
         return SyntheticData(task, config.batch, config.run.seed, vocab_size, len(classes))
     if reward := reward_name(config.objective, config.data.name):
         return _data(*build_prompts(rows, config, tokenizer, info, pad, reward), config)
-    encoder = Encoder(rows, tokenizer, config.batch.max_tokens, vocab_size)
-    names, warnings = list(classes), []
-    if classifier:
+    encoder = QuestionEncoder(rows, tokenizer, config.batch.max_tokens, vocab_size)
+    names, warnings, reference = list(classes), [], None
+    if isinstance(rows, NamedRows) and rows.named.options is not None:
+        task, encoding = encoder.options(rows, info, pad)
+    elif info.task == "masked-lm":
+        names = rows.label_words or []
+        task, encoding = encoder.masked(names, info, pad)
+    elif classifier:
         task = tasks.classification(info, pad)
         encoding = encoder.labelled("{text}", names, is_classifier=True)
+    elif rows.columns >= {"chosen", "rejected"}:
+        reference = Reference(info, pad, lambda steps: data.drawn(steps))
+        task = preference(info, pad, config.objective.beta, reference)
+        encoding = encoder.language()
     elif "label" in rows.columns and rows.template and rows.label_words:
         names = rows.label_words
-        task = tasks.choice(info, pad, encoder.word_ids(names))
-        encoding = encoder.labelled(rows.template, names, is_classifier=False)
+        task, encoding = encoder.choice(rows.template, names, info, pad)
         warnings = encoder.warnings_of(names)
     else:
         task, encoding = tasks.completion(info, pad), encoder.language()
+    task = replace(task, names=tuple(names), template=rows.template)
+    task = task.minimising(config.objective.name or LIKELIHOOD)
     encoded = [encoding.encode(*row) for row in rows.numbered_train]
     train = [example for row in encoded for example in row.examples]
     dev = [example for row in rows.numbered_dev for example in encoding.encode(*row).examples]
+    warnings += [same] if (same := _equal_pairs(rows, encoded)) else []
+    limit = config.batch.max_tokens
     report = make_report(
-        encoding,
-        encoded,
-        len(rows.numbered_dev),
-        config.batch.max_tokens,
-        tokenizer,
-        names,
-        warnings,
+        encoding, encoded, len(rows.numbered_dev), limit, tokenizer, names, warnings
     )
-    return _data(task, train, dev, report, config)
+    data = _data(task, train, dev, report, config, reference)
+    return data
 
 
 def _data(
@@ -178,11 +220,29 @@ def _data(
     dev: Sequence[Example],
     report: DataReport,
     config: Config,
+    reference: Reference | None = None,
 ) -> Data:
     grid, batch = config.grid, config.batch
     # As many rows go through a product at once as in training.
     together, at_once = max(1, grid.fold // grid.height), grid.fold * batch.micro
-    return Data(task, train, dev, batch, config.run.seed, together, at_once, report)
+    if task.kind == "candidates":  # Each is a row.
+        at_once = max(1, at_once // max(len(e.candidates) for e in [*train, *dev]))
+    return Data(task, train, dev, batch, config.run.seed, together, at_once, report, reference)
+
+
+def _equal_pairs(rows: Rows, encoded: Sequence[Encoded]) -> str | None:
+    """Return a warning if rows have the same answer as chosen and rejected."""
+    same = [
+        origin
+        for (origin, _), row in zip(rows.numbered_train, encoded, strict=True)
+        if any(e.rejected == replace(e, rejected=None) for e in row.examples)
+    ]
+    if not same:
+        return None
+    return (
+        f"in {len(same):,} of {len(encoded):,} pairs chosen equals rejected, first in {same[0]}: "
+        "nothing is learned from them"
+    )
 
 
 def pad_id(tokenizer: Any, vocab_size: int) -> int:

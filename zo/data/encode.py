@@ -6,6 +6,7 @@ names its file and number.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
@@ -55,22 +56,17 @@ class Encoder:
             getattr(tokenizer, f"{which}_token_id", None) for which in ("bos", "eos")
         )
 
-    def word_ids(self, words: Sequence[str]) -> list[int]:
-        """Return the one token of each label word.
+    def word_ids(self, words: Sequence[str]) -> list[tuple[int, ...]]:
+        """Return the tokens of each label word.
 
         Raises:
-            UserError: a word is several tokens.
+            UserError: a word has no token of the model's vocabulary.
         """
-        ids = [self._ids(word) for word in words]
-        for word, tokens in zip(words, ids, strict=True):
-            if len(tokens) != 1:
-                pieces = self.tokenizer.convert_ids_to_tokens(tokens)
-                raise UserError(
-                    f"data.label_words: {word!r} is {len(tokens)} tokens {pieces}; use a word of "
-                    "one token"
-                )
-        found = [tokens[0] for tokens in ids]
-        self._check_vocabulary("data.label_words", found)
+        found = [tuple(self._ids(word)) for word in words]
+        for word, ids in zip(words, found, strict=True):
+            if not ids:
+                raise UserError(f"data.label_words: {word!r} is 0 tokens; use another word")
+            self._check_vocabulary("data.label_words", ids)
         return found
 
     def warnings_of(self, words: Sequence[str]) -> list[str]:
@@ -85,31 +81,31 @@ class Encoder:
             for word in bare[:1]
         ]
 
-    def labelled(self, template: str, names: Sequence[str], is_classifier: bool) -> Encoding:
+    def labelled(
+        self,
+        template: str,
+        names: Sequence[str],
+        is_classifier: bool,
+        words: Sequence[tuple[int, ...]] = (),
+    ) -> Encoding:
         """Return the encoding of rows with a label, for a choice or a classifier.
 
         Args:
             template: used unless ``data.template`` is set.
             names: label words or class names, in the order of the targets.
             is_classifier: cut long sequences at the end; else at the start, as a choice needs.
+            words: tokens of the label words, if they are to stand in the examples.
         """
         template = self.rows.template or template
         columns = template_columns(template)
         self._need({*columns, "label"}, f"for the template {template!r}")
 
         def encode(origin: Origin, row: Row) -> Encoded:
-            label = read_label(origin, row)
-            target = label_index(label, names)
-            if target is None:
-                allowed = ", ".join(name.strip() for name in names)
-                raise UserError(
-                    f"{origin}: label {label!r} is not in the label set; "
-                    f"use one of {allowed}, or a number from 0 to {len(names) - 1}"
-                )
-            text = template.format_map(
-                {column: self._text(origin, row, column) for column in columns}
-            )
+            target = self.target(origin, row, names)
+            text = template.format_map({c: self._text(origin, row, c) for c in columns})
             ids = self._ids(text, special_tokens=True)
+            if words:
+                return Encoded([self.followed(origin, ids, words, target)], len(ids))
             kept = ids
             if len(ids) > self.max_tokens and is_classifier:
                 kept = self.tokenizer(text, truncation=True, max_length=self.max_tokens)[
@@ -125,6 +121,41 @@ class Encoder:
         trained = f"the {what} after {template!r}, one of {shown}: {why}"
         return Encoding(encode, (*columns, "label"), trained)
 
+    def target(self, origin: Origin, row: Row, names: Sequence[str]) -> int:
+        """Return the index of a row's label among label words or class names.
+
+        Raises:
+            UserError: it is missing, or not among them.
+        """
+        label = read_label(origin, row)
+        target = label_index(label, names)
+        if target is None:
+            allowed = ", ".join(name.strip() for name in names)
+            raise UserError(
+                f"{origin}: label {label!r} is not in the label set; "
+                f"use one of {allowed}, or a number from 0 to {len(names) - 1}"
+            )
+        return target
+
+    def followed(
+        self, origin: Origin, ids: Sequence[int], candidates: Sequence[tuple[int, ...]], target: int
+    ) -> Example:
+        """Return a prompt and what may follow it; too long a prompt loses its start.
+
+        Raises:
+            UserError: a candidate leaves the prompt no token.
+        """
+        longest = max(map(len, candidates))
+        if longest >= self.max_tokens:
+            raise UserError(
+                f"{origin}: an answer has {longest} tokens, and batch.max_tokens={self.max_tokens} "
+                f"has no room for a prompt before it; use at least {longest + 1}"
+            )
+        room = self.max_tokens - longest
+        kept = [ids[i] for i in self._kept(ids, len(ids), room)]
+        self._check_vocabulary(str(origin), [token for c in candidates for token in c])
+        return replace(self._example(origin, kept, target), candidates=tuple(candidates))
+
     def language(self) -> Encoding:
         """Return the encoding of rows without a label, by the names of their columns.
 
@@ -132,6 +163,10 @@ class Encoder:
             UserError: the columns fit none.
         """
         columns = self.rows.columns
+        if columns >= {"chosen", "rejected"}:
+            used = tuple(c for c in ("prompt", "chosen", "rejected") if c in columns)
+            how = "pairs: the chosen answer is to become likelier than the rejected one"
+            return Encoding(self._pair, used, how)
         for key in ("messages", "conversations"):
             if key in columns:
                 how = "every turn of the assistant, by the tokenizer's chat template"
@@ -163,7 +198,7 @@ class Encoder:
             return Encoding(self._pieces, ("text",), "every token of each text", in_pieces=True)
         raise UserError(
             f"data.name={self.name} has columns {', '.join(sorted(columns))}; use text, prompt and "
-            f"completion, instruction and output, or messages{hint}"
+            f"completion, prompt and chosen and rejected, instruction and output, or messages{hint}"
         )
 
     @cached_property
@@ -182,6 +217,43 @@ class Encoder:
             return self._answered(origin, self._chat.samples(origin, turns, first))
         prompt = self._text(origin, row, "prompt")
         return self._completed(origin, prompt, self._answer(origin, row, "completion"))
+
+    def _pair(self, origin: Origin, row: Row) -> Encoded:
+        """Encode a prompt with a chosen and a rejected answer, as texts or as messages."""
+        names = ("chosen", "rejected")
+        if any(isinstance(row.get(name), list) for name in names):
+            sides = self._pair_of_turns(origin, row, names)
+        else:
+            prompt = self._text(origin, row, "prompt")
+            sides = [self._completed(origin, prompt, self._answer(origin, row, n)) for n in names]
+        for name, side in zip(names, sides, strict=True):
+            if len(side.examples) > 1:
+                raise UserError(
+                    f"{origin}: the chat template writes earlier turns of the assistant in another "
+                    f"way than the last, so that {self._shown(name)} is several sequences; let it "
+                    "have one turn of the assistant"
+                )
+        (chosen,), (rejected,) = (side.examples for side in sides)
+        tokens, has_ends = max(side.tokens for side in sides), all(side.has_end for side in sides)
+        return Encoded([replace(chosen, rejected=rejected)], tokens, has_ends)
+
+    def _pair_of_turns(self, origin: Origin, row: Row, names: Sequence[str]) -> list[Encoded]:
+        """Encode two answers as messages, or two conversations; trained from where they part."""
+        answers = [a if isinstance(a := row.get(n), list) and a else [None] for n in names]
+        before, opening = row.get("prompt"), answers[0][0]
+        if isinstance(before, str) and isinstance(opening, dict):
+            asks = opening.get("role") == "assistant"
+            before = [{"role": "user", "content": before}] if asks else []
+        before = before if isinstance(before, list) else []
+        said = [before + answer for answer in answers]
+        parts = (i for i, (a, b) in enumerate(zip(*said, strict=False)) if a != b)
+        first = min(next(parts, len(said[0])), *(len(turns) - 1 for turns in said))
+        first = max(first, len(before))
+        sides = []
+        for name, turns in zip(names, said, strict=True):
+            found = read_turns(origin, turns, self._shown(name), first)
+            sides.append(self._answered(origin, self._chat.samples(origin, found, first)))
+        return sides
 
     def _instructed(
         self, ask: str, answer: str, system: str, more: str, origin: Origin, row: Row
@@ -242,16 +314,17 @@ class Encoder:
             examples.append(self._example(origin, [context, *rest[at : at + room]], 1))
         return Encoded(examples, len(ids))
 
-    def _kept(self, ids: Sequence[int], answer: int) -> list[int]:
-        """Return the positions to keep of a sequence, which may be too long.
+    def _kept(self, ids: Sequence[int], answer: int, count: int | None = None) -> list[int]:
+        """Return the ``count`` positions to keep of a sequence, ``max_tokens`` by default.
 
         They are its start-of-sequence token and its end, but not less than the first tokens of
         what begins at ``answer``.
         """
-        if len(ids) <= self.max_tokens:
+        count = self.max_tokens if count is None else count
+        if len(ids) <= count:
             return list(range(len(ids)))
-        head = int(answer > 0 and ids[0] == self._start)
-        room = self.max_tokens - head
+        head = int(answer > 0 and count > 1 and ids[0] == self._start)
+        room = count - head
         start = min(answer, len(ids) - room)
         return [*range(head), *range(start, start + room)]
 

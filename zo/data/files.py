@@ -247,8 +247,10 @@ def _check_lines(key: str, path: Path, text: Path) -> None:
                 )
 
 
-def read_hub(key: str, name: str, subset: str | None, split: str) -> list[Row]:
-    """Read the rows of a hub data set.
+def read_hub(
+    key: str, name: str, subset: str | None, split: str, revision: str | None = None
+) -> list[Row]:
+    """Read the rows of a hub data set, of a branch, tag or commit.
 
     Raises:
         UserError: it cannot be loaded, or is empty.
@@ -256,7 +258,9 @@ def read_hub(key: str, name: str, subset: str | None, split: str) -> list[Row]:
     import datasets
 
     try:
-        rows: list[Row] = datasets.load_dataset(name, subset, split=split).to_list()
+        rows: list[Row] = datasets.load_dataset(
+            name, subset, split=split, revision=revision
+        ).to_list()
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(

@@ -4,9 +4,13 @@ A prompt is a row's ``prompt`` (a text, or messages, which the tokenizer's chat 
 ``data.template`` with the row's columns. One that is too long loses its start.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from jinja2 import TemplateError
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from zo.config.checks import template_columns
 from zo.config.schema import Config
@@ -16,7 +20,7 @@ from zo.data.files import Origin, Row
 from zo.data.report import DataReport, make_report
 from zo.data.rewards import Reward, Rewards
 from zo.data.rows import Rows
-from zo.data.tasks import Example, Task
+from zo.data.tasks import Batch, Example, Task
 from zo.errors import UserError
 from zo.model.generate import Decoding, end_tokens
 from zo.model.info import ModelInfo
@@ -58,7 +62,7 @@ def build_prompts(
         config.run.seed,
     )
     function = Reward(reward, config.objective.timeout_s)
-    task = tasks.prompts(info, pad, Rewards(function, decoding, tokenizer, texts, numbered))
+    task = prompting(info, pad, Rewards(function, decoding, tokenizer, texts, numbered))
     how = f"temperature {decoding.temperature:g}" if decoding.temperature else "greedy"
     trained = (
         f"the reward {reward} of what the model writes after each prompt: {how}, at most "
@@ -75,6 +79,30 @@ def build_prompts(
     dev_rows = len(rows.numbered_dev)
     report = make_report(encoding, encoded[:count], dev_rows, max_tokens, tokenizer, shown, ())
     return task, examples[:count], examples[count:], report
+
+
+def prompting(info: ModelInfo, pad: int, rewards: Rewards) -> Task:
+    """Return the task of completing prompts; ``terms`` are of the prompts' own tokens.
+
+    A model is checked with these, which read all weights as a completion does.
+    """
+
+    def collate(examples: Sequence[Example], among: Sequence[Example]) -> Batch:
+        return tasks.pad_left(examples, among, info, pad) | {
+            "labels": torch.tensor([e.target for e in examples])
+        }
+
+    def terms(model: nn.Module, batch: Batch) -> Tensor:
+        logits = tasks.logits_of(model, batch, info, {})
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, tasks.IGNORED)
+        # The first token is rated too, by the logits at the last: a prompt may have but one.
+        loss = cross_entropy(
+            logits.flatten(0, 1).float(), labels.roll(-1, 1).flatten(), reduction="sum"
+        )
+        count = batch["attention_mask"].sum()
+        return torch.stack((loss.double(), count.double(), torch.zeros_like(loss).double()))
+
+    return Task("prompt", collate, terms, rewards=rewards)
 
 
 class Prompter:

@@ -1,7 +1,7 @@
 """Report of what a run trains on, for its first lines and for ``--check``."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from statistics import median_low
 from typing import Any
@@ -108,7 +108,10 @@ def make_report(
         in_pieces=encoding.in_pieces,
         lost_ends=sum(not row.has_end for row in encoded),
         example=mark(first, tokenizer, names),
-        warnings=(*warnings, *([] if names or _ends(encoded, tokenizer) else [ENDLESS])),
+        warnings=(
+            *warnings,
+            *([] if names or first.candidates or _ends(encoded, tokenizer) else [ENDLESS]),
+        ),
     )
 
 
@@ -118,7 +121,8 @@ def _ends(encoded: Sequence[Encoded], tokenizer: Any) -> bool:
     row = next((row for row in encoded if row.has_end), None)
     return row is None or any(
         e.ids[i] in special
-        for e in row.examples
+        for pair in row.examples
+        for e in pair.sides
         for i in range(e.target, len(e.ids))
         if i not in e.ignored
     )
@@ -126,18 +130,24 @@ def _ends(encoded: Sequence[Encoded], tokenizer: Any) -> bool:
 
 def mark(example: Example, tokenizer: Any, names: Sequence[str]) -> str:
     """Return an example as one line of text, with what is trained on in ``[[ ]]``."""
+    if example.candidates:
+        followed = tokenizer.decode(example.candidates[example.target])
+        return f"{short_text(tokenizer.decode(example.ids))}[[{short_text(followed)}]]"
     if names:
-        return f"{_short(tokenizer.decode(example.ids))}[[{names[example.target]}]]"
+        return f"{short_text(tokenizer.decode(example.ids))}[[{names[example.target]}]]"
+    if example.rejected is not None:
+        chosen, rejected = (mark(replace(e, rejected=None), tokenizer, ()) for e in example.sides)
+        return f"{chosen} rather than {rejected}"
     places = range(len(example.ids))
     parts = groupby(places, lambda i: i >= example.target and i not in example.ignored)
     shown = []
     for is_trained, part in parts:
-        text = _short(tokenizer.decode([example.ids[i] for i in part]))
+        text = short_text(tokenizer.decode([example.ids[i] for i in part]))
         shown.append(f"[[{text}]]" if is_trained else text)
     return "".join(shown)
 
 
-def _short(text: str) -> str:
+def short_text(text: str) -> str:
     """Return a text without line breaks and other control characters, its middle left out."""
     text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
     half = SHOWN_CHARACTERS // 2

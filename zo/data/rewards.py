@@ -16,7 +16,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +28,6 @@ from torch import Tensor, nn
 
 from zo.config.objective import REWARDS
 from zo.data.files import NumberedRow
-from zo.data.tasks import Batch
 from zo.errors import UserError
 from zo.model.generate import Decoding, generate, trim
 
@@ -213,7 +212,10 @@ class Rewards:
     """The row of each prompt."""
 
     def measure(
-        self, model: nn.Module, batches: Sequence[Batch], sequences: Sequence[Tensor] | None = None
+        self,
+        model: nn.Module,
+        batches: Sequence[Mapping[str, Tensor]],
+        sequences: Sequence[Tensor] | None = None,
     ) -> list[Tensor]:
         """Generate the completions of some micro-batches together, and reward each.
 

@@ -18,7 +18,11 @@ from zo.io import quickstart as assets
 from zo.method.philox import Purpose, word_stream
 
 TASKS: dict[str, tuple[Callable[[], list[Row]], str, list[str] | None]] = {
-    "movie-reviews": (assets.movie_reviews, "{text} It was", [" terrible", " great"]),
+    "movie-reviews": (
+        assets.movie_reviews,
+        "Review: {text}\nSentiment:",
+        [" negative", " positive"],
+    ),
     "countdown": (countdown.rows, countdown.TEMPLATE, None),
     "gsm8k": (
         lambda: read_hub("data.name", "openai/gsm8k", "main", "train"),
@@ -83,7 +87,9 @@ class Rows:
         rows = read_files(key, name, split)
         if rows is None:
             shown = split if key == "data.dev" and name == self.config.name else name
-            rows = number_rows(f"{key}={shown}", read_hub(key, name, self.config.subset, split))
+            config = self.config
+            read = read_hub(key, name, config.subset, split, config.revision)
+            rows = number_rows(f"{key}={shown}", read)
         return [(origin, self._rename(origin, row)) for origin, row in rows]
 
     def _dev(self, dev: str) -> tuple[str, str]:

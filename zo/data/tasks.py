@@ -1,34 +1,41 @@
 """Tasks: examples, their collation into micro-batches, and their losses.
 
     choice       a prompt and the label word that follows it      cross-entropy over the label words
+    mask         a text with a mask and the label word in it      cross-entropy over the label words
+    candidates   a prompt and several texts that may follow it    cross-entropy over the candidates
     completion   a text, or a prompt and its completion           cross-entropy of the completion
     class        a text and its class, for a classifier           cross-entropy over the classes
+    answer       a question whose answer is generated             F1 (:mod:`zo.data.answers`)
+    pair         a prompt, a better and a worse answer            see :mod:`zo.data.pairs`
     prompt       a prompt that the model completes                a reward: see zo/data/rewards.py
 
-Losses are computed from logits in float32, never taken from the model: several families return a
-loss in bf16, whose spacing is larger than the difference of two probes. Shapes: B sequences,
-T tokens, N words or classes, V the vocabulary.
+A candidate counts by the mean log-likelihood of its tokens. Losses are computed from logits in
+float32, never taken from the model: several families return a loss in bf16, whose spacing is larger
+than two probes' difference. Shapes: B sequences, T tokens, N words, classes or candidates, R rows.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from zo.config.objective import LIKELIHOOD
+from zo.data.rewards import Rewards
+from zo.errors import UserError
 from zo.model.info import ModelInfo
 
-if TYPE_CHECKING:
-    from zo.data.rewards import Rewards
-
 Batch = Mapping[str, Tensor]
+TARGETS = ("labels", "target", "rows", "right", "places", "reference")
+"""Keys of a micro-batch that are not arguments of the model."""
+WHOLE = "whole."
+"""Prefix of the keys of a second micro-batch in one: the same examples as completions."""
 IGNORED = -100
 """Label of tokens without a loss."""
-SHORT_SEQUENCES, SHORT_TOKENS = 2, 32
+SHORT_SEQUENCES, SHORT_TOKENS = 2, 16
 """Sequences, and tokens of each, that show how a model computes."""
 
 
@@ -38,10 +45,36 @@ class Example:
 
     ids: tuple[int, ...]
     target: int
-    """Index of the label; for a completion, the position of the first token with a loss; for a
-    prompt, its number among all."""
+    """Index of the label or of the candidate to train on; for a completion, the position of the
+    first token with a loss; for a prompt to be completed, its number among all."""
     ignored: tuple[int, ...] = ()
     """Positions after ``target`` without a loss: what stands between an assistant's turns."""
+    candidates: tuple[tuple[int, ...], ...] = ()
+    """Tokens of each text that may follow ``ids``."""
+    right: tuple[int, ...] = ()
+    """Indices of the candidates that count as right; by default ``target`` alone."""
+    answers: tuple[str, ...] = ()
+    """Texts that count as right where an answer is generated."""
+    rejected: "Example | None" = None
+    """The same prompt with the answer that is to become less likely than this one."""
+
+    def followed(self) -> "Example":
+        """Return the completion of ``ids`` by the candidate to train on."""
+        return self.candidate(self.target)
+
+    def candidate(self, number: int) -> "Example":
+        """Return the completion of ``ids`` by one candidate."""
+        return Example(self.ids + self.candidates[number], len(self.ids))
+
+    @property
+    def sides(self) -> "tuple[Example, ...]":
+        """The sequences that a micro-batch holds of it: one, or chosen and rejected."""
+        return (self,) if self.rejected is None else (self, self.rejected)
+
+    @property
+    def length(self) -> int:
+        """Tokens of its longest sequence."""
+        return max(len(side.ids) for side in self.sides)
 
 
 @dataclass(frozen=True)
@@ -52,33 +85,91 @@ class Task:
     collate: Callable[[Sequence[Example], Sequence[Example]], Batch]
     """Make a micro-batch of examples; the second ones, among which they are, decide its length."""
     terms: Callable[[nn.Module, Batch], Tensor]
-    """Return float64 of shape ``[3]``: sum of losses, number of terms, correct decisions."""
-
-    rewards: "Rewards | None" = None
+    """Return float64 of shape ``[3]``: sum of losses, number of terms, sum of scores, which are
+    correct decisions if ``score`` is accuracy; of pairs also the sum of margins."""
+    score: str = ""
+    """Name of the mean of the scores; empty if there are none."""
+    examine: Callable[[nn.Module, Batch], Tensor] | None = None
+    """Return float64 of shape ``[B, 3]``: of each example the sum of losses, the number of terms
+    and the class decided for (-1 of a completion); ``None``: ``terms`` alone can be scored."""
+    predict: Callable[[nn.Module, Sequence[Sequence[int]], torch.device], Tensor] | None = None
+    """Return the most likely token after each of some sequences, int64 of shape ``[B]``."""
+    names: tuple[str, ...] = ()
+    """The label words or classes, by label."""
+    template: str | None = None
+    """Prompt of an example with a label word."""
+    trained: "Task | None" = None
+    """What is trained in its place, of the same examples; ``None``: itself."""
+    by_score: bool = False
+    """True if 1 minus the score is minimised."""
+    check: Callable[[nn.Module, Batch], Tensor] | None = None
+    """What shows how a model computes on a micro-batch, where the objective has few values."""
+    width: int = 3
+    """Numbers that ``terms`` returns."""
+    rewards: Rewards | None = None
     """What rewards the completions of prompts; the steps and scores of such a task are of these."""
 
     def objective(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the sum of losses and the number of terms; float64 of shape ``[2]``."""
-        return self.terms(model, batch)[:2]
+        if self.trained is not None:
+            return self.trained.objective(model, batch)
+        sums = self.terms(model, batch)
+        return torch.stack((sums[1] - sums[2], sums[1])) if self.by_score else sums[:2]
+
+    def checked(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return a loss that depends on every bit of the logits; float64 of shape ``[2]``."""
+        task = self.trained or self
+        return task.check(model, batch) if task.check else task.terms(model, batch)[:2]
+
+    def collate_trained(self, examples: Sequence[Example], among: Sequence[Example]) -> Batch:
+        """Make a micro-batch to train on; as ``collate`` makes one to score."""
+        return (self.trained or self).collate(examples, among)
+
+    def minimising(self, name: str) -> "Task":
+        """Return the task with the objective ``objective.name``.
+
+        Raises:
+            UserError: the task has no such score.
+        """
+        if name == LIKELIHOOD:
+            return self
+        if name != self.score:
+            known = [LIKELIHOOD, *([self.score] if self.score else [])]
+            raise UserError(
+                f"objective.name={name} does not fit this data, whose score is "
+                f"{self.score or 'the loss'}; use {' or '.join(known)}"
+            )
+        return replace(self, trained=None, by_score=True)
 
     def shorten(self, batch: Batch) -> Batch:
         """Return a part of a micro-batch with tokens that have a loss, to check a model with."""
-        # Padding is on the left but for a classifier.
-        tokens = slice(SHORT_TOKENS) if self.kind == "class" else slice(-SHORT_TOKENS, None)
-        rows = {key: value[:SHORT_SEQUENCES] for key, value in batch.items()}
-        labels = rows.pop("labels")
-        short = {key: value[:, tokens] for key, value in rows.items()}
-        # The label of a token is that of the logits before it.
-        return short | {"labels": labels if labels.dim() == 1 else labels[:, -SHORT_TOKENS + 1 :]}
+        reads_all = self.kind in ("class", "mask")  # Then padding is on the right, else left.
+        tokens = slice(SHORT_TOKENS) if reads_all else slice(-SHORT_TOKENS, None)
+        short = {}
+        for key, value in batch.items():
+            kept, name = value[:SHORT_SEQUENCES], key.removeprefix(WHOLE)
+            if name == "labels" and kept.dim() == 2 and (key != name or self.kind != "answer"):
+                # The label of a token is that of the logits before it.
+                kept = kept[:, -SHORT_TOKENS + 1 :]
+            elif name not in TARGETS:
+                kept = kept[:, tokens]
+            short[key] = kept
+        if "places" in short:
+            short["places"] = short["places"].clamp(max=SHORT_TOKENS - 1)
+        if "rows" in short:  # Two candidates of the first example.
+            rows = torch.arange(len(short["labels"]), device=short["rows"].device).view(1, -1)
+            short |= {"rows": rows, "right": rows == 0, "target": torch.zeros_like(rows[:, 0])}
+        return short
 
     def summarize(self, sums: Sequence[float]) -> dict[str, float]:
         """Return the scores of a data set from the sums of ``terms`` over its batches."""
-        loss = sums[0] / sums[1]
         if self.kind == "prompt":
-            return {"reward": 0.0 - loss}
+            return {"reward": 0.0 - sums[0] / sums[1]}
+        first, mean = sums[0] / sums[1], sums[2] / sums[1]
         if self.kind == "completion":
-            return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
-        return {"accuracy": sums[2] / sums[1], "loss": loss}
+            return {"loss": first, "perplexity": math.exp(min(first, 700.0))}
+        found = {self.score: mean, "exact_match" if self.kind == "answer" else "loss": first}
+        return found | ({"margin": sums[3] / sums[1]} if self.kind == "pair" else {})
 
 
 def choice(info: ModelInfo, pad: int, word_ids: Sequence[int]) -> Task:
@@ -87,7 +178,7 @@ def choice(info: ModelInfo, pad: int, word_ids: Sequence[int]) -> Task:
     words = cache(lambda device: torch.tensor(word_ids, device=device))
 
     def collate(examples: Sequence[Example], among: Sequence[Example]) -> Batch:
-        return _pad_left(examples, among, info, pad) | {
+        return pad_left(examples, among, info, pad) | {
             "labels": torch.tensor([e.target for e in examples])
         }
 
@@ -95,75 +186,171 @@ def choice(info: ModelInfo, pad: int, word_ids: Sequence[int]) -> Task:
         last = _last_logits(model, batch, info, 1)[:, -1]
         return _decisions(last[:, words(last.device)], batch["labels"])
 
-    return Task("choice", collate, terms)
+    def examine(model: nn.Module, batch: Batch) -> Tensor:
+        last = _last_logits(model, batch, info, 1)[:, -1]
+        return _each_decision(last[:, words(last.device)], batch["labels"])
+
+    return Task("choice", collate, terms, "accuracy", examine)
+
+
+def masked(info: ModelInfo, pad: int, word_ids: Sequence[int], mask_id: int) -> Task:
+    """Return the task of choosing one of several label words (one token each) for a mask."""
+    words = cache(lambda device: torch.tensor(word_ids, device=device))
+
+    def collate(examples: Sequence[Example], among: Sequence[Example]) -> Batch:
+        places = torch.tensor([e.ids.index(mask_id) for e in examples])
+        return _pad_right(examples, among, pad) | {"places": places}
+
+    def at_mask(model: nn.Module, batch: Batch) -> Tensor:
+        logits = logits_of(model, batch, info, {})
+        numbers = torch.arange(len(logits), device=logits.device)
+        return logits[numbers, batch["places"]][:, words(logits.device)]
+
+    def terms(model: nn.Module, batch: Batch) -> Tensor:
+        return _decisions(at_mask(model, batch), batch["labels"])
+
+    def examine(model: nn.Module, batch: Batch) -> Tensor:
+        return _each_decision(at_mask(model, batch), batch["labels"])
+
+    return Task("mask", collate, terms, "accuracy", examine)
+
+
+def candidates(info: ModelInfo, pad: int) -> Task:
+    """Return the task of choosing one of several texts that may follow a prompt.
+
+    A candidate is one row of the forward. Its score is the mean log-likelihood of its tokens, and
+    the loss is the cross-entropy of the scores (Malladi et al. 2023, "MeZO").
+    """
+    text = completion(info, pad)
+
+    def collate(examples: Sequence[Example], among: Sequence[Example]) -> Batch:
+        most = max(len(e.candidates) for e in among)
+        rows = torch.full((len(examples), most), -1)
+        right = torch.zeros_like(rows, dtype=torch.bool)
+        first = 0
+        for i, e in enumerate(examples):
+            rows[i, : len(e.candidates)] = torch.arange(first, first + len(e.candidates))
+            right[i, list(e.right or (e.target,))] = True
+            first += len(e.candidates)
+        target = torch.tensor([e.target for e in examples])
+        return {
+            **text.collate(_spread(examples), _spread(among)),
+            "rows": rows,
+            "right": right,
+            "target": target,
+        }
+
+    def terms(model: nn.Module, batch: Batch) -> Tensor:
+        losses, labels = answer_losses(model, batch, info), batch["labels"]
+        scores_R = -losses.sum(1) / (labels != IGNORED).sum(1)  # noqa: N806
+        # Row -1, of a candidate that an example lacks, is the last: it is never chosen.
+        never = scores_R.new_full((1,), -torch.inf)
+        scores_BN = torch.cat((scores_R, never))[batch["rows"]]  # noqa: N806
+        sums = _decisions(scores_BN, batch["target"])
+        chosen = batch["right"].gather(1, scores_BN.argmax(-1, keepdim=True))
+        return torch.cat((sums[:2], chosen.sum().double().view(1)))
+
+    return Task("candidates", collate, terms, "accuracy")
+
+
+def followed(info: ModelInfo, pad: int) -> Task:
+    """Return the task of predicting the tokens of the candidate to train on, after its prompt."""
+    text = completion(info, pad)
+
+    def collate(examples: Sequence[Example], among: Sequence[Example]) -> Batch:
+        return text.collate([e.followed() for e in examples], [e.followed() for e in among])
+
+    return replace(text, collate=collate)
 
 
 def completion(info: ModelInfo, pad: int) -> Task:
     """Return the task of predicting the tokens of a completion, or of a whole text."""
 
     def collate(examples: Sequence[Example], among: Sequence[Example]) -> Batch:
-        longest = max(len(e.ids) - e.target for e in among)
-        labels = torch.full((len(examples), longest), IGNORED)
-        for row, e in zip(labels, examples, strict=True):
-            row[longest - (len(e.ids) - e.target) :] = torch.tensor(e.ids[e.target :])
-            row[[longest - len(e.ids) + i for i in e.ignored]] = IGNORED
-        return _pad_left(examples, among, info, pad) | {"labels": labels}
+        return collate_answers(examples, among, info, pad)
 
     def terms(model: nn.Module, batch: Batch) -> Tensor:
-        labels = batch["labels"]
-        logits = _last_logits(model, batch, info, labels.shape[1] + 1)[:, :-1]
-        loss = cross_entropy(
-            logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum"
-        )
-        count = (labels != IGNORED).sum()
+        loss = answer_losses(model, batch, info, "sum")
+        count = (batch["labels"] != IGNORED).sum()
         return torch.stack((loss.double(), count.double(), torch.zeros_like(loss).double()))
 
-    return Task("completion", collate, terms)
+    def examine(model: nn.Module, batch: Batch) -> Tensor:
+        sums = answer_losses(model, batch, info).sum(1, dtype=torch.float64)
+        terms = (batch["labels"] != IGNORED).sum(1).to(sums)
+        return torch.stack((sums, terms, torch.full_like(sums, -1)), 1)
+
+    def predict(
+        model: nn.Module, sequences: Sequence[Sequence[int]], device: torch.device
+    ) -> Tensor:
+        examples = [Example(tuple(ids), 0) for ids in sequences]
+        padded = pad_left(examples, examples, info, pad)
+        batch = {key: value.to(device) for key, value in padded.items()}
+        return _last_logits(model, batch, info, 1)[:, -1].argmax(-1)
+
+    return Task("completion", collate, terms, "", examine, predict)
+
+
+def collate_answers(
+    examples: Sequence[Example], among: Sequence[Example], info: ModelInfo, pad: int
+) -> Batch:
+    """Return sequences with the labels of their answers, ``[B, longest answer]``, as a batch."""
+    longest = max(len(e.ids) - e.target for e in among)
+    labels = torch.full((len(examples), longest), IGNORED)
+    for row, e in zip(labels, examples, strict=True):
+        row[longest - (len(e.ids) - e.target) :] = torch.tensor(e.ids[e.target :])
+        row[[longest - len(e.ids) + i for i in e.ignored]] = IGNORED
+    return pad_left(examples, among, info, pad) | {"labels": labels}
+
+
+def answer_losses(
+    model: nn.Module, batch: Batch, info: ModelInfo, reduction: str = "none"
+) -> Tensor:
+    """Return the losses of the labels, ``[B, T]`` with 0 where there is none, or their sum."""
+    labels = batch["labels"]
+    logits = _last_logits(model, batch, info, labels.shape[1] + 1)[:, :-1]
+    losses = cross_entropy(
+        logits.flatten(0, 1).float(),
+        labels.flatten(),
+        ignore_index=IGNORED,
+        reduction=reduction,
+    )
+    return losses if reduction == "sum" else losses.view(labels.shape)
 
 
 def classification(info: ModelInfo, pad: int) -> Task:
     """Return the task of a sequence classifier."""
 
     def collate(examples: Sequence[Example], among: Sequence[Example]) -> Batch:
-        longest = max(len(e.ids) for e in among)
-        ids = torch.full((len(examples), longest), pad)
-        mask = torch.zeros_like(ids)
-        for i, e in enumerate(examples):
-            ids[i, : len(e.ids)], mask[i, : len(e.ids)] = torch.tensor(e.ids), 1
-        labels = torch.tensor([e.target for e in examples])
-        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        return _pad_right(examples, among, pad)
 
     def terms(model: nn.Module, batch: Batch) -> Tensor:
-        return _decisions(_logits(model, batch, info, {}), batch["labels"])
+        return _decisions(logits_of(model, batch, info, {}), batch["labels"])
 
-    return Task("class", collate, terms)
+    def examine(model: nn.Module, batch: Batch) -> Tensor:
+        return _each_decision(logits_of(model, batch, info, {}), batch["labels"])
 
-
-def prompts(info: ModelInfo, pad: int, rewards: "Rewards") -> Task:
-    """Return the task of completing prompts; ``terms`` are of the prompts' own tokens.
-
-    A model is checked with these, which read all weights as a completion does.
-    """
-
-    def collate(examples: Sequence[Example], among: Sequence[Example]) -> Batch:
-        return _pad_left(examples, among, info, pad) | {
-            "labels": torch.tensor([e.target for e in examples])
-        }
-
-    def terms(model: nn.Module, batch: Batch) -> Tensor:
-        logits = _logits(model, batch, info, {})
-        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED)
-        # The first token is rated too, by the logits at the last: a prompt may have but one.
-        loss = cross_entropy(
-            logits.flatten(0, 1).float(), labels.roll(-1, 1).flatten(), reduction="sum"
-        )
-        count = batch["attention_mask"].sum()
-        return torch.stack((loss.double(), count.double(), torch.zeros_like(loss).double()))
-
-    return Task("prompt", collate, terms, rewards)
+    return Task("class", collate, terms, "accuracy", examine)
 
 
-def _pad_left(
+def _spread(examples: Sequence[Example]) -> list[Example]:
+    """Return every candidate of every example as a completion."""
+    return [e.candidate(number) for e in examples for number in range(len(e.candidates))]
+
+
+def _pad_right(
+    examples: Sequence[Example], among: Sequence[Example], pad: int
+) -> dict[str, Tensor]:
+    """Return token ids, masks, ``[B, T]``, right-padded to the longest of ``among``, and labels."""
+    longest = max(len(e.ids) for e in among)
+    ids = torch.full((len(examples), longest), pad)
+    mask = torch.zeros_like(ids)
+    for i, e in enumerate(examples):
+        ids[i, : len(e.ids)], mask[i, : len(e.ids)] = torch.tensor(e.ids), 1
+    labels = torch.tensor([e.target for e in examples])
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def pad_left(
     examples: Sequence[Example], among: Sequence[Example], info: ModelInfo, pad: int
 ) -> dict[str, Tensor]:
     """Return token ids and masks, ``[B, T]``, left-padded to the longest of ``among``."""
@@ -179,10 +366,15 @@ def _pad_left(
     return batch
 
 
-def _logits(
+def logits_of(
     model: nn.Module, batch: Batch, info: ModelInfo, options: Mapping[str, object]
 ) -> Tensor:
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    """Return a model's logits of a micro-batch."""
+    inputs = {
+        key: value
+        for key, value in batch.items()
+        if key not in TARGETS and not key.startswith(WHOLE)
+    }
     fixed = {"use_cache": False} if "use_cache" in info.accepts else {}
     return model(**inputs, **fixed, **options).logits  # type: ignore[no-any-return]
 
@@ -193,7 +385,7 @@ def _last_logits(model: nn.Module, batch: Batch, info: ModelInfo, count: int) ->
     A model that accepts ``logits_to_keep`` computes no others.
     """
     options = {"logits_to_keep": count} if "logits_to_keep" in info.accepts else {}
-    return _logits(model, batch, info, options)[:, -count:]
+    return logits_of(model, batch, info, options)[:, -count:]
 
 
 def _decisions(logits_BN: Tensor, labels: Tensor) -> Tensor:  # noqa: N803
@@ -201,3 +393,8 @@ def _decisions(logits_BN: Tensor, labels: Tensor) -> Tensor:  # noqa: N803
     loss = cross_entropy(logits_BN, labels, reduction="sum").double()
     correct = (logits_BN.argmax(-1) == labels).sum().double()
     return torch.stack((loss, torch.full_like(loss, len(labels)), correct))
+
+
+def _each_decision(logits_BN: Tensor, labels: Tensor) -> Tensor:  # noqa: N803
+    loss = cross_entropy(logits_BN.float(), labels, reduction="none").double()
+    return torch.stack((loss, torch.ones_like(loss), logits_BN.argmax(-1).to(loss)), 1)

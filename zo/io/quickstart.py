@@ -184,3 +184,7 @@ def _member(archive: bytes, name: str) -> bytes:
 
 MODELS: dict[str, Callable[[Path], None]] = {"smollm2-135m-instruct": _convert_smollm2}
 """Packaged models, by value of ``model.name``."""
+ORIGINS: dict[str, tuple[str, Archive]] = {
+    "smollm2-135m-instruct": ("HuggingFaceTB/SmolLM2-135M-Instruct", SMOLLM2)
+}
+"""Hub id that a packaged model was made of, and the archive that brings it, with its licence."""

@@ -22,7 +22,7 @@ from math import inf, isfinite, nan, sqrt
 
 from zo.errors import UserError
 from zo.method.passes import Probe
-from zo.method.shaping import agreement, shape
+from zo.method.shaping import Agreement, agreement, shape
 from zo.method.table import Grid, LossTable
 
 UNIT_ROUNDOFF = 2.0**-24
@@ -230,7 +230,7 @@ def spread(
     )
 
 
-def agreement_of(name: str, table: LossTable) -> tuple[float, float] | None:
+def agreement_of(name: str, table: LossTable) -> Agreement | None:
     """Return how far the probes of an estimator's pairs agree.
 
     See :func:`zo.method.shaping.agreement`.

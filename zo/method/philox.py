@@ -33,6 +33,7 @@ class Purpose(enum.IntEnum):
     PART = 7
     BUCKET = 8
     SAMPLE = 9
+    SPLIT = 10
 
 
 def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> Tensor:

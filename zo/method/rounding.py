@@ -20,12 +20,18 @@ def rounding_bits(
 ) -> Tensor:
     """Return 16 random bits for each of ``count`` addresses from ``address``; int64 ``[count]``.
 
-    Address a takes half ``a % 2`` (low half first) of word ``a % 8 // 2`` of call ``a // 8``.
+    A line of 128 addresses takes 8 calls: address a takes call ``a // 128 * 8 + a % 8``, and of its
+    four words, one after the other, the 16 bits from byte ``a % 128 // 8`` on (within their word,
+    whose first byte follows its last). So eight neighbours lie in one vector of calls. Two numbers
+    share each byte, which is the upper one of the first and the lower one of the second.
     """
-    first = address // 8
-    calls = torch.arange(first, (address + count + 7) // 8, dtype=torch.int64, device=device)
-    w = words(seed, calls, step, Purpose.ROUNDING)
-    return torch.stack((w & 0xFFFF, w >> 16), dim=-1).reshape(-1)[address - 8 * first :][:count]
+    first = address // 128
+    lines = (address + count + 127) // 128 - first
+    calls = torch.arange(8 * first, 8 * (first + lines), dtype=torch.int64, device=device)
+    w = words(seed, calls, step, Purpose.ROUNDING).reshape(lines, 8, 4)
+    rotated = torch.stack([(w | w << 32) >> 8 * byte & 0xFFFF for byte in range(4)], dim=-1)
+    bits = rotated.reshape(lines, 8, 16).transpose(1, 2).reshape(-1)
+    return bits[address - 128 * first :][:count]
 
 
 def round_stochastic(values: Tensor, random16: Tensor, dtype: torch.dtype) -> Tensor:

@@ -18,6 +18,8 @@ from math import sqrt
 
 from zo.method.table import LossTable
 
+Agreement = tuple[float, float]
+"""Shares of (pair, prompt) whose losses differ, and whose completions are the same."""
 COUNTS = 4
 """Numbers of a cell before those of its prompts: see :class:`zo.method.table.LossTable`."""
 
@@ -92,7 +94,7 @@ def _cell_means(table: LossTable) -> list[float]:
     return [cell[0] / cell[1] if cell[1] else 0.0 for cell in table.cell_values()]
 
 
-def agreement(table: LossTable, pairs: Sequence[tuple[int, int]]) -> tuple[float, float] | None:
+def agreement(table: LossTable, pairs: Sequence[tuple[int, int]]) -> Agreement | None:
     """Return how far two probes of a pair agree on the prompts that both see.
 
     Args:

@@ -12,13 +12,15 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
 )
 from transformers.core_model_loading import build_glob_alternation
 from transformers.utils import logging
 
-from zo.config.schema import TASKS, ModelConfig, PeftConfig
+from zo.config.peft import PEFT_KEYS, PeftConfig
+from zo.config.schema import TASKS, ModelConfig
 from zo.errors import UserError
 from zo.io import quickstart as assets
 from zo.io.engines import Engine
@@ -32,7 +34,11 @@ from zo.model.trained import train_only
 logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 AUTO_CLASS = dict(
-    zip(TASKS, (AutoModelForCausalLM, AutoModelForSequenceClassification), strict=True)
+    zip(
+        TASKS,
+        (AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForMaskedLM),
+        strict=True,
+    )
 )
 """transformers' auto classes, by value of ``model.task``."""
 ATTENTION_WORDS = re.compile(
@@ -56,7 +62,7 @@ class ModelLoader:
 
         Raises:
             UserError: the folder or hub id does not exist, its configuration is unknown, or
-                adapters are asked for and it is not of a causal language model.
+                virtual tokens are asked for and it is not of a causal language model.
         """
         if not config.name:
             raise UserError(
@@ -70,10 +76,10 @@ class ModelLoader:
         self.hf_config: Any = self._read("model.name", self.path, AutoConfig)
         self.task = self._task()
         self.peft = peft or PeftConfig()
-        if self.peft.type is not None and self.task != "causal-lm":
+        if self.peft.type in PEFT_KEYS["tokens"] and self.task != "causal-lm":
             raise UserError(
                 f"peft.type={self.peft.type} is for causal language models, and model.name="
-                f"{config.name} is a sequence classifier, whose head it would not train; choose "
+                f"{config.name} is of model.task={self.task}; use peft.type=lora or ia3, or choose "
                 "what to train by model.train"
             )
 
@@ -101,8 +107,12 @@ class ModelLoader:
         if self.config.task != "auto":
             return self.config.task
         architectures = self.hf_config.architectures or [""]
-        classifier = architectures[0].endswith("ForSequenceClassification")
-        return "sequence-classification" if classifier else "causal-lm"
+        endings = {
+            "ForSequenceClassification": "sequence-classification",
+            "ForMaskedLM": "masked-lm",
+        }
+        found = (task for end, task in endings.items() if architectures[0].endswith(end))
+        return next(found, "causal-lm")
 
     def tokenizer(self) -> Any:
         """Load the tokenizer of ``model.tokenizer``, or else of the model.
@@ -201,10 +211,12 @@ class ModelLoader:
         of, limit = next(
             ((k, n) for k, n in found if isinstance(n, int) and n > 0), ("", max_tokens)
         )
-        if max_tokens > limit:
+        taken = self.peft.virtual_tokens if key else 0
+        if max_tokens > limit - taken:
+            beside = f" beside peft.tokens={taken}" if taken else ""
             raise UserError(
                 f"{key}={max_tokens} is more than the {limit} positions of "
-                f"model.name={self.config.name} ({of}); use at most {limit}"
+                f"model.name={self.config.name} ({of}){beside}; use at most {limit - taken}"
             )
 
     def _on_meta(self, hf_config: Any) -> Any:
@@ -212,7 +224,7 @@ class ModelLoader:
         model = self._bare(hf_config)
         train_only(model, self.config.train)
         if self.peft.type is not None:
-            add_adapters(model, self.peft, self.config.name, self.config.revision)
+            add_adapters(model, self.peft, self.config.name, self.config.revision, self.task)
         return model.eval()
 
     def _bare(self, hf_config: Any) -> Any:
@@ -281,7 +293,8 @@ class ModelLoader:
         if self.peft.type is None:
             return self._base(skeleton, seed, engine)
         base = self._base(self._bare(self.hf_config), seed, engine)
-        return AdaptedSource(base, initial_adapters(self._bare(self.hf_config), self.peft, seed))
+        bare = self._bare(self.hf_config)
+        return AdaptedSource(base, initial_adapters(bare, self.peft, seed, self.task))
 
     def _base(self, skeleton: nn.Module, seed: int, engine: Engine) -> WeightSource:
         """Return the source of the weights of a model without adapters."""
@@ -296,10 +309,10 @@ class ModelLoader:
                 f"the weights of model.name={name} cannot be loaded: {_first_line(error)}; give a "
                 "folder with intact safetensors files, or set model.weights=random"
             ) from error
-        if found.missing and self.task == "causal-lm":
+        if found.missing and self.task != "sequence-classification":
             raise UserError(
                 f"model.name={name} lacks {len(found.missing)} weights, {found.missing[0]} first; "
-                "give a complete checkpoint of a causal language model, or set model.weights=random"
+                "give a complete checkpoint of a language model, or set model.weights=random"
             )
         return found
 

@@ -175,6 +175,10 @@ class _Driver:
         self._greenlets: dict[int, greenlet] = {}
         self._calls: dict[int, tuple[str, Call]] = {}
         self._is_below = part > 0
+        self._followers: dict[int, list[int]] = {}
+        """Below the fork, the cells that compute what the first one of their column computes."""
+        self._behind: dict[int, tuple[str, Call]] = {}
+        """Calls of followers, which wait where their first cell waits."""
 
     def run(self) -> None:
         """Run the cells to their ends, or to the fork."""
@@ -182,18 +186,35 @@ class _Driver:
             number: greenlet(self._table[number].forward, getcurrent()) for number in self.cells
         }
         self._folds._cells.update(self._greenlets.values())
-        with _ended_together(self._greenlets):
+        firsts = list(self.cells)
+        if self._is_below:
+            of_column: dict[int, int] = {}
             for number in self.cells:
+                first = of_column.setdefault(self._table[number].column, number)
+                if first != number:
+                    self._followers.setdefault(first, []).append(number)
+            firsts = list(of_column.values())
+        with _ended_together(self._greenlets):
+            for number in firsts:
                 self._resume(number)
             self._go_on()
 
     def _resume(self, number: int, *output: Any) -> None:
+        """Let a cell go on with the output of its call, and its followers with the same."""
+        self._switch(number, output, self._calls)
+        for follower in self._followers.get(number, ()):
+            self._switch(follower, output, self._behind)
+
+    def _switch(
+        self, number: int, output: tuple[Any, ...], calls: dict[int, tuple[str, Call]]
+    ) -> None:
         cell = self._greenlets[number]
         waits_for = cell.switch(*output)
         if cell.dead:
             self._results[number] = waits_for
+            calls.pop(number, None)
         else:
-            self._calls[number] = waits_for
+            calls[number] = waits_for
 
     def _go_on(self) -> None:
         meet_at = self._folds._meet_at
@@ -209,27 +230,23 @@ class _Driver:
 
     def _call(self, name: str, calls: Mapping[int, Call]) -> Iterable[tuple[int, Any]]:
         """Run a module for the cells that wait at it, once if that can be; return their outputs."""
-        same = {number: number for number in calls}
-        if self._is_below:
-            firsts: dict[int, int] = {}
-            same = {n: firsts.setdefault(self._table[n].column, n) for n in calls}
-        distinct = list(dict.fromkeys(same.values()))
-        stacks = self._folds.stacks or len(distinct) == 1
-        some = [calls[number] for number in distinct]
-        stacked = self._folds._stacker.stack(some) if stacks else None
+        numbers = list(calls)
+        stacks = self._folds.stacks or len(numbers) == 1
+        stacked = self._folds._stacker.stack(list(calls.values())) if stacks else None
         outputs: dict[int, Any] = {}
         for group, call in (
-            [(distinct, stacked)] if stacked else [([number], calls[number]) for number in distinct]
+            [(numbers, stacked)] if stacked else [([number], calls[number]) for number in numbers]
         ):
             probes = () if self._is_below else tuple(self._table[n].probe for n in group)
             with self._folds.computing(probes):
                 self._folds._lockstep.enter(self._folds._modules[name], call.arguments)
                 output = self._folds._inner[name](*call.arguments, **call.options)
             outputs |= dict(zip(group, split(output, len(group)), strict=True))
-        return [(number, outputs[of]) for number, of in same.items()]
+        return outputs.items()
 
     def _fork(self) -> None:
         """Let each fold go on in a driver of its own."""
+        self._calls |= self._behind
         for _, fold in groupby(self.cells, key=lambda number: self._table[number].fold):
             driver = _Driver(self._folds, list(fold), self._table, self._results, self._part)
             driver._is_below = False

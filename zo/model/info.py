@@ -8,7 +8,7 @@ class ModelInfo:
     """The facts of a model that data and objectives need, for any family."""
 
     task: str
-    """``causal-lm`` or ``sequence-classification``."""
+    """``causal-lm``, ``masked-lm`` or ``sequence-classification``."""
     vocab_size: int
     accepts: frozenset[str]
     """Argument names of its forward."""

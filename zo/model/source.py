@@ -7,6 +7,7 @@ that reads checkpoints is in :mod:`zo.model.checkpoint`.
 import hashlib
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
+from threading import Lock
 from typing import Any, Protocol
 
 import torch
@@ -43,6 +44,33 @@ class WeightSource(Protocol):
     def attach_buffers(self, model: nn.Module) -> None:
         """Copy everything but parameters (saved buffers, name conversions) to ``model``."""
         ...
+
+
+class SharedSource:
+    """A weight source that several threads read; one at a time."""
+
+    def __init__(self, source: WeightSource) -> None:
+        """Serve ``source``."""
+        self._source, self._lock = source, Lock()
+        self.is_rereadable = source.is_rereadable
+
+    def read(self, block: Block, layout: Layout, image: Tensor, start: int = 0) -> None:
+        """See :class:`WeightSource`."""
+        with self._lock:
+            self._source.read(block, layout, image, start)
+
+    def is_expensive(self, block: Block) -> bool:
+        """See :class:`WeightSource`."""
+        return self._source.is_expensive(block)
+
+    def clear_cache(self) -> None:
+        """See :class:`WeightSource`."""
+        with self._lock:
+            self._source.clear_cache()
+
+    def attach_buffers(self, model: nn.Module) -> None:
+        """See :class:`WeightSource`."""
+        self._source.attach_buffers(model)
 
 
 class ModelSource:

@@ -13,6 +13,8 @@ from pathlib import Path
 from statistics import fmean as mean
 from typing import Any
 
+from zo.observe.history import DETAILS
+
 POINTS = 600
 """Points of a curve at most, and half of it at least once a run has more steps."""
 
@@ -127,6 +129,8 @@ class Metrics:
         self.first: dict[str, float] = {}
         self.last: dict[str, float] = {}
         """The first scores and the newest."""
+        self.details: dict[str, Any] = {}
+        """Of the newest scores."""
         self.seconds = 0.0
         self.peaks: dict[str, float] = {}
         """The largest memory of any step, in bytes by name."""
@@ -154,6 +158,8 @@ class Metrics:
             return
         if isinstance(scores := values.get("eval"), dict):
             self.last = _numbers(scores)
+            details = scores.get(DETAILS)
+            self.details = details if isinstance(details, dict) else {}
             self.first = self.first or self.last
             self.scores.add(values["step"], self.seconds, self.last)
         else:

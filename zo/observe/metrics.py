@@ -5,7 +5,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -13,6 +13,7 @@ import psutil
 import torch
 
 from zo.errors import UserError
+from zo.observe.history import Evaluation, History
 
 
 def finite_or_none(value: Any) -> Any:
@@ -36,16 +37,6 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     return values if isinstance(values, dict) and type(values.get("step")) is int else None
 
 
-def _scores(values: Mapping[str, Any]) -> dict[str, float] | None:
-    """Return the scores of a line's object, null as not-a-number; ``None`` if it has none."""
-    scores = values.get("eval")
-    if not isinstance(scores, dict) or not all(
-        isinstance(v, int | float | None) for v in scores.values()
-    ):
-        return None
-    return {name: math.nan if value is None else float(value) for name, value in scores.items()}
-
-
 class MetricsFile:
     """``metrics.jsonl``: append-only, one object a line."""
 
@@ -60,8 +51,10 @@ class MetricsFile:
             UserError: the file cannot be read or written.
         """
         self._path = path
-        self.scores: dict[int, dict[str, float]] = {}
-        """Evaluations in the file, by step."""
+        self.evaluations: dict[int, Evaluation] = {}
+        """Those in the file, by step."""
+        self.losses: list[float] = []
+        """Finite losses of the steps in the file."""
         try:
             if unreadable := self._drop_after(last_step):
                 more = f" and {len(unreadable) - 1} more" if len(unreadable) > 1 else ""
@@ -87,8 +80,10 @@ class MetricsFile:
                     dropped.append(range(start, end))
                 elif values is None:
                     unreadable.append(number)
-                elif (scores := _scores(values)) is not None:
-                    self.scores[values["step"]] = scores
+                elif (found := Evaluation.of_json(values.get("eval"))) is not None:
+                    self.evaluations[values["step"]] = found
+                elif isinstance(loss := values.get("loss"), float):
+                    self.losses.append(loss)
         if dropped and sum(map(len, dropped)) == end - dropped[0].start:
             os.truncate(self._path, dropped[0].start)
         elif dropped:
@@ -134,15 +129,31 @@ def memory(device: torch.device) -> dict[str, int]:
     return {"device_peak_bytes": peak, "host_rss_bytes": psutil.Process().memory_info().rss}
 
 
-def last_scores(path: Path, step: int) -> dict[str, float]:
-    """Return the newest evaluation in a ``metrics.jsonl`` up to a step; empty if there is none."""
-    newest: dict[str, float] = {}
+def read_history(
+    path: Path, last_step: int, metric: str | None = None, patience: int | None = None
+) -> History:
+    """Return the evaluations in a ``metrics.jsonl`` up to a step.
+
+    Args:
+        path: of the file, which may be missing.
+        last_step: evaluations of later ones are left out.
+        metric: ``eval.metric``.
+        patience: ``eval.patience``.
+
+    Raises:
+        UserError: an evaluation has no such metric.
+    """
+    history = History(metric, patience)
     for line in path.read_bytes().split(b"\n") if path.exists() else ():
         values = _parse(line)
-        if (
-            values is not None
-            and values["step"] <= step
-            and (scores := _scores(values)) is not None
-        ):
-            newest = scores
-    return newest
+        if values is None or values["step"] > last_step:
+            continue
+        if (evaluation := Evaluation.of_json(values.get("eval"))) is not None:
+            history.add(values["step"], evaluation)
+    return history
+
+
+def last_scores(path: Path, step: int) -> dict[str, float]:
+    """Return the newest scores in a ``metrics.jsonl`` up to a step; empty if there are none."""
+    newest = read_history(path, step).last()
+    return newest[1].scores if newest else {}

@@ -130,9 +130,15 @@ def _rate(step_s: float) -> str:
     return f"{1 / max(step_s, 1e-9):.{1 if step_s > 0.05 else 0}f} steps/s"
 
 
-def scores_text(scores: Mapping[str, float], first: Mapping[str, float]) -> str:
-    """Return scores, with their change since the first ones where there are such."""
-    return "  ".join(
-        f"{name} {value:.4g}" + (f" ({value - first[name]:+.3g})" if name in first else "")
-        for name, value in scores.items()
-    )
+def scores_text(
+    scores: Mapping[str, float],
+    first: Mapping[str, float],
+    errors: Mapping[str, float | None] | None = None,
+) -> str:
+    """Return scores, with standard errors and the change since the first ones where they exist."""
+    shown = []
+    for name, value in scores.items():
+        error = (errors or {}).get(name)
+        text = f"{name} {value:.4g}" + ("" if error is None else f" ± {error:.2g}")
+        shown.append(text + (f" ({value - first[name]:+.3g})" if name in first else ""))
+    return "  ".join(shown)

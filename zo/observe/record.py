@@ -57,18 +57,20 @@ class Record:
         for event in waiting:
             self._write(event | {"step": step})
 
-    def event(self, kind: str, text: str) -> None:
+    def event(self, kind: str, text: str, **more: str) -> None:
         """Add what the run said.
 
         Args:
-            kind: ``info``, ``phase``, ``score``, ``warning`` or ``error``.
+            kind: ``info``, ``phase``, ``score``, ``sample``, ``warning`` or ``error``.
             text: one line; secrets are left out.
+            more: parts of the text by name.
         """
         event = {
             "time": _now(),
             "step": self.step,
             "kind": kind,
             "text": without_secrets(text),
+            **{name: without_secrets(part) for name, part in more.items()},
         }
         if self._folder is None:
             self._waiting.append(event)

@@ -24,6 +24,7 @@ from zo.observe.chart import Series, draw, short
 from zo.observe.curve import Curve, Metrics
 from zo.observe.progress import duration
 from zo.observe.record import ENDS, EVENTS, STATUS
+from zo.observe.tables import answers, class_rows, with_errors
 
 REPORT, METRICS, CONFIG, TIMELINE = "report.html", "metrics.jsonl", "config.yaml", "timeline.png"
 EVERY_S, COST_SHARE = 5.0, 0.005
@@ -172,6 +173,7 @@ class Report:
         status, folder = _json(self._folder / STATUS), self._folder
         picture, config = folder / TIMELINE, self._config.get("config")
         size = picture.stat().st_size if picture.exists() else 0
+        newest = _events(folder / EVENTS)
         timeline = base64.b64encode(picture.read_bytes()) if 0 < size <= PICTURE_BYTES else b""
         return PAGES.get_template("report.html").render(
             mark=Markup(MARK),
@@ -181,7 +183,11 @@ class Report:
             tiles=list(_tiles(self._metrics, status)),
             charts=list(_charts(self._metrics)),
             timeline=timeline.decode(),
-            events=_events(folder / EVENTS),
+            events=[event for event in newest if event.get("kind") != "sample"],
+            said=answers([*_events(folder / EVENTS, oldest=True), *newest]),
+            scored=with_errors(self._metrics.last, self._metrics.details),
+            examples=self._metrics.details.get("examples"),
+            classes=class_rows(self._metrics.details),
             config=config if isinstance(config, dict) else {},
             facts=self._config,
             script=Markup(SCRIPT),
@@ -212,14 +218,15 @@ def _json(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _events(path: Path) -> list[dict[str, Any]]:
-    """Return the newest events, the oldest of them first."""
+def _events(path: Path, oldest: bool = False) -> list[dict[str, Any]]:
+    """Return the newest events, or the oldest, in their order."""
     try:
         with open(path, "rb") as file:
-            file.seek(max(0, path.stat().st_size - EVENTS_BYTES))
-            lines = file.read().split(b"\n")[-EVENTS_SHOWN - 1 :]
+            file.seek(0 if oldest else max(0, path.stat().st_size - EVENTS_BYTES))
+            lines = file.read(EVENTS_BYTES).split(b"\n")
     except OSError:
         return []
+    lines = lines[:EVENTS_SHOWN] if oldest else lines[-EVENTS_SHOWN - 1 :]
     found = []
     for line in lines:
         try:
@@ -245,6 +252,9 @@ def _tiles(metrics: Metrics, status: Mapping[str, Any]) -> Iterator[tuple[str, s
         first = metrics.first.get(name, value)
         remark = f"from {short(first)}" if value != first else "held-out data"
         yield f"Held-out {name}", short(value), remark
+    best = status.get("best")
+    if isinstance(best, dict) and isinstance(top := best.get("value"), int | float):
+        yield f"Best {best.get('metric')}", short(top), f"after step {best.get('step')}"
     if not steps.points:
         return
     pace = metrics.seconds / max(1, steps.count)

@@ -56,8 +56,17 @@ class Structure:
             UserError: the model has too few layers.
         """
         reached = layers_reached(part, step, seed, len(self.layers))
+        start = self._first_place(reached)
+        if part == "auto" and start >= self.trained.stop:
+            start = 0
         # Below the first trained module all cells are the same computation.
-        return max(self.trained.start, 0 if reached is None else self.layers[-reached])
+        return max(self.trained.start, start)
+
+    def _first_place(self, reached: int | None) -> int:
+        """Return the place of the first module of so many top layers and what follows them."""
+        if reached is None:
+            return 0
+        return self.layers[-reached] if reached else self.layers[-1] + 1
 
     def check(self, settings: EstimatorConfig, layout: Layout) -> None:
         """Check what an estimator asks of the model.
@@ -67,15 +76,16 @@ class Structure:
         """
         self.fork(settings.part, 1, 0)
         least = fewest_layers(settings.part, len(self.layers))
-        if least is not None and self.layers[-least] >= self.trained.stop:
+        if least is not None and self._first_place(least) >= self.trained.stop:
             raise UserError(
                 f"estimator.part={settings.part} has steps that reach no trained parameter; use "
-                "estimator.part=all, or train parameters of the top layers with model.train"
+                "estimator.part=all, or train parameters of the top with model.train"
             )
-        matrices = any(len(parameter.spec.shape) >= 2 for parameter in layout.parameters)
+        parts = (part for block in layout.blocks for part in block.parts)
+        matrices = any(len(part.parameter.spec.shape) >= 2 for part in parts)
         if settings.distribution == "rank-one" and not matrices:
             raise UserError(
-                "estimator.distribution=rank-one is of matrices, and the model trains none; use "
+                "estimator.distribution=rank-one is of matrices, and the model has none; use "
                 "estimator.distribution=rademacher"
             )
 
@@ -85,13 +95,32 @@ class Structure:
 
 
 def trained_header(config: Config) -> dict[str, Any]:
-    """Return what the log's header says of the parameters that are trained, where not all are."""
+    """Return what the log's header says of training that not every run has."""
     found: dict[str, Any] = {}
     if config.model.train is not None:
         found["train"] = config.model.train
     if config.peft.type is not None:
         found["peft"] = asdict(config.peft)
+    if config.update.anchor:
+        found["anchor"] = config.update.anchor
     return found
+
+
+def log_header(
+    config: Config, replica: Replica, problem: Problem, structure: Structure
+) -> dict[str, Any]:
+    """Return the header of a new log."""
+    return {
+        "base": replica.store.base,
+        "data": problem.data_checksum,
+        "directions": config.directions,
+        "distribution": config.estimator.distribution,
+        "rule": config.update.name,
+        "seed": config.run.seed,
+        "weight_decay": config.update.weight_decay,
+        **structure.header(),
+        **trained_header(config),
+    }
 
 
 def assemble(
@@ -167,7 +196,7 @@ def _short_forwards(
 
 
 def _forward(problem: Problem, batch: Batch) -> Callable[[nn.Module], Tensor]:
-    return lambda model: problem.objective(model, batch)
+    return lambda model: (problem.check or problem.objective)(model, batch)
 
 
 def _widen(batch: Batch) -> Batch:

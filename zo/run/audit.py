@@ -71,7 +71,7 @@ class Audit:
 
     def __init__(self, replica: Replica) -> None:
         """Copy the first samples; the weights must be the base's or a checked snapshot's."""
-        self._replica, self._replay = replica, Replay(replica.log, replica.layout)
+        self._replica, self._replay = replica, Replay(replica.log, replica.layout, replica.base)
         replica.drain()
         self._held: deque[Copy] = deque()
         self._next = 0

@@ -25,6 +25,7 @@ from zo.io.hardware import name_accelerator
 from zo.io.signals import unfinished
 from zo.model.adapters import has_adapters, save_adapters
 from zo.run.model_card import Card, model_card, one_line
+from zo.run.snippet import use_of
 from zo.state.run_folder import check_replaceable, manifest
 
 SHARD_BYTES = 5_000_000_000
@@ -89,8 +90,9 @@ def write_folder(
         if tokenizer is not None:
             tokenizer.save_pretrained(beside)
         names = [path.name for path in beside.iterdir()]
+        use = use_of(model, tokenizer, card.template, card.label_words)
         (beside / "README.md").write_text(
-            f"{model_card(card)}\n{manifest(names)}\n", encoding="utf-8"
+            f"{model_card(card, use)}\n{manifest(names)}\n", encoding="utf-8"
         )
 
 

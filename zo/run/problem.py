@@ -2,13 +2,18 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import log
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from zo.config.objective import reward_name
-from zo.config.schema import Config
+from zo.config.schema import AUTO, Config
 from zo.data.batches import build_data, pad_id
+from zo.data.named import NamedRows
+from zo.data.pairs import Reference
+from zo.data.papers import TASKS
 from zo.data.report import DataReport
 from zo.data.rows import SYNTHETIC, Rows
 from zo.data.tasks import Batch, Task
@@ -17,6 +22,7 @@ from zo.io.engines import Engine
 from zo.model.build import ModelLoader
 from zo.model.source import ModelSource, WeightSource
 from zo.model.trained import train_only
+from zo.run.objective import Objective, OwnObjective
 
 
 @dataclass(frozen=True)
@@ -33,22 +39,35 @@ class Problem:
     """Model and batch -> sum of losses and number of terms."""
     batches: Callable[[int, int], Batch]
     """Step, from 0, and column -> micro-batch."""
+    check: Callable[[nn.Module, Batch], Tensor] | None = None
+    """Objective that shows how the model computes, where the run's has few values."""
     data_checksum: str = ""
     report: DataReport | None = None
     task: Task | None = None
     dev_batches: Sequence[Batch] = ()
+    reference: Reference | None = None
+    """Of pairs: what their answers' log-probabilities were under the base model."""
     tokenizer: Any = None
     exportable: bool = False
     """True if the model can be written as a Hugging Face folder."""
     narrow: nn.Module | None = None
     """A model of the same structure and a small width, on meta."""
+    uniform_loss: float | None = None
+    """Of predictions that are uniform over the vocabulary or the classes, in nats, where the
+    objective is cross-entropy."""
     own: bool = False
     """True if the model is the user's object, which receives the trained weights at the end."""
+
+    @property
+    def loss_dtype(self) -> torch.dtype:
+        """The coarsest type of a loss so far; zo's own are summed in float64."""
+        own = self.objective if isinstance(self.objective, OwnObjective) else None
+        return own.dtype if own else torch.float64
 
 
 def own_problem(
     model: nn.Module,
-    objective: Callable[[nn.Module, Batch], Tensor],
+    objective: Objective,
     batches: Callable[[int, int], Batch],
     train: str | None = None,
 ) -> Problem:
@@ -56,7 +75,7 @@ def own_problem(
 
     Args:
         model: with ``train``, ``requires_grad`` of its parameters is *set in place*.
-        objective: see :class:`Problem`.
+        objective: see :class:`zo.run.objective.OwnObjective`.
         batches: see :class:`Problem`.
         train: ``model.train``.
 
@@ -68,7 +87,7 @@ def own_problem(
         model,
         model.eval,
         lambda engine: ModelSource(model),
-        objective,
+        OwnObjective(objective),
         batches,
         exportable=hasattr(model, "save_pretrained"),
         own=True,
@@ -84,13 +103,17 @@ def _check_rewarded(config: Config, reward: str, loader: ModelLoader) -> None:
     said, memory = f"objective.name={reward} rewards completions", config.memory
     if loader.task != "causal-lm":
         raise UserError(
-            f"{said}, which model.name={config.model.name}, a sequence classifier, does not write; "
+            f"{said}, which model.name={config.model.name}, of {loader.task}, does not write; "
             "use a causal language model"
         )
     if memory.store != "device":
         raise UserError(
             f"{said}, for which all weights must be where the model computes; use "
             f"memory.store=device in place of {memory.store}"
+        )
+    if config.update.lr == AUTO:
+        raise UserError(
+            f"{said}, and update.lr={AUTO} tries rates by a loss of given texts; give a number"
         )
     if config.data.name == SYNTHETIC:
         raise UserError(f"{said}, and data.name={SYNTHETIC} has no prompts; give rows with them")
@@ -106,11 +129,11 @@ def build_problem(config: Config) -> Problem:
     Raises:
         UserError: the model, its tokenizer or the data cannot be used.
     """
-    if not config.data.name:
-        raise UserError("data.name is empty; give a file, a hub id, a task or synthetic")
-    loader, rows = ModelLoader(config.model, config.peft), Rows(config.data)
+    loader = ModelLoader(config.model, config.peft)
+    rows = _rows(config, loader.task)
     loader.check_positions(config.batch.max_tokens)
-    if reward := reward_name(config.objective, config.data.name):
+    reward = reward_name(config.objective, config.data.name)
+    if reward is not None:
         _check_rewarded(config, reward, loader)
     tokenizer = None if rows.synthetic else loader.tokenizer()
     classes = (
@@ -125,12 +148,23 @@ def build_problem(config: Config) -> Problem:
         build=loader.skeleton,
         base=lambda engine: loader.weights(skeleton, config.run.seed, engine),
         objective=data.task.objective,
+        check=data.task.checked,
         batches=data.batches,
         data_checksum=data.checksum,
         report=data.report,
         task=data.task,
         dev_batches=data.dev_batches,
+        reference=data.reference,
         tokenizer=tokenizer,
         exportable=True,
         narrow=loader.narrow(skeleton),
+        uniform_loss=None if reward else log(max(2, len(classes) or vocab_size)),
     )
+
+
+def _rows(config: Config, model_task: str) -> Rows:
+    if config.task is not None and config.data.name != SYNTHETIC:
+        return NamedRows(config.task, TASKS, config.data, config.run.seed, model_task)
+    if not config.data.name:
+        raise UserError("data.name is empty; give a file, a hub id, a task or synthetic")
+    return Rows(config.data)

@@ -1,24 +1,29 @@
 """Reports of a run in progress: metrics, record, page, trackers, progress, warnings, timeline."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 import torch
 
 from zo.config.redact import without_secrets_in
-from zo.config.schema import Config
+from zo.config.schema import AUTO, Config
 from zo.data.report import DataReport
 from zo.distributed.mesh import Shape, idle_report
 from zo.distributed.process_group import Mesh
 from zo.errors import RankError, UserError
 from zo.method import estimator
+from zo.method.shaping import Agreement
 from zo.method.table import LossTable
+from zo.observe.divergence import WINDOW, Divergence
+from zo.observe.history import Evaluation, History
 from zo.observe.metrics import MetricsFile, memory
 from zo.observe.progress import Progress, scores_text
 from zo.observe.record import ENDS, Record
 from zo.observe.report import Report
 from zo.observe.trackers import Trackers
+from zo.run.samples import Sample
 from zo.state.log import Log
 from zo.state.run_folder import RunFolder, flatten
 from zo.streaming.cache import Traffic
@@ -61,18 +66,21 @@ class Reporter:
             log,
             replica,
         )
-        self.scores: dict[str, float] = {}
-        """The newest scores on held-out data."""
+        self.evaluation: Evaluation | None = None
+        """The newest one."""
         self._first_scores: dict[str, float] = {}
         """The run's first ones, if they are older."""
         self.record = record
         self.progress = Progress(config.run.steps, log.version, mesh.rank == 0, record.event)
         self.metrics: MetricsFile | None = None
-        self._first: tuple[int, dict[str, float]] | None = None
-        """Step and scores of the run's first evaluation."""
+        self.history = History(config.eval.metric, config.eval.patience)
         if mesh.rank == 0:
             self._open()
+        self._share_evaluations()
         self._skipped_in_a_row, self._said_rounding, self._said_signal = 0, False, False
+        self._remedy = "raise estimator.eps"
+        self._divergence: Divergence | None = None
+        self._said_divergence = False
         self._started, self._before, self._sent = 0.0, Traffic(), 0
 
     def _open(self) -> None:
@@ -80,17 +88,44 @@ class Reporter:
         folder, warn = self.folder, self.progress.warn
         self.record.open(folder.path, self.log.version)
         self.metrics = MetricsFile(folder.metrics_file, self.log.version, warn)
-        self._first = min(self.metrics.scores.items(), default=None)
         self.report = Report(folder.path, warn)
         settings = flatten(without_secrets_in(asdict(self.config)))
         self.trackers = Trackers(self.config.run.trackers, folder.path, settings, warn)
         self.enter("starting")
 
+    def _share_evaluations(self) -> None:
+        """Take, on every rank, the evaluations that an earlier process recorded."""
+        known = self.metrics.evaluations.items() if self.metrics else ()
+        for step, values in self.mesh.broadcast([(step, one.as_json()) for step, one in known]):
+            if (found := Evaluation.of_json(values)) is not None:
+                self.history.add(step, found)
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """The newest scores on held-out data."""
+        return self.evaluation.scores if self.evaluation else {}
+
+    def guard(self, uniform_loss: float | None) -> None:
+        """Watch for divergence; every rank calls this.
+
+        Args:
+            uniform_loss: of uniform predictions in nats; ``None`` for losses of another kind, which
+                are not watched.
+        """
+        # Rank 0 alone has read what earlier processes wrote, and all ranks stop together.
+        losses = self.metrics.losses if self.metrics else []
+        losses = self.mesh.broadcast(losses[:WINDOW] + losses[WINDOW:][-WINDOW:])
+        if uniform_loss is not None:
+            self._divergence = Divergence(losses, uniform_loss)
+
     def enter(self, phase: str, **more: Any) -> None:
         """Record the phase of the run; ``more`` as :meth:`zo.observe.record.Record.status`."""
         if self.mesh.rank == 0:
             self.record.step = step = self.log.version
-            self.record.status(phase, self.config.run.steps, self.progress.left_s(step), **more)
+            if (best := self.history.best()) is not None:
+                more["best"] = best._asdict()
+            left_s = None if self.history.has_ended else self.progress.left_s(step)
+            self.record.status(phase, self.config.run.steps, left_s, **more)
             self.report.refresh(now=phase in ENDS or phase == "starting")
 
     def _rows(self, table: LossTable) -> tuple[int, int]:
@@ -116,12 +151,20 @@ class Reporter:
             self.progress.say(written)
         if idle := idle_of(config, shape):
             self.progress.warn(idle)
-        if config.estimator.distribution == "gaussian" and config.update.lr >= FIRST_ORDER_LR:
+        unshaped = config.estimator.distribution == "gaussian" and config.estimator.shape == "none"
+        if unshaped and config.update.lr >= FIRST_ORDER_LR:
             self.progress.warn(
                 f"warning: update.lr={config.update.lr} is a usual rate of first-order training; "
                 "full fine-tuning by Gaussian directions usually diverges there: MeZO uses 1e-7 to "
                 "1e-6 for all parameters, 1e-4 for LoRA"
             )
+        settings, update, batch = config.estimator, config.update, config.batch
+        self.progress.say(
+            f"settings (recipe={config.recipe or 'none'}): update.lr={update.lr:g} "
+            f"({update.schedule}), run.steps={config.run.steps}, {batch.sequences} sequences of at "
+            f"most {batch.max_tokens} tokens and {config.directions} directions a step "
+            f"(estimator.part={settings.part}, eps={settings.eps:g}); --help lists all keys"
+        )
         if self.log.cut_bytes:
             self.progress.say(f"cut {self.log.cut_bytes} bytes of an unfinished entry from the log")
         if self.log.version:
@@ -138,13 +181,16 @@ class Reporter:
             self.mesh.scalar_bytes,
         )
 
-    def end_step(self, table: LossTable, skipped: int, clipped: int) -> None:
+    def end_step(
+        self, table: LossTable, skipped: int, clipped: int, loss_dtype: torch.dtype
+    ) -> None:
         """Record a step; warn if it changed nothing.
 
         Args:
             table: of the step, filled.
             skipped: directions that had no finite estimate.
             clipped: projected gradients that ``update.clip`` limited.
+            loss_dtype: the coarsest type that a loss was returned in.
 
         Raises:
             UserError: no step of the last ``run.max_skipped`` had a finite loss.
@@ -154,7 +200,7 @@ class Reporter:
             self.replica.traffic(),
             self.log.entries[-1],
         )
-        roundoff = torch.finfo(getattr(torch, self.config.model.dtype)).eps / 2
+        roundoff = self._roundoff(loss_dtype)
         spread, resolution = estimator.spread(self.config.estimator.name, table, roundoff)
         values: dict[str, Any] = {
             "step": entry.step,
@@ -176,20 +222,18 @@ class Reporter:
         }
         values |= {"skipped": skipped} if skipped else {}
         if agreed := estimator.agreement_of(self.config.estimator.name, table):
-            values |= {
-                "reward": 0.0 - table.loss,
-                "pairs_disagree": agreed[0],
-                "same_outputs": agreed[1],
-            }
+            differ, same = agreed
+            values |= {"reward": 0.0 - table.loss, "pairs_disagree": differ, "same_outputs": same}
         values |= {} if self.config.update.clip is None else {"clipped": clipped}
         if self.metrics:
             self.metrics.write(values)
             self.trackers.log(values, entry.step)
         self.progress.step(values, self.scores, self._first_scores)
         self.enter("training")
-        if agreed is None:
-            self._warn_of_rounding(entry.step, spread, resolution)
+        self._check_divergence(entry.step, table.loss)
         self._warn(entry.step, entry.scalars, skipped, agreed)
+        if agreed is None and not self._has_collapsed(table.loss):
+            self._warn_of_rounding(entry.step, spread, resolution)
         for name in self.replica.corrupt():
             self.progress.warn(
                 f"block {name} was corrupt on disk and was rebuilt from the base and the log"
@@ -198,12 +242,18 @@ class Reporter:
             self.replica.timeline.active = False
             self._draw_timeline()
 
+    def _roundoff(self, loss_dtype: torch.dtype) -> float:
+        """Return the relative rounding of a loss."""
+        model_dtype = getattr(torch, self.config.model.dtype)
+        if torch.finfo(loss_dtype).eps > torch.finfo(torch.float32).eps:
+            self._remedy = (
+                f"the objective returns its loss in {str(loss_dtype).removeprefix('torch.')}; "
+                "compute it in float32, from logits.float(), or raise estimator.eps"
+            )
+        return max(torch.finfo(dtype).eps for dtype in (model_dtype, loss_dtype)) / 2
+
     def _warn(
-        self,
-        step: int,
-        scalars: tuple[float, ...],
-        skipped: int,
-        agreed: tuple[float, float] | None,
+        self, step: int, scalars: tuple[float, ...], skipped: int, agreed: Agreement | None
     ) -> None:
         if skipped:
             self.progress.warn(
@@ -217,10 +267,16 @@ class Reporter:
                     f"and {agreed[1]:.0%} of their completions are the same; raise estimator.eps, "
                     "give rewards that tell more completions apart, or set generation.temperature=1"
                 )
+        elif not any(scalars) and any(self.log.entries[0].scalars):
+            self.progress.warn(
+                f"step {step}: every projected gradient is exactly zero, and at step 1 they were "
+                "not: the model has probably collapsed; start another run with "
+                f"update.lr={self.config.update.lr / 10:.2g}"
+            )
         elif not any(scalars):
             self.progress.warn(
                 f"step {step}: every projected gradient is exactly zero: the perturbation does not "
-                "change the loss; raise estimator.eps, or set model.dtype=float32"
+                f"change the loss: {self._remedy}, or set model.dtype=float32"
             )
         self._said_signal = agreed is not None and not any(scalars)
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped == len(scalars) else 0
@@ -231,6 +287,34 @@ class Reporter:
                 "smaller update.lr, or with model.dtype=float32 or bfloat16 instead of float16"
             )
 
+    def _has_collapsed(self, loss: float) -> bool:
+        """Return True far over the start, where longer probes would not differ by more."""
+        return self._divergence is not None and self._divergence.is_far(loss)
+
+    def _check_divergence(self, step: int, loss: float) -> None:
+        """Stop a run whose step losses diverge, or say so once."""
+        if (watched := self._divergence) is not None and watched.add(loss):
+            rise = f"{watched.start:.4g} in the first {WINDOW} steps to {watched.now:.4g}"
+            self._diverged(step, f"the loss has risen from {rise} in the last {WINDOW}")
+
+    def _diverged(self, step: int, what: str) -> None:
+        """Stop the run, or say so once.
+
+        Raises:
+            UserError: ``run.divergence=stop``.
+        """
+        lr, stops = self.config.update.lr, self.config.run.divergence == "stop"
+        if self._said_divergence:
+            return
+        self._said_divergence = True
+        line = (
+            f"step {step}: {what}: the run diverges with update.lr={lr:g}; start another run with "
+            f"update.lr={lr / 10:.2g}, or update.lr={AUTO}"
+        )
+        if stops:
+            raise UserError(f"{line}; run.divergence=warn goes on")
+        self.progress.warn(line)
+
     def _warn_of_rounding(self, step: int, spread: float, resolution: float) -> None:
         """Say once that a step's pairs differ by little more than the rounding of their losses."""
         # Where no pair differs, the step has no projected gradient, which is said already.
@@ -238,27 +322,50 @@ class Reporter:
             self._said_rounding = True
             self.progress.warn(
                 f"step {step}: the probes' losses differ by {spread:.1e}, less than {LEAST_SPREAD} "
-                f"times their rounding of {resolution:.1e}: raise estimator.eps"
+                f"times their rounding of {resolution:.1e}: {self._remedy}"
             )
 
-    def known_scores(self, step: int) -> dict[str, float] | None:
-        """Return on every rank the scores of a step that an earlier process recorded, if any."""
-        known: dict[str, float] | None = self.mesh.broadcast(
-            self.metrics.scores.get(step) if self.metrics else None
-        )
-        return known
+    def evaluated(self, step: int, evaluation: Evaluation, is_new: bool) -> None:
+        """Record and print the scores of a step.
 
-    def evaluated(self, step: int, scores: dict[str, float], is_new: bool) -> None:
-        """Record and print the scores of a step."""
-        self.scores = scores
-        self._first = self._first or (step, scores)
-        self._first_scores = self._first[1] if self._first[0] < step else {}
+        Raises:
+            UserError: they have no ``eval.metric``.
+        """
+        self.evaluation = evaluation
+        self.history.add(step, evaluation)
+        first, scores = self.history.first(), evaluation.scores
+        self._first_scores = first[1].scores if first and first[0] < step else {}
         if self.metrics and is_new:
-            self.metrics.write({"step": step, "eval": scores})
+            self.metrics.write({"step": step, "eval": evaluation.as_json()})
             self.trackers.log({f"dev/{name}": value for name, value in scores.items()}, step)
-        shown = scores_text(scores, self._first_scores)
+        errors = evaluation.details.get("standard_error", {})
+        shown = scores_text(scores, self._first_scores, errors)
         self.progress.say(f"step {step}/{self.config.run.steps}  dev {shown}", "score")
         self.enter("training")
+        start, loss = self._first_scores.get("loss"), scores.get("loss")
+        watched = self._divergence
+        if watched and start is not None and loss is not None and watched.is_far(loss, start):
+            self._diverged(step, f"the held-out loss has risen from {start:.4g} to {loss:.4g}")
+
+    def record_samples(self, found: Sequence[Sample]) -> None:
+        """Record samples of the model's answers."""
+        for one in found if self.mesh.rank == 0 else ():
+            text = f"{one.prompt} [[{one.answer}]], wanted {one.wanted}"
+            self.record.event("sample", text, **asdict(one))
+
+    def say_last(self) -> None:
+        """Say why a run ends before its last step, and which evaluation was the best."""
+        if self.history.has_ended and self.log.version < self.config.run.steps:
+            self.progress.say(f"ends after step {self.log.version}: {self.history.why()}")
+        best, export = self.history.best(), self.config.export
+        if best is not None and best.step < self.log.version:
+            where = "in model/"
+            if export.step != "best" or not export.at_end:
+                where = f"launch/export.py run={self.folder.path} step=best to=FOLDER writes it"
+            self.progress.say(
+                f"the best {best.metric}, {best.value:.4g}, is of the model after step "
+                f"{best.step}: {where}"
+            )
 
     def _draw_timeline(self) -> None:
         if self.mesh.rank == 0:

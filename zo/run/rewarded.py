@@ -5,17 +5,30 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from zo.config.schema import Config
 from zo.data.rewards import Rewards
-from zo.data.tasks import Batch
+from zo.data.tasks import Batch, Task
 from zo.distributed.process_group import Mesh
 from zo.method.table import LossTable
 from zo.streaming.replica import Replica
 from zo.streaming.streamer import UNPERTURBED
 
 
-def width(micro: int) -> int:
-    """Return the numbers of a cell whose micro-batch has so many prompts."""
-    return 4 + 2 * micro
+def load(task: Task | None) -> Rewards | None:
+    """Return what rewards a task's completions, if it is rewarded, with its function imported.
+
+    Raises:
+        UserError: as :meth:`zo.data.rewards.Reward.load`.
+    """
+    if task is None or task.rewards is None:
+        return None
+    task.rewards.reward.load()
+    return task.rewards
+
+
+def width(rewards: Rewards | None, config: Config) -> int:
+    """Return how many numbers a cell of a run's table has."""
+    return 4 if rewards is None else 4 + 2 * config.batch.micro
 
 
 def measure_cells(
@@ -34,7 +47,7 @@ def measure_cells(
         table: of the step.
         numbers: of the cells, fold after fold.
         batches: by column.
-        step: from 0. The noise of a sample is a function of it and of the prompt's place in the
+        step: from 1. The noise of a sample is a function of it and of the prompt's place in the
             step, so that all probes of a prompt have the same.
     """
     columns = [table.cells[number][1] for number in numbers]
@@ -43,7 +56,7 @@ def measure_cells(
     def compute(cells: Sequence[int]) -> list[Tensor]:
         some = [batches[columns[cell]] for cell in cells]
         sequences = [
-            (step * table.columns + columns[cell]) * len(batch["labels"])
+            ((step - 1) * table.columns + columns[cell]) * len(batch["labels"])
             + torch.arange(len(batch["labels"]), device=batch["labels"].device)
             for cell, batch in zip(cells, some, strict=True)
         ]

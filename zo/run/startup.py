@@ -5,6 +5,7 @@ another folder, because a node's disk may be lost. At startup all ranks take the
 the other copies are completed from it.
 """
 
+import os
 import platform
 import socket
 import time
@@ -12,12 +13,20 @@ import uuid
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
 from typing import Any
 
+import torch
+
+from zo.config.checks import check_threads
 from zo.config.schema import Config
 from zo.distributed.process_group import Mesh
 from zo.errors import UserError
 from zo.method.entry import Entry
+from zo.method.update import learning_rate
+from zo.observe.timeline import check_drawable
+from zo.observe.trackers import check_trackers
 from zo.state.lock import Lock, lock_owner, shares
 from zo.state.log import Log, difference
 from zo.state.run_folder import RunFolder
@@ -25,6 +34,23 @@ from zo.state.versions import versions
 
 CLOCKS_APART_S = 10.0
 """Largest difference in seconds; torchrun considers a node dead from 15 s on."""
+
+
+def choose_folder(mesh: Mesh, config: Config) -> RunFolder:
+    """Return the run's folder, the same on every rank.
+
+    Raises:
+        UserError: ``run.dir`` is empty and the ranks may be restarted.
+    """
+    chosen = config.run.dir
+    by_default = f"runs/{config.recipe or 'run'}-{datetime.now():%Y%m%d-%H%M%S-%f}"
+    folder = RunFolder(Path(mesh.broadcast(chosen or by_default)))
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+    if chosen is None and (mesh.nodes > 1 or restarts):
+        raise UserError(
+            "run.dir is empty, and a restart would begin another run; set run.dir to a folder"
+        )
+    return folder
 
 
 def acquire_run_folder(mesh: Mesh, folder: RunFolder, resources: ExitStack) -> bool:
@@ -160,6 +186,26 @@ def open_log(
     return log
 
 
+def extend(mesh: Mesh, folder: RunFolder, is_writer: bool, config: Config, log: Log) -> str | None:
+    """Record the length of a run that goes on to another ``run.steps`` than it was started with.
+
+    Returns:
+        On rank 0 a line on what changes, where the rates do.
+    """
+    before, steps, update = None, config.run.steps, config.update
+    with mesh.agreed():
+        if is_writer and log.version < steps:
+            before = folder.record_steps(steps, log.version)
+    if before is None or update.schedule == "constant":
+        return None
+    step = log.version + 1
+    rate = learning_rate(step, steps, update.lr, update.schedule, update.warmup_steps)
+    return (
+        f"run.steps is {steps} now, and was {before}: from step {step} ({rate:.3g}) on the rates "
+        f"are those of update.schedule={update.schedule} over {steps} steps"
+    )
+
+
 def _common_header(
     mesh: Mesh, folder: RunFolder, is_writer: bool, copies: list[Any], header: dict[str, Any]
 ) -> dict[str, Any]:
@@ -209,3 +255,17 @@ def _matching(folder: RunFolder, header: Mapping[str, Any]) -> Log:
             "put this run's log back, or use another run.dir"
         )
     return log
+
+
+def prepare_process(config: Config) -> None:
+    """Set the number of threads, and check that what is to be drawn and tracked can be.
+
+    Raises:
+        UserError: too many threads, or a package is missing.
+    """
+    if (threads := config.run.threads) is not None:
+        check_threads(threads, os.cpu_count() or 1)
+        torch.set_num_threads(threads)
+    if config.profile.range:
+        check_drawable()
+    check_trackers(config.run.trackers)

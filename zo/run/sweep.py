@@ -18,10 +18,9 @@ from hydra.errors import OverrideParseException
 from zo.config.recipes import load_config
 from zo.errors import UserError
 from zo.io.atomic import replacing, write_whole
+from zo.observe.history import DETAILS, LOWER_IS_BETTER, metric_of
 
 TRAIN = Path(__file__).resolve().parents[2] / "launch" / "train.py"
-HIGHER_IS_BETTER = ("accuracy", "f1", "exact_match")
-"""Scores to choose the best by, the first that a run has; otherwise the lowest loss."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,8 @@ class Result:
     @property
     def scores(self) -> dict[str, float | None]:
         """Scores on held-out data, or else the last training loss."""
-        return self.summary.get("eval") or {"loss": self.summary.get("loss")}
+        found = {k: v for k, v in (self.summary.get("eval") or {}).items() if k != DETAILS}
+        return found or {"loss": self.summary.get("loss")}
 
 
 def expand(recipe: str, overrides: Sequence[str], folder: Path) -> list[Point]:
@@ -152,14 +152,12 @@ def best_of(results: Sequence[Result]) -> Result | None:
     finished = [result for result in results if result.code == 0]
     if not finished:
         return None
-    names = [n for n in HIGHER_IS_BETTER if all(n in result.scores for result in finished)]
-    key = names[0] if names else "loss"
+    key = metric_of([result.scores for result in finished])
+    sign = -1.0 if key in LOWER_IS_BETTER else 1.0
 
     def rank(result: Result) -> float:
         value = result.scores.get(key)
-        if value is None or value != value:
-            return float("-inf")
-        return value if names else -value
+        return float("-inf") if value is None or value != value else sign * value
 
     return max(finished, key=rank)
 

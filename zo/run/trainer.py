@@ -6,13 +6,12 @@ scalars = clip(estimator.estimate(table.fill(values)))
 log.append(Entry(step, lr, scalars))             # durable; blocks catch up when next visited
 """
 
-import os
+import gc
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zo.config.checks import check_threads
 from zo.config.schema import Config
 from zo.data.tasks import Batch
 from zo.distributed.mesh import fit
@@ -37,19 +35,19 @@ from zo.model.folds import ALONE, Together
 from zo.observe.metrics import finite_or_none
 from zo.observe.progress import Progress
 from zo.observe.record import Record
-from zo.observe.timeline import check_drawable
-from zo.observe.trackers import check_trackers
-from zo.run import rewarded
-from zo.run.assemble import assemble, to_device, trained_header
+from zo.run import rewarded, startup
+from zo.run.assemble import assemble, log_header, to_device
 from zo.run.audit import Audit
-from zo.run.evaluate import evaluate
-from zo.run.export import write_folder
+from zo.run.evaluate import check_scored, evaluate
+from zo.run.objective import Objective
 from zo.run.problem import Problem, build_problem, own_problem
+from zo.run.rates import JUDGED_STEPS, Probed, check_store, resolve_rate, save
+from zo.run.reference import find_reference
 from zo.run.reporter import Reporter
-from zo.run.restore import card_of, restore_snapshot
-from zo.run.startup import acquire_run_folder, check_alike, open_log
+from zo.run.restore import export_model, rebuild, restore_snapshot, save_snapshot
+from zo.run.samples import samples
+from zo.state.anchor import check_anchor
 from zo.state.log import Log
-from zo.state.run_folder import RunFolder
 from zo.state.versions import versions
 
 
@@ -66,9 +64,10 @@ class Trainer:
             batches=lambda step, column: ...,
         )
 
-    ``objective(model, batch)`` returns a tensor of two numbers, the sum of losses and the number of
-    terms, and needs no gradient; ``batches(step, column)`` returns the micro-batch of a step
-    (from 0) and a column, a mapping of tensors.
+    ``objective(model, batch)`` returns a mean loss (a number, or a tensor of one, as
+    ``model(**batch).loss``), or a tensor of two numbers, the sum of losses and the number of terms,
+    and needs no gradient; ``batches(step, column)`` returns the micro-batch of a step (from 0) and
+    a column, a mapping of tensors.
     """
 
     def __init__(
@@ -76,7 +75,7 @@ class Trainer:
         config: Config,
         *,
         model: nn.Module | None = None,
-        objective: Callable[[nn.Module, Batch], Tensor] | None = None,
+        objective: Objective | None = None,
         batches: Callable[[int, int], Batch] | None = None,
         command: str = "",
     ) -> None:
@@ -115,13 +114,40 @@ class Trainer:
             UserError: a mistake of the user; the run's log stays intact.
             RankError: another rank has failed, or its weights are wrong; the log stays intact.
         """
+        with self._begun() as (run, asked):
+            return run.to_end(asked)
+
+    def find_rate(self) -> tuple[Path, Probed]:
+        """Find a learning rate as a run with ``update.lr=auto`` does at start, and do no step.
+
+        Returns:
+            The run's folder, where :meth:`train` goes on with this rate, and the trials.
+
+        Raises:
+            UserError: a mistake of the user; the folder holds a run already; no rate was found.
+        """
+        with self._begun() as (run, _):
+            if run.probed is None:
+                raise UserError(
+                    f"run.dir={run.folder.path} holds a run, whose rate is "
+                    f"{run.config.update.lr:g}; use a new folder, or leave run.dir out"
+                )
+            run.reporter.end("stopped")
+            run.log.close()
+            run.replica.close()
+            run.mesh.barrier()
+            return run.folder.path, run.probed
+
+    @contextmanager
+    def _begun(self) -> Iterator[tuple["Run", threading.Event]]:
+        """Yield the run, ready for its next step, and what is set once it is asked to stop."""
         device = choose_device(self.config.run.device)
         make_deterministic(device)
         with ExitStack() as resources, torch.no_grad(), explain_nondeterminism():
             asked = resources.enter_context(termination())
             mesh = Mesh(device.type, self.config.mesh.timeout_s)
             resources.callback(mesh.close)
-            return Run(self.config, mesh, self._own, self._command, resources).to_end(asked)
+            yield Run(self.config, mesh, self._own, self._command, resources), asked
 
 
 class Run:
@@ -141,84 +167,65 @@ class Run:
         """
         self.config, self.mesh = config, mesh
         estimator.check_directions(config.run.steps, config.directions)
-        self._arrange_mesh()
-        self.folder = self._choose_folder()
+        check_store(config)
+        # The table has the same shape in every step.
+        mesh.arrange(fit(config.mesh, mesh.ranks, config.grid, mesh.local_ranks))
+        self.folder = startup.choose_folder(mesh, config)
         self.is_writer = self._lock(resources)
-        self._prepare_process()
+        startup.prepare_process(config)
         record, blocks = Record(), self.folder.blocks(mesh.rank)
         progress = Progress(0, 0, mesh.rank == 0, record.event)
-        with progress.phase(f"reading model {config.model.name} and data {config.data.name}"):
+        data = config.data.name or config.task
+        with progress.phase(f"reading model {config.model.name} and data {data}"):
             self.problem = own or build_problem(config)
-        self._rewards = self.problem.task.rewards if self.problem.task else None
-        if self._rewards is not None:
-            self._rewards.reward.load()
+        self._rewards = rewarded.load(self.problem.task)
+        check_scored(config, self.problem)
         self.replica, self.structure = assemble(self.problem, config, mesh, blocks, progress.phase)
         self.structure.check(config.estimator, self.replica.layout)
-        self.log = self._open_log(command)
+        check_anchor(config.update.anchor, self.replica.layout, self.replica.base)
+        ours = self.problem.reference, self.replica, mesh, progress.phase
+        at_once, steps = 2 * config.batch.sequences, max(config.run.steps, JUDGED_STEPS.stop)
+        self.find_reference: Callable[..., None] = partial(find_reference, *ours, at_once, steps)
+        self.config, found, self.probed = resolve_rate(self, progress.say)
+        self.log = self._open_log(command, found)
+        self.find_reference(self.folder.path, self.is_writer)
+        if line := startup.extend(mesh, self.folder, self.is_writer, self.config, self.log):
+            progress.say(line)
         restore_snapshot(self.folder, self.replica, self.log, progress.warn)
         self.replica.open(self.log)
         self.audit = Audit(self.replica) if config.mesh.check_every else None
-        self.reporter = Reporter(config, mesh, self.folder, self.log, self.replica, record)
-
-    def _arrange_mesh(self) -> None:
-        """Size the axes of the mesh to the table, which has the same shape in every step."""
-        mesh, config = self.mesh, self.config
-        mesh.arrange(fit(config.mesh, mesh.ranks, config.grid, mesh.local_ranks))
-
-    def _choose_folder(self) -> RunFolder:
-        """Return the run's folder, the same on every rank.
-
-        Raises:
-            UserError: ``run.dir`` is empty and the ranks may be restarted.
-        """
-        chosen, mesh = self.config.run.dir, self.mesh
-        folder = RunFolder(Path(mesh.broadcast(chosen or _default_dir(self.config.recipe))))
-        restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
-        if chosen is None and (mesh.nodes > 1 or restarts):
-            raise UserError(
-                "run.dir is empty, and a restart would begin another run; set run.dir to a folder"
-            )
-        return folder
+        self.reporter = Reporter(self.config, mesh, self.folder, self.log, self.replica, record)
+        self.reporter.guard(self.problem.uniform_loss)
+        if self.probed is not None and mesh.rank == 0:
+            save(self.probed, self.folder.path)
 
     def _lock(self, resources: ExitStack) -> bool:
         """Check the folder and lock it; return whether this rank writes there."""
         with self.mesh.agreed():
             self.folder.check(self.config)
-        is_writer = acquire_run_folder(self.mesh, self.folder, resources)
+        is_writer = startup.acquire_run_folder(self.mesh, self.folder, resources)
         resumes = f"the same command with run.dir={self.folder.path} resumes the run"
         set_remedy(f"no completed step is lost: {resumes}")
         return is_writer
 
-    def _prepare_process(self) -> None:
-        """Set the number of threads, and check that what is to be drawn and tracked can be."""
-        if (threads := self.config.run.threads) is not None:
-            check_threads(threads, os.cpu_count() or 1)
-            torch.set_num_threads(threads)
-        if self.config.profile.range:
-            check_drawable()
-        check_trackers(self.config.run.trackers)
-
-    def _open_log(self, command: str) -> Log:
+    def _open_log(self, command: str, found: dict[str, float]) -> Log:
         """Check that all ranks have the same weights and data, and create or open the log."""
         config, base = self.config, self.replica.store.base
-        header = {
-            "base": base,
-            "data": self.problem.data_checksum,
-            "directions": config.directions,
-            "distribution": config.estimator.distribution,
-            "rule": config.update.name,
-            "seed": config.run.seed,
-            "weight_decay": config.update.weight_decay,
-            **self.structure.header(),
-            **trained_header(config),
-        }
-        check_alike(self.mesh, base, self.problem.data_checksum)
-        facts = {
+        startup.check_alike(self.mesh, base, self.problem.data_checksum)
+        facts: dict[str, Any] = {
             "versions": versions(self.mesh.device),
             "base": {"name": config.model.name, "fingerprint": base},
             "command": command,
         }
-        return open_log(self.mesh, self.folder, self.is_writer, config, facts, header)
+        facts |= {"own": True} if self.problem.own else {}
+        facts |= {"found": found} if found else {}
+        return startup.open_log(
+            self.mesh, self.folder, self.is_writer, config, facts, self.header()
+        )
+
+    def header(self) -> dict[str, Any]:
+        """Return the header of a new log."""
+        return log_header(self.config, self.replica, self.problem, self.structure)
 
     def to_end(self, asked: threading.Event) -> dict[str, Any]:
         """Train, evaluate, export; stop after a step once ``asked`` is set, on any rank."""
@@ -239,18 +246,20 @@ class Run:
         try:
             self.reporter.say_first(self._table(1), self.problem.report)
             self._evaluate()
-            while self.log.version < config.run.steps and not stops:
+            while not self._is_done() and not stops:
                 self.reporter.begin_step()
                 with self.replica.timeline.span("step", f"{self.log.version + 1}"):
                     table, skipped, clipped, stops = self.step(asked.is_set())
                 loss = table.loss
-                self.reporter.end_step(table, skipped, clipped)
+                self.reporter.end_step(table, skipped, clipped, self.problem.loss_dtype)
                 self._after_step()
                 # Several ranks agree on it in a step's collective.
                 stops = stops or (self.mesh.ranks == 1 and asked.is_set())
             self.replica.drain()
             self.log.check_in_place()
-            if self.log.version < config.run.steps:
+            if self._is_done():
+                self.reporter.say_last()
+            else:
                 self.reporter.progress.say(
                     f"SIGTERM ended {self.folder.path} after step {self.log.version} of "
                     f"{config.run.steps}; the same command resumes from there"
@@ -259,6 +268,10 @@ class Run:
             self.reporter.progress.close()
             self.log.close()
         return loss
+
+    def _is_done(self) -> bool:
+        """Return true after the last step, or where ``eval.patience`` has ended the run."""
+        return self.log.version >= self.config.run.steps or self.reporter.history.has_ended
 
     def step(self, asked: bool = False) -> tuple[LossTable, int, int, bool]:
         """Fill one table, and log its scalars; replay moves the weights at their next visits.
@@ -271,13 +284,10 @@ class Run:
         table = self._table(step)
         folds = table.folds(self.mesh.rank, axes.perturb, axes.data)
         results = self._forwards(step, table, [cell for fold in folds for cell in fold])
-        owners = table.owners(axes.perturb, axes.data)
-        width = 4 if self._rewards is None else rewarded.width(config.batch.micro)
+        owners, width = table.owners(axes.perturb, axes.data), rewarded.width(self._rewards, config)
         values, stops = self.mesh.gather(results, owners, width, flag=asked)
-        table, settings = table.fill(values), config.estimator
-        raw, skipped = estimator.estimate(
-            settings.name, table, settings.eps, settings.shape, settings.shape_per
-        )
+        table, how = table.fill(values), config.estimator
+        raw, skipped = estimator.estimate(how.name, table, how.eps, how.shape, how.shape_per)
         limit = config.update.clip
         scalars = raw if limit is None else clip(raw, self.log.entries, limit)
         position = step * config.batch.sequences
@@ -309,10 +319,8 @@ class Run:
             column: to_device(self.problem.batches(step - 1, column), self.mesh)
             for column in sorted({column for _, column in cells})
         }
-        if self._rewards is not None:
-            return rewarded.measure_cells(
-                self.replica, self._rewards, table, numbers, batches, step - 1
-            )
+        if (rewards := self._rewards) is not None:
+            return rewarded.measure_cells(self.replica, rewards, table, numbers, batches, step)
         forwards = [partial(self._forward, batches[column]) for _, column in cells]
         rows, together = [row for row, _ in cells], ALONE
         if self.structure.meet or table.part:
@@ -335,21 +343,10 @@ class Run:
         """Save a snapshot, audit and evaluate where that is due."""
         step, config = self.log.version, self.config
         if config.run.snapshot_every and step % config.run.snapshot_every == 0:
-            self._save_snapshot()
+            save_snapshot(self.folder, self.replica, self.log, self.is_writer)
         if self.audit is not None and step % config.mesh.check_every == 0:
             self.audit.check(self.mesh)
         self._evaluate()
-
-    def _save_snapshot(self) -> None:
-        """Write the weights, unless the store is durable: its blocks are snapshots already."""
-        if self.replica.store.is_durable:
-            return
-        if self.is_writer:
-            self.folder.save_snapshot(
-                self.log.version, self.replica, self.replica.store.base, self.log
-            )
-        elif self.mesh.slices is not None:
-            self.replica.fingerprint()  # The writer's pass gathers this rank's slices.
 
     def _evaluate(self) -> None:
         """Score the current version, on every rank, where that is due and not recorded."""
@@ -358,43 +355,46 @@ class Run:
         due = every and (step % every == 0 or step == steps)
         if not due or problem.task is None or not problem.dev_batches:
             return
-        scores = known = self.reporter.known_scores(step)
-        if scores is None:
+        found = known = self.reporter.history.at(step)
+        if found is None:
             self.reporter.enter("evaluating")
             at_once = len(self._table(1).cells)
-            scores = evaluate(self.replica, problem.task, problem.dev_batches, self.mesh, at_once)
-        self.reporter.evaluated(step, scores, is_new=known is None)
+            found = evaluate(self.replica, problem.task, problem.dev_batches, self.mesh, at_once)
+        self.reporter.evaluated(step, found, is_new=known is None)
+        if known is None and (self._is_done() or self.reporter.history.is_first(step)):
+            answers = samples(self.replica, problem, found, self.config.memory)
+            self.reporter.record_samples(answers)
 
     def _finish(self, loss: float | None, train_s: float) -> dict[str, Any]:
         """Fingerprint and export the weights of a finished run; return the run's summary."""
-        finished = self.log.version >= self.config.run.steps
+        finished, reporter = self._is_done(), self.reporter
         fingerprint = self.replica.fingerprint() if finished else None
+        evaluation, best = reporter.evaluation, reporter.history.best()
         summary = {
             "run_dir": str(self.folder.path),
             "steps": self.log.version,
             "loss": finite_or_none(loss),
-            "eval": self.reporter.scores or None,
+            "eval": finite_or_none(evaluation.as_json()) if evaluation else None,
+            "best": finite_or_none(best._asdict()) if best else None,
             "train_s": round(train_s, 3),
             "fingerprint": fingerprint,
         }
         if fingerprint is not None and self.config.export.at_end and self.problem.exportable:
-            self.reporter.enter("exporting")
-            self._export(fingerprint)
+            reporter.enter("exporting")
+            if self.config.export.step == "best" and best and best.step < self.log.version:
+                self._go_back(best.step)
+                fingerprint = self.replica.fingerprint()
+            export_model(self.problem, self.replica, self.mesh, self.folder, fingerprint)
         self.replica.close(give_back=self.problem.own and finished)
         self.mesh.barrier()
         return summary
 
-    def _export(self, fingerprint: str) -> None:
-        """Write ``model/`` on rank 0; the ranks that share its slices pass over them with it."""
-        if self.mesh.rank:
-            if self.mesh.slices is not None:
-                self.replica.pass_over()
-            return
-        content, scores = self.folder.read_config(), self.reporter.scores
-        card = card_of(content, self.log.header, self.log.version, scores, fingerprint)
-        model, tokenizer = self.replica.model, self.problem.tokenizer
-        write_folder(model, tokenizer, self.folder.model, card, source=self.replica, replace=True)
-
-
-def _default_dir(recipe: str) -> str:
-    return f"runs/{recipe or 'run'}-{datetime.now():%Y%m%d-%H%M%S-%f}"
+    def _go_back(self, step: int) -> None:
+        """Load the weights of an earlier step in place of the newest."""
+        self.replica.close()
+        self.audit = None
+        del self.replica, self.reporter.replica
+        gc.collect()  # There may be no room for both.
+        log = Log(self.log.header, self.log.entries[:step])
+        self.replica = rebuild(self.problem, self.config, self.mesh, self.folder, log)
+        self.reporter.replica = self.replica

@@ -4,7 +4,7 @@ A file is a header and fixed-size entries, append-only. An entry is durable befo
 moves, and carries a CRC-32 that continues the checksum of what lies before it, so a torn, altered,
 lost or reordered entry is noticed.
 
-    "ZOLOG2" newline | u32 n | n bytes of JSON | u32 checksum | entries
+    "ZOLOG3" newline | u32 n | n bytes of JSON | u32 checksum | entries
     entry = u64 step | u64 position | f64 lr | u32 part | f32 scalars[directions] | u32 checksum
     (little-endian)
 

@@ -13,7 +13,7 @@ from zo.errors import UserError
 from zo.io.atomic import write_whole
 from zo.method.entry import Entry
 
-MAGIC = b"ZOLOG2\n"
+MAGIC = b"ZOLOG3\n"
 
 
 _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")

@@ -7,7 +7,7 @@ for it are written in the same pass.
 """
 
 from bisect import bisect_right, insort
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from threading import Lock
@@ -19,9 +19,13 @@ from zo.method.kernels import replay_and_perturb
 from zo.method.perturbation import Pass, Probe, Rows
 from zo.method.update import RULES
 from zo.model.form import Form
-from zo.model.layout import Block, Layout, runs
+from zo.model.layout import Block, Layout, Segment, runs
+from zo.model.source import WeightSource
+from zo.state.anchor import Anchor
 from zo.state.log import Log
 
+Run = tuple[Segment, int, Tensor]
+"""A segment, the number of its first element in a range, and its elements there, flat."""
 PASSES_KEPT = 256
 """Passes that are kept for the next block of a step: two (with decay and without) for each group of
 probes."""
@@ -35,20 +39,29 @@ class Recipe:
     distribution: str
     rule: str
     weight_decay: float
+    anchor: float = 0.0
 
     @classmethod
     def of(cls, log: Log) -> "Recipe":
         """Return the recipe that a log was written with."""
         h = log.header
-        return cls(h["seed"], h["distribution"], h["rule"], h["weight_decay"])
+        anchor = h.get("anchor", 0.0)
+        return cls(h["seed"], h["distribution"], h["rule"], h["weight_decay"], anchor)
 
 
 class Replay:
     """Applies a log to blocks, wherever their weights are."""
 
-    def __init__(self, log: Log, layout: Layout) -> None:
-        """Replay ``log`` on blocks of ``layout``; entries appended later are seen."""
+    def __init__(self, log: Log, layout: Layout, base: WeightSource | None = None) -> None:
+        """Replay ``log`` on blocks of ``layout``; entries appended later are seen.
+
+        ``base`` is read again by a log with an anchor, and may be ``None`` without.
+        """
         self.log, self.recipe = log, Recipe.of(log)
+        self._anchor: Anchor | None = None
+        if self.recipe.anchor:
+            assert base is not None
+            self._anchor = Anchor(self.recipe.anchor, base, layout)
         self._position = Form.of(log.header, layout).positions
         self._entries = _EntriesByPosition(log)
         self._pass = lru_cache(PASSES_KEPT)(self._make_pass)
@@ -79,8 +92,15 @@ class Replay:
             The newest version, at which the weights stand now.
         """
         newest = self.log.version
+        key, first, last = self._range(block, version)
+        if self._anchor is not None and first < last:
+            base = self._anchor.read(block, 0, block.trainable_bytes, stored[0].device)
+            pairs = zip(block.trainable, stored, strict=False)  # Frozen ones come last.
+            of_segments = [(segment, 0, flat) for segment, flat in pairs]
+            self._apply_anchored(of_segments, runs(block, base), key, range(first, last))
+            first = last
         for i, segment in enumerate(block.trainable):
-            work = self._pass(*self._range(block, version), segment.decays, tuple(probes))
+            work = self._pass(key, first, last, segment.decays, tuple(probes))
             if work.changes or probes:
                 rows = None if row_numbers is None else Rows(row_numbers, segment.parts[0].shape[1])
                 written, matrices = out[i] if probes else None, segment.matrices
@@ -102,13 +122,36 @@ class Replay:
             ``newest``.
         """
         entries = self._range(block, version, newest)
-        if entries[1] < entries[2]:
+        if self._anchor is not None and entries[1] < entries[2]:
+            base = self._anchor.read(block, start, image.numel(), image.device)
+            trained = [run for run in runs(block, image, start) if not run[0].frozen]
+            self._apply_anchored(trained, runs(block, base, start), entries[0], range(*entries[1:]))
+        elif entries[1] < entries[2]:
             for segment, first, flat in runs(block, image, start):
                 if not segment.frozen:
                     work = self._pass(*entries, segment.decays)
                     address = segment.start + first
                     replay_and_perturb(flat, address, work, matrices=segment.matrices)
         return newest
+
+    def _apply_anchored(
+        self, weights: Iterable[Run], bases: Iterable[Run], key: int, entries: range
+    ) -> None:
+        """Apply entries one by one, each after a pull to the base.
+
+        Args:
+            weights: the trainable runs of a block; *modified in place*.
+            bases: the same of version 0.
+            key: of the entries.
+            entries: their numbers among the ones of that key.
+        """
+        assert self._anchor is not None
+        for (segment, first, flat), (_, _, base) in zip(weights, bases, strict=True):
+            for number in entries:
+                (entry,) = self._entries.some(key, number, number + 1)
+                self._anchor.pull(flat, base, entry.lr)
+                work = self._pass(key, number, number + 1, segment.decays)
+                replay_and_perturb(flat, segment.start + first, work, matrices=segment.matrices)
 
     def changes_anything(self, block: Block, version: int, newest: int) -> bool:
         """Return True if entries ``version + 1 .. newest`` can alter the block's bytes.
@@ -118,6 +161,9 @@ class Replay:
         """
         if not block.trainable:
             return False
+        _, first, last = self._range(block, version, newest)
+        if self._anchor is not None:
+            return first < last
         decays = any(segment.decays for segment in block.trainable)
         changes = self._pass(*self._range(block, version, newest), decays).changes
         return any(any(change.coefficients) or change.decay != 1.0 for change in changes)

@@ -3,9 +3,11 @@
     config.yaml     resolved configuration, versions, base model and its fingerprint
     steps.log       the log
     metrics.jsonl   one object a step and an evaluation
+    reference.json  of pairs: log-probabilities of answers under the base model; a derived file
     events.jsonl    what the run said
     status.json     its phase and step
     report.html     the run as a page
+    lr_probe.*      the rates that update.lr=auto tried
     snapshots/      weights at some versions, the last two
     blocks/         what a disk store wrote back, a folder a rank
     lock            held by a running process
@@ -27,7 +29,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from zo.config.redact import without_secrets_in
-from zo.config.schema import Config
+from zo.config.schema import AUTO, Config
 from zo.errors import UserError
 from zo.io.atomic import replacing, write_whole
 from zo.io.block_file import BLOCK_FILE, Header
@@ -37,7 +39,7 @@ from zo.state.log import Log
 from zo.state.snapshot import Snapshot, Writer
 
 RESULT_KEYS = (
-    *("model", "peft", "data", "objective.name", "generation"),
+    *("model", "peft", "data", "objective.name", "objective.beta", "generation"),
     *("batch", "estimator", "update", "run.seed"),
 )
 """Groups and keys that decide a run's bits, so that a resumed run must have the same."""
@@ -163,14 +165,21 @@ class RunFolder:
         self._check_links()
         if config.export.at_end:
             check_replaceable(self.model)
-        before, now = (
-            flatten(self.read_config()["config"]),
-            flatten(without_secrets_in(asdict(config))),
-        )
+        content = self.read_config()
+        before, now = flatten(content["config"]), flatten(without_secrets_in(asdict(config)))
         keys = [k for k in now if k.startswith(RESULT_KEYS)]
-        if now["update.schedule"] != "constant":
+        if self.found_rate() is not None and now["update.lr"] == AUTO:
+            keys.remove("update.lr")
+        if now["update.schedule"] != "constant" and not config.run.extend:
             keys.append("run.steps")
         differing = [f"{k} ({before.get(k)} -> {now[k]})" for k in keys if before.get(k) != now[k]]
+        if differing == [f"run.steps ({before.get('run.steps')} -> {now['run.steps']})"]:
+            raise UserError(
+                f"run.dir={self.path} holds a run of run.steps={before.get('run.steps')} with "
+                f"update.schedule={now['update.schedule']}, whose rates depend on it; "
+                f"run.extend=true goes on with the rates of run.steps={now['run.steps']}, or use "
+                "another run.dir"
+            )
         if differing:
             raise UserError(
                 f"run.dir={self.path} holds another run: {', '.join(differing)}; use another "
@@ -203,6 +212,41 @@ class RunFolder:
                     "a run deletes files there; move it away, or make run.dir itself the link"
                 )
 
+    def found_rate(self) -> float | None:
+        """Return the learning rate of a run here that was found by trials; ``None`` without one.
+
+        Raises:
+            UserError: as :meth:`read_config`.
+        """
+        found = self.read_config().get("found") if self.holds_run else None
+        rate = found.get("update.lr") if isinstance(found, dict) else None
+        return float(rate) if isinstance(rate, float | int) else None
+
+    def record_steps(self, steps: int, version: int) -> Any:
+        """Record the length of the run, set after step ``version``; return another one before it.
+
+        Raises:
+            UserError: the folder cannot be written, or holds no run that can be read.
+        """
+        content = self.read_config()
+        settings = content["config"].setdefault("run", {})
+        before, settings["steps"] = settings.get("steps"), steps
+        if before == steps:
+            return None
+        content["extended"] = [*content.get("extended", []), {"after": version, "steps": steps}]
+        self._write_config(content)
+        return before
+
+    def _write_config(self, content: Mapping[str, Any]) -> None:
+        text = yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True)
+        try:
+            write_whole(self.config_file, text.encode())
+        except OSError as error:
+            raise UserError(
+                f"run.dir={self.path} cannot be written: {error.strerror}; choose another folder "
+                "or make room"
+            ) from error
+
     def create(self, config: Config, facts: Mapping[str, Any], header: Mapping[str, Any]) -> Log:
         """Create a run here, or complete a creation that a crash cut short.
 
@@ -214,8 +258,7 @@ class RunFolder:
             content = without_secrets_in({"config": asdict(config), **facts}) | {
                 "log_header": dict(header)
             }
-            text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
-            write_whole(self.config_file, text.encode())
+            self._write_config(content)
             return Log.create(self.log_file, dict(header))
         except OSError as error:
             raise UserError(

@@ -29,7 +29,7 @@ TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}
 PROBES = (Probe(0, 0.0625), Probe(0, -0.0625), Probe(1, 0.0625))
 """Far larger than any eps, so that a probe that is missing changes every loss."""
 SEED = 1
-PIECE = 1 << 22
+PIECE = 1 << 20
 """Elements written at once."""
 
 Forward = Callable[[nn.Module], Tensor]
@@ -151,20 +151,32 @@ def _written_losses(
 def _bound_at_each_use(
     replica: Replica, probe: Probe, order: Sequence[str], part: int
 ) -> Iterator[None]:
-    """Bind a group to weights with the probe at modules of a part, else to its stored weights."""
+    """Bind a group to weights with the probe at modules of a part, else to its stored weights.
+
+    The probe is written at each use, so that one group's copy is in memory at a time.
+    """
     hooks, store = [], replica.store
     assert isinstance(store, DeviceStore)
     for group, stored in zip(replica.layout.groups, store.groups, strict=True):
-        with_probe = probed(group, stored, "rank-one", probe)
         for module in group.modules:
-            weights = with_probe if order.index(module) >= part else stored
 
             def bind(
-                _: nn.Module, __: object, group: Block = group, weights: list[Tensor] = weights
+                _: nn.Module,
+                __: object,
+                group: Block = group,
+                stored: list[Tensor] = stored,
+                is_reached: bool = order.index(module) >= part,
             ) -> None:
+                weights = probed(group, stored, "rank-one", probe) if is_reached else stored
                 replica.binding.bind(group, weights)
 
-            hooks.append(replica.model.get_submodule(module).register_forward_pre_hook(bind))
+            def release(*_: object, group: Block = group) -> None:
+                replica.binding.release(group)
+                replica.binding.forget()
+
+            entered = replica.model.get_submodule(module)
+            hooks.append(entered.register_forward_pre_hook(bind))
+            hooks.append(entered.register_forward_hook(release))
     try:
         yield
     finally:

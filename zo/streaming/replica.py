@@ -4,6 +4,7 @@ Training, evaluation and export use a model through this class alone.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,9 +23,9 @@ from zo.model.form import Form
 from zo.model.layout import WHOLE, Block, Layout, Part, Placed, Slice, Spec, views
 from zo.model.lockstep import Lockstep
 from zo.model.probing import Probing
-from zo.model.source import WeightSource
+from zo.model.source import SharedSource, WeightSource
 from zo.observe.timeline import Timeline
-from zo.state.log import Log
+from zo.state.log import Log, untrained_header
 from zo.state.replay import Replay
 from zo.streaming.budget import Budget, budget
 from zo.streaming.cache import BlockCache, ResidentCache, SlotCache, Traffic
@@ -75,10 +76,11 @@ class Replica:
             UserError: too little memory or disk, or weights that cannot be read.
         """
         engine = ENGINES[memory.disk_engine if memory.store == "disk" else "mmap"]()
-        source = base(engine)
+        source = SharedSource(base(engine))
         source.attach_buffers(model)
         self.base: WeightSource | None = source if source.is_rereadable else None
         """The source of the weights of version 0, if it can be read once more."""
+        self._source: WeightSource | None = source
         self.model, self.layout, self.device, self.slices = model, layout, device, slices
         self._memory, self._device = memory, device_of(device)
         self.timeline = Timeline(self._device)
@@ -132,11 +134,35 @@ class Replica:
             self.slices.combine(self._found.digests)
         self.store.base = self._found.hexdigest()
 
-    def open(self, log: Log) -> None:
-        """Follow a log; a block catches up with it at each visit."""
-        self.log, replay, store = log, Replay(log, self.layout), self.store
+    def open(self, log: Log, *, is_trial: bool = False) -> None:
+        """Follow a log; a block catches up with it at each visit.
+
+        Args:
+            log: of the run.
+            is_trial: :meth:`rewind` will be called, until which a model of the user's own stays in
+                memory beside the weights.
+        """
+        self._source = self._source if is_trial else None
+        self.store.open(log.version, log.identity)
+        self._follow(log)
+
+    @contextmanager
+    def at_base(self) -> Iterator[None]:
+        """Compute with the weights of version 0 inside a ``with`` block, before :meth:`open`."""
+        self._follow(Log(untrained_header()))
+        try:
+            yield
+        finally:
+            self._detach()
+            self.cache.close()
+            # Their memory, before the next ones take theirs.
+            del self.cache, self.streamer
+            self.binding.forget()
+
+    def _follow(self, log: Log) -> None:
+        """Make what computes with the weights, which stand where the store has them."""
+        self.log, replay = log, Replay(log, self.layout, self.base)
         self._replay = replay
-        store.open(log.version, log.identity)
         self.cache = self._make_cache(replay)
         self.is_resident = self.cache.is_resident
         self.cache.bind_at_rest(self.binding)
@@ -321,16 +347,31 @@ class Replica:
             give_back: let the model hold its weights, in host memory where the store is not
                 ``device``.
         """
-        self._folds.detach()
-        self._lockstep.detach()
-        if self._probing is not None:
-            self._probing.detach()
-        self.cache.bind_at_rest(self.binding)
+        self._detach()
         if give_back and not self.is_resident:
             self.binding.fill(
                 (name, tensor.to("cpu", copy=True)) for name, tensor in self.tensors()
             )
         self.cache.close()
+
+    def rewind(self) -> None:
+        """Forget the log of a trial: the weights are at version 0 until :meth:`open`.
+
+        Not for weights that are on disk, where what was written back outlives the process.
+        """
+        assert self._source is not None
+        assert not isinstance(self.store, DiskStore)
+        self._detach()
+        self.cache.close()
+        self.store.reload(self._source)
+
+    def _detach(self) -> None:
+        """Take the hooks off the model."""
+        self._folds.detach()
+        self._lockstep.detach()
+        if self._probing is not None:
+            self._probing.detach()
+        self.cache.bind_at_rest(self.binding)
 
 
 def _spec(model: nn.Module, names: tuple[str, ...]) -> Spec:

@@ -102,6 +102,18 @@ class DeviceStore:
             self.found.add_segments(block, segments)
         return_freed_memory()
 
+    def reload(self, base: WeightSource) -> None:
+        """Read the trainable groups once more: version 0."""
+        whole = Layout(self.layout.groups, self.layout.groups)
+        for group in self.layout.groups:
+            if group.trainable:
+                image = torch.zeros(group.size_bytes, dtype=torch.uint8)
+                base.read(group, whole, image)
+                for flat, read in zip(self.groups[group.index], group.carve(image), strict=True):
+                    flat.copy_(read)
+        base.clear_cache()
+        self.versions = [0] * len(self.versions)
+
     def _within(self, block: Block) -> list[Tensor]:
         """Return the block's segments as parts of its group's."""
         found, group = [], self.layout.group_of[block.index]
@@ -179,6 +191,14 @@ class HostStore:
             self.found.complete(base.read)
         base.clear_cache()
         return_freed_memory()
+
+    def reload(self, base: WeightSource) -> None:
+        """See :class:`DeviceStore`."""
+        for block, image in zip(self.layout.blocks, self._images, strict=True):
+            if self.versions[block.index]:
+                base.read(block, self.layout, image, self.slice.within(block).start)
+        base.clear_cache()
+        self.versions = [0] * len(self.versions)
 
     def allocate(self, size_bytes: int) -> Tensor:
         """See :class:`Store`."""

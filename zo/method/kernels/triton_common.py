@@ -156,10 +156,12 @@ def store_nearest(stored, place, inside, x, kind: tl.constexpr):  # type: ignore
 @triton.jit
 def round_stochastic(x, kind: tl.constexpr, seed_lo, seed_hi, address, step, tile: tl.constexpr):  # type: ignore[no-untyped-def]
     """Round float32 to numbers of the stored dtype, by the equations of ``rounding``."""
-    a, b, c, d = draw_words(seed_lo, seed_hi, address, 8, step, _ROUNDING, tile // 8)
-    words = tl.reshape(side_by_side(a, b, c, d, tile // 8), (tile // 2, 1))
-    halves = (words >> (tl.arange(0, 2)[None, :] * 16).to(tl.uint32)) & 0xFFFF
-    random16 = tl.reshape(halves, (tile,))
+    # Eight calls a line of 128 addresses; of each its words' 16 bits from every byte on.
+    a, b, c, d = draw_words(seed_lo, seed_hi, address, 16, step, _ROUNDING, tile // 16)
+    words = tl.reshape(side_by_side(a, b, c, d, tile // 16), (tile // 128, 8, 4))
+    words = tl.reshape(tl.permute(words, (0, 2, 1)), (tile // 32, 1, 8))
+    shift = (tl.arange(0, 4)[None, :, None] * 8).to(tl.uint32)
+    random16 = tl.reshape((words >> shift | words << (32 - shift & 31)) & 0xFFFF, (tile,))
     bits = x.to(tl.uint32, bitcast=True)
     sign, magnitude = bits & 0x80000000, bits & 0x7FFFFFFF
     finite = magnitude < 0x7F800000
