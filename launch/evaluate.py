@@ -77,7 +77,7 @@ def main(arguments: list[str]) -> None:
             adapted(config, own.get("data"), device, trust or config.model.trust_remote_code)
         )
     found = {"run": own.get("run"), "steps": finished.steps}
-    found |= score(finished) if manager is None else score_tasks(finished, own, manager)
+    found |= score(finished, own) if manager is None else score_tasks(finished, own, manager)
     if finished.mesh.rank == 0:
         print(json.dumps(found))
     finished.mesh.close()
@@ -105,7 +105,7 @@ def score_tasks(finished: FinishedRun, own: Mapping[str, str], manager: Any) -> 
     return {"lm_eval": scores, "fingerprint": fingerprint}
 
 
-def score(finished: FinishedRun) -> dict[str, Any]:
+def score(finished: FinishedRun, own: Mapping[str, str]) -> dict[str, Any]:
     """Return the scores on held-out data; every rank calls this."""
     from zo.observe.metrics import finite_or_none
     from zo.run.evaluate import evaluate
@@ -116,6 +116,13 @@ def score(finished: FinishedRun) -> dict[str, Any]:
             "there is nothing to score on: data.dev_examples is 0, or the data is synthetic; give "
             "data=FILE"
         )
+    if (rewards := problem.task.rewards) is not None:
+        if "run" in own and not rewards.reward.is_ours and own.get("trust_remote_code") != "true":
+            raise UserError(
+                f"run={own['run']} is rewarded by code of {rewards.reward.name}, which is not run "
+                "by default; read it, then set trust_remote_code=true"
+            )
+        rewards.reward.load()
     found = evaluate(replica, problem.task, problem.dev_batches, mesh, at_once=BATCHES_AT_ONCE)
     fingerprint = replica.fingerprint()
     replica.close()

@@ -55,8 +55,11 @@ def check(config: Config) -> None:
     if int(os.environ.get("RANK", 0)):
         return
     from zo.run.problem import build_problem
+    from zo.run.rewarded import load
 
-    report = build_problem(config).report
+    problem = build_problem(config)
+    load(problem.task)
+    report = problem.report
     if report is None:
         print("data: synthetic", file=sys.stderr)
         return

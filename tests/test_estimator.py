@@ -25,7 +25,8 @@ from zo.method.table import LossTable
 from zo.method.update import SCHEDULES, learning_rate, sgd
 
 EPS = 1e-3
-
+FEWEST = {"population": 2}
+"""Directions of a step, at least, where one is not enough."""
 
 SQUARE = (Matrices(0, 64, 8, 8),)
 Z = {"rademacher": rademacher, "rank-one": partial(rank_one, matrices=SQUARE)}
@@ -57,11 +58,13 @@ def test_mean_of_estimates_tends_to_the_gradient(name, distribution):
     loss = lambda x: (matrix @ x.double().to(torch.float32)).double().square().sum()  # noqa: E731
     gradient = 2 * matrix.double().T @ (matrix.double() @ theta.double())
     total, count = torch.zeros(64, dtype=torch.float64), 4000
+    directions = FEWEST.get(name, 1)
     for step in range(1, count + 1):
-        table = table_of(loss, probes(name, step, 1, 1e-2), theta, distribution)
+        table = table_of(loss, probes(name, step, directions, 1e-2), theta, distribution)
         scalars, skipped = estimate(name, table, 1e-2)
         assert skipped == 0
-        total += scalars[0] * Z[distribution](3, directions_of(step, 1)[0], 0, 64).double()
+        for g, k in zip(scalars, directions_of(step, directions), strict=True):
+            total += g * Z[distribution](3, k, 0, 64).double() / directions
     # Each coordinate's standard error is |gradient| / sqrt(count); the bias of one-sided SPSA
     # averages out over z.
     error = (total / count - gradient).norm() / gradient.norm()
@@ -74,7 +77,7 @@ def test_descends_a_quadratic(name, directions):
     """The sign and the scale of the update: the wrong one climbs."""
     theta = torch.randn(256, generator=torch.Generator().manual_seed(1))
     loss = lambda x: x.double().square().sum()  # noqa: E731
-    before = loss(theta)
+    before, directions = loss(theta), max(directions, FEWEST.get(name, 1))
     for step in range(1, 401):
         rows = probes(name, step, directions, EPS)
         scalars, _ = estimate(name, table_of(loss, rows, theta), EPS)

@@ -19,7 +19,7 @@ from transformers import (
 
 from zo.config.recipes import FOLDER, load_config, recipe_names
 from zo.config.schema import DataConfig
-from zo.data import tasks
+from zo.data import candidates, tasks
 from zo.data.answers import MAX_NEW_TOKENS, exact_match, f1
 from zo.data.named import NamedRows
 from zo.data.papers import TASKS
@@ -260,7 +260,7 @@ CAUSAL = ModelInfo("causal-lm", 24, frozenset({"input_ids", "attention_mask", "u
 
 @torch.no_grad()
 def test_a_candidate_counts_by_the_mean_log_likelihood_of_its_tokens():
-    model, task = make_llama().double(), tasks.candidates(CAUSAL, 0)
+    model, task = make_llama().double(), candidates.candidates(CAUSAL, 0)
     examples = [
         Example((5, 6, 7), 1, candidates=((8, 9), (10,), (11, 12, 13)), right=(0, 2)),
         Example((5, 14, 15, 16, 17), 0, candidates=((18,), (19, 20))),
@@ -283,7 +283,7 @@ def test_a_candidate_counts_by_the_mean_log_likelihood_of_its_tokens():
 @torch.no_grad()
 def test_label_words_of_one_token_give_the_same_loss_either_way():
     model, examples = make_llama().double(), [Example((5, 6, 7), 1), Example((9, 4), 0)]
-    choice, several = tasks.choice(CAUSAL, 0, [8, 10]), tasks.candidates(CAUSAL, 0)
+    choice, several = tasks.choice(CAUSAL, 0, [8, 10]), candidates.candidates(CAUSAL, 0)
     spread = [Example(e.ids, e.target, candidates=((8,), (10,))) for e in examples]
     one = choice.terms(model, choice.collate(examples, examples))
     other = several.terms(model, several.collate(spread, spread))

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from zo.config.checks import MAX_THREADS, at_least, at_most, choice, number, template_columns
+from zo.config.objective import GenerationConfig as GenerationConfig
 from zo.config.objective import ObjectiveConfig as ObjectiveConfig
 from zo.config.outcome import EvalConfig as EvalConfig
 from zo.config.outcome import ExportConfig as ExportConfig
@@ -301,6 +302,7 @@ class Config:
     peft: PeftConfig = field(default_factory=PeftConfig)
     data: DataConfig = field(default_factory=DataConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     estimator: EstimatorConfig = field(default_factory=EstimatorConfig)
     update: UpdateConfig = field(default_factory=UpdateConfig)

@@ -8,6 +8,7 @@ from zo.errors import UserError
 from zo.method.estimator import ESTIMATORS, rows_of
 from zo.method.part import parse
 from zo.method.passes import DISTRIBUTIONS
+from zo.method.shaping import GROUPS, SHAPES
 from zo.method.table import COVERS, Grid, resolve_fold
 
 
@@ -58,7 +59,8 @@ class EstimatorConfig:
     """The rows of the loss table."""
 
     name: str = "spsa"
-    """``spsa`` (two-sided) or ``one-sided``."""
+    """``spsa`` (two-sided), ``one-sided``, or ``population``: one side of each, against their
+    mean."""
     directions: int | None = None
     """Directions a step; by default 1, and with cover=diagonal micro-batches times probes."""
     cover: str = "full"
@@ -73,11 +75,18 @@ class EstimatorConfig:
     """Length of the step along a direction."""
     distribution: str = "rademacher"
     """``rademacher``, ``gaussian``, or ``rank-one``, whose probes are never written."""
+    shape: str = "none"
+    """``none``; or the estimate is of the losses' ``z`` scores or ``rank`` alone, whose
+    differences are not divided by eps: update.lr is then the length of a step."""
+    shape_per: str = "table"
+    """Losses that are shaped together: of the whole ``table``, or of each ``prompt``."""
 
     def __post_init__(self) -> None:
         choice("estimator.name", self.name, ESTIMATORS)
         choice("estimator.distribution", self.distribution, DISTRIBUTIONS)
         choice("estimator.cover", self.cover, COVERS)
+        choice("estimator.shape", self.shape, ("none", *SHAPES))
+        choice("estimator.shape_per", self.shape_per, GROUPS)
         for key in ("directions", "probes"):
             if (count := getattr(self, key)) is not None:
                 at_least(f"estimator.{key}", count, 1)
@@ -87,6 +96,11 @@ class EstimatorConfig:
                 f"estimator.probes={self.probes} are directions of one micro-batch, and with "
                 "estimator.cover=full every direction sees all; use estimator.cover=diagonal, or "
                 f"estimator.directions={self.probes}"
+            )
+        if self.name == "population" and self.cover != "full":
+            raise UserError(
+                "estimator.name=population compares directions on the same micro-batches; use "
+                f"estimator.cover=full, or another estimator with cover={self.cover}"
             )
         parse(self.part)
         if not (math.isfinite(self.eps) and self.eps > 0):
@@ -130,6 +144,11 @@ def check_table(batch: BatchConfig, estimator: EstimatorConfig) -> None:
             f"estimator.directions={count} does not match estimator.cover=diagonal, where "
             f"{of_batch} x estimator.probes={estimator.probes} are "
             f"{columns * estimator.probes} directions; use that number, or leave it empty"
+        )
+    if estimator.name == "population" and count < 2:
+        raise UserError(
+            f"estimator.directions={count} has no other direction to compare with, as "
+            "estimator.name=population does; use 2 or more, such as 30"
         )
     if (pairs := count if diagonal else count * columns) > MAX_CELLS:
         key = f"probes={estimator.probes}" if diagonal else f"directions={count}"

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zo.data import tasks
+from zo.data import candidates
 from zo.data.tasks import WHOLE, Batch, Example, Task, pad_left
 from zo.model.generate import Decoding, generate, trim
 from zo.model.info import ModelInfo
@@ -37,7 +37,7 @@ def answering(info: ModelInfo, pad: int, tokenizer: Any) -> Task:
         pad: padding token.
         tokenizer: of the model.
     """
-    trained = tasks.followed(info, pad)
+    trained = candidates.followed(info, pad)
     line_break = tokenizer("\n", add_special_tokens=False)["input_ids"][-1:]
     end = {tokenizer.eos_token_id, *line_break} - {None, tokenizer.unk_token_id}
     decoding = Decoding(MAX_NEW_TOKENS, tuple(sorted(end)), pad)

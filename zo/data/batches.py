@@ -14,12 +14,13 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
-from zo.config.objective import LIKELIHOOD
+from zo.config.objective import LIKELIHOOD, reward_name
 from zo.config.schema import BatchConfig, Config
 from zo.data import seq2seq, tasks
 from zo.data.encode import Encoded, Encoding
 from zo.data.named import NamedRows
 from zo.data.pairs import Reference, preference
+from zo.data.prompts import build_prompts
 from zo.data.questions import QuestionEncoder
 from zo.data.report import DataReport, make_report
 from zo.data.rows import Rows, permutation
@@ -174,6 +175,8 @@ def build_data(
     if rows.synthetic:
         task = _synthetic(info, pad)
         return SyntheticData(task, config.batch, config.run.seed, vocab_size, len(classes))
+    if reward := reward_name(config.objective, config.data.name):
+        return _data(*build_prompts(rows, config, tokenizer, info, pad, reward), config)
     kind = seq2seq.PairEncoder if has_encoder else QuestionEncoder
     encoder = kind(rows, tokenizer, config.batch.max_tokens, vocab_size)
     names, warnings, reference = list(classes), [], None
@@ -189,17 +192,29 @@ def build_data(
     encoded = [encoding.encode(*row) for row in rows.numbered_train]
     train = [example for row in encoded for example in row.examples]
     dev = [example for row in rows.numbered_dev for example in encoding.encode(*row).examples]
+    warnings += [same] if (same := _equal_pairs(rows, encoded)) else []
+    limit = config.batch.max_tokens
+    report = make_report(
+        encoding, encoded, len(rows.numbered_dev), limit, tokenizer, names, warnings
+    )
+    data = _data(task, train, dev, report, config, reference)
+    return data
+
+
+def _data(
+    task: Task,
+    train: Sequence[Example],
+    dev: Sequence[Example],
+    report: DataReport,
+    config: Config,
+    reference: Reference | None = None,
+) -> Data:
     grid, batch = config.grid, config.batch
     # As many rows go through a product at once as in training.
     together, at_once = max(1, grid.fold // grid.height), grid.fold * batch.micro
     if task.kind == "candidates":  # Each is a row.
         at_once = max(1, at_once // max(len(e.candidates) for e in [*train, *dev]))
-    warnings += [same] if (same := _equal_pairs(rows, encoded)) else []
-    report = make_report(
-        encoding, encoded, len(rows.numbered_dev), batch.max_tokens, tokenizer, names, warnings
-    )
-    data = Data(task, train, dev, batch, config.run.seed, together, at_once, report, reference)
-    return data
+    return Data(task, train, dev, batch, config.run.seed, together, at_once, report, reference)
 
 
 def _synthetic(info: ModelInfo, pad: int) -> Task:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from zo.config.checks import template_columns
-from zo.data import tasks
+from zo.data import candidates, tasks
 from zo.data.answers import answering
 from zo.data.encode import Encoded, Encoder, Encoding
 from zo.data.files import Origin, Row
@@ -57,7 +57,7 @@ class QuestionEncoder(Encoder):
         if all(len(ids) == 1 for ids in words):
             task = tasks.choice(info, pad, [ids[0] for ids in words])
             return task, self.labelled(template, names, is_classifier=False)
-        return tasks.candidates(info, pad), self.labelled(template, names, False, words)
+        return candidates.candidates(info, pad), self.labelled(template, names, False, words)
 
     def masked(self, names: Sequence[str], info: ModelInfo, pad: int) -> tuple[Task, Encoding]:
         """Return the task and the encoding of rows with a label word at a mask.
@@ -126,10 +126,10 @@ class QuestionEncoder(Encoder):
             longest = max(map(len, example.candidates))
             return Encoded([example], len(ids) + longest)
 
-        task = tasks.candidates(info, pad)
+        task = candidates.candidates(info, pad)
         if named.generates:
             task = answering(info, pad, self.tokenizer)
-        task = replace(task, trained=tasks.followed(info, pad))
+        task = replace(task, trained=candidates.followed(info, pad))
         how = "the first answer" if named.generates else "the right one of several answers"
         used = (*named.texts, named.answer)
         return task, Encoding(encode, used, f"{how} after {template!r}")

@@ -11,19 +11,27 @@ from pathlib import Path
 import torch
 
 from zo.config.schema import DataConfig
+from zo.data import countdown, gsm8k
 from zo.data.files import NumberedRow, Origin, Row, names_files, number_rows, read_files, read_hub
 from zo.errors import UserError
 from zo.io import quickstart as assets
 from zo.method.philox import Purpose, word_stream
 
-TASKS: dict[str, tuple[Callable[[], list[Row]], str, list[str]]] = {
+TASKS: dict[str, tuple[Callable[[], list[Row]], str, list[str] | None]] = {
     "movie-reviews": (
         assets.movie_reviews,
         "Review: {text}\nSentiment:",
         [" negative", " positive"],
     ),
+    "countdown": (countdown.rows, countdown.TEMPLATE, None),
+    "gsm8k": (
+        lambda: read_hub("data.name", "openai/gsm8k", "main", "train"),
+        gsm8k.TEMPLATE,
+        None,
+    ),
 }
-"""Tasks with their own rows, template and label words, by value of ``data.name``."""
+"""Tasks with their own rows, template and label words, by value of ``data.name``; without words,
+the model completes prompts, and is rewarded."""
 
 SYNTHETIC = "synthetic"
 MAX_CLASSES = 2**16

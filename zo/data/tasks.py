@@ -7,11 +7,11 @@
     class        a text and its class, for a classifier           cross-entropy over the classes
     answer       a question whose answer is generated             F1 (:mod:`zo.data.answers`)
     pair         a prompt, a better and a worse answer            see :mod:`zo.data.pairs`
+    prompt       a prompt that the model completes                a reward: see zo/data/rewards.py
 
 A candidate counts by the mean log-likelihood of its tokens. Losses are computed from logits in
 float32, never taken from the model: several families return a loss in bf16, whose spacing is larger
-than the difference of two probes. Shapes: B sequences, T tokens, N words, classes or candidates, R
-rows (a candidate each), V the vocabulary.
+than two probes' difference. Shapes: B sequences, T tokens, N words, classes or candidates, R rows.
 """
 
 import math
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from zo.config.objective import LIKELIHOOD
+from zo.data.rewards import Rewards
 from zo.errors import UserError
 from zo.model.info import ModelInfo
 
@@ -45,7 +46,7 @@ class Example:
     ids: tuple[int, ...]
     target: int
     """Index of the label or of the candidate to train on; for a completion, the position of the
-    first token with a loss."""
+    first token with a loss; for a prompt to be completed, its number among all."""
     ignored: tuple[int, ...] = ()
     """Positions after ``target`` without a loss: what stands between an assistant's turns."""
     candidates: tuple[tuple[int, ...], ...] = ()
@@ -107,6 +108,8 @@ class Task:
     """Numbers that ``terms`` returns."""
     has_encoder: bool = False
     """True if an encoder takes what is before an example's ``target``; padding is on the right."""
+    rewards: Rewards | None = None
+    """What rewards the completions of prompts; the steps and scores of such a task are of these."""
 
     def objective(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the sum of losses and the number of terms; float64 of shape ``[2]``."""
@@ -163,6 +166,8 @@ class Task:
 
     def summarize(self, sums: Sequence[float]) -> dict[str, float]:
         """Return the scores of a data set from the sums of ``terms`` over its batches."""
+        if self.kind == "prompt":
+            return {"reward": 0.0 - sums[0] / sums[1]}
         first, mean = sums[0] / sums[1], sums[2] / sums[1]
         if self.kind == "completion":
             return {"loss": first, "perplexity": math.exp(min(first, 700.0))}
@@ -200,7 +205,7 @@ def masked(info: ModelInfo, pad: int, word_ids: Sequence[int], mask_id: int) -> 
         return _pad_right(examples, among, pad) | {"places": places}
 
     def at_mask(model: nn.Module, batch: Batch) -> Tensor:
-        logits = _logits(model, batch, info, {})
+        logits = logits_of(model, batch, info, {})
         numbers = torch.arange(len(logits), device=logits.device)
         return logits[numbers, batch["places"]][:, words(logits.device)]
 
@@ -211,54 +216,6 @@ def masked(info: ModelInfo, pad: int, word_ids: Sequence[int], mask_id: int) -> 
         return each_decision(at_mask(model, batch), batch["labels"])
 
     return Task("mask", collate, terms, "accuracy", examine)
-
-
-def candidates(info: ModelInfo, pad: int) -> Task:
-    """Return the task of choosing one of several texts that may follow a prompt.
-
-    A candidate is one row of the forward. Its score is the mean log-likelihood of its tokens, and
-    the loss is the cross-entropy of the scores (Malladi et al. 2023, "MeZO").
-    """
-    text = completion(info, pad)
-
-    def collate(examples: Sequence[Example], among: Sequence[Example]) -> Batch:
-        most = max(len(e.candidates) for e in among)
-        rows = torch.full((len(examples), most), -1)
-        right = torch.zeros_like(rows, dtype=torch.bool)
-        first = 0
-        for i, e in enumerate(examples):
-            rows[i, : len(e.candidates)] = torch.arange(first, first + len(e.candidates))
-            right[i, list(e.right or (e.target,))] = True
-            first += len(e.candidates)
-        target = torch.tensor([e.target for e in examples])
-        return {
-            **text.collate(_spread(examples), _spread(among)),
-            "rows": rows,
-            "right": right,
-            "target": target,
-        }
-
-    def terms(model: nn.Module, batch: Batch) -> Tensor:
-        losses, labels = answer_losses(model, batch, info), batch["labels"]
-        scores_R = -losses.sum(1) / (labels != IGNORED).sum(1)  # noqa: N806
-        # Row -1, of a candidate that an example lacks, is the last: it is never chosen.
-        never = scores_R.new_full((1,), -torch.inf)
-        scores_BN = torch.cat((scores_R, never))[batch["rows"]]  # noqa: N806
-        sums = decisions(scores_BN, batch["target"])
-        chosen = batch["right"].gather(1, scores_BN.argmax(-1, keepdim=True))
-        return torch.cat((sums[:2], chosen.sum().double().view(1)))
-
-    return Task("candidates", collate, terms, "accuracy")
-
-
-def followed(info: ModelInfo, pad: int) -> Task:
-    """Return the task of predicting the tokens of the candidate to train on, after its prompt."""
-    text = completion(info, pad)
-
-    def collate(examples: Sequence[Example], among: Sequence[Example]) -> Batch:
-        return text.collate([e.followed() for e in examples], [e.followed() for e in among])
-
-    return replace(text, collate=collate)
 
 
 def completion(info: ModelInfo, pad: int) -> Task:
@@ -322,17 +279,12 @@ def classification(info: ModelInfo, pad: int) -> Task:
         return _pad_right(examples, among, pad)
 
     def terms(model: nn.Module, batch: Batch) -> Tensor:
-        return decisions(_logits(model, batch, info, {}), batch["labels"])
+        return decisions(logits_of(model, batch, info, {}), batch["labels"])
 
     def examine(model: nn.Module, batch: Batch) -> Tensor:
-        return each_decision(_logits(model, batch, info, {}), batch["labels"])
+        return each_decision(logits_of(model, batch, info, {}), batch["labels"])
 
     return Task("class", collate, terms, "accuracy", examine)
-
-
-def _spread(examples: Sequence[Example]) -> list[Example]:
-    """Return every candidate of every example as a completion."""
-    return [e.candidate(number) for e in examples for number in range(len(e.candidates))]
 
 
 def _pad_right(
@@ -364,9 +316,10 @@ def pad_left(
     return batch
 
 
-def _logits(
+def logits_of(
     model: nn.Module, batch: Batch, info: ModelInfo, options: Mapping[str, object]
 ) -> Tensor:
+    """Return a model's logits of a micro-batch."""
     inputs = {
         key: value
         for key, value in batch.items()
@@ -382,7 +335,7 @@ def _last_logits(model: nn.Module, batch: Batch, info: ModelInfo, count: int) ->
     A model that accepts ``logits_to_keep`` computes no others.
     """
     options = {"logits_to_keep": count} if "logits_to_keep" in info.accepts else {}
-    return _logits(model, batch, info, options)[:, -count:]
+    return logits_of(model, batch, info, options)[:, -count:]
 
 
 def decisions(logits_BN: Tensor, labels: Tensor) -> Tensor:  # noqa: N803

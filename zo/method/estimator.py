@@ -2,13 +2,16 @@
 
 ``spsa``, two-sided: rows (z_k, +1), (z_k, -1) for each k;   g_k = (l(+) - l(-)) / (2 eps)
 ``one-sided``:       row (theta), then (z_k, +1);            g_k = (l(+) - l(theta)) / eps
+``population``:      row (z_k, +1);                          g_k = (l(+) - m_k) / eps
 
-l is the mean loss of the batch where every probe sees it (cover ``full``). Where direction k sees
-one micro-batch alone (``diagonal``), l is the sum of that micro-batch's losses over the mean number
-of terms of a micro-batch, so that the mean of g_k z_k estimates the gradient of the same mean loss.
+l is the mean loss of the batch where every probe sees it (cover ``full``), and m_k that of the
+other rows. Where direction k sees one micro-batch alone (``diagonal``), l is the sum of that
+micro-batch's losses over the mean number of terms of a micro-batch, so that the mean of g_k z_k
+estimates the gradient of the same mean loss.
 
 Both estimate z_k . grad; a rule of ``update`` turns them into a step. Pure functions.
-Sources: Spall 1992 (SPSA); Malladi et al. 2023 (MeZO).
+Sources: Spall 1992 (SPSA); Malladi et al. 2023 (MeZO); Salimans et al. 2017 (populations, of
+evolution strategies).
 """
 
 import struct
@@ -19,6 +22,7 @@ from math import inf, isfinite, nan, sqrt
 
 from zo.errors import UserError
 from zo.method.passes import Probe
+from zo.method.shaping import Agreement, agreement, shape
 from zo.method.table import Grid, LossTable
 
 UNIT_ROUNDOFF = 2.0**-24
@@ -56,6 +60,17 @@ def _with_first(rows: int) -> list[tuple[int, int]]:
     return [(row, 0) for row in range(1, rows)]
 
 
+def _with_next(rows: int) -> list[tuple[int, int]]:
+    return [(row, (row + 1) % rows) for row in range(rows)]
+
+
+def _over_others(table: LossTable, eps: float) -> list[float]:
+    losses = table.row_losses()
+    # The mean of all would share a part of each loss, and shorten the estimate by as much.
+    total, others = sum(losses), len(losses) - 1
+    return [(loss - (total - loss) / others) / eps for loss in losses]
+
+
 def _differences(table: LossTable, pairs: list[tuple[int, int]]) -> list[tuple[float, float]]:
     """Return for each pair a difference of two losses, and the terms that each of them sums.
 
@@ -91,6 +106,7 @@ ESTIMATORS = {
         _with_first,
         lambda table, eps: _slopes(table, _with_first(table.rows), eps),
     ),
+    "population": Estimator(lambda q: [(k, 1.0) for k in range(q)], _with_next, _over_others),
 }
 """The estimators, by the name that ``estimator.name`` takes."""
 
@@ -161,12 +177,23 @@ def empty_table(name: str, step: int, directions: int, eps: float, grid: Grid) -
     return LossTable(probes(name, step, directions, eps), columns, cells, grid.fold)
 
 
-def estimate(name: str, table: LossTable, eps: float) -> tuple[tuple[float, ...], int]:
+def estimate(
+    name: str, table: LossTable, eps: float, shaping: str = "none", per: str = "table"
+) -> tuple[tuple[float, ...], int]:
     """Return the projected gradients of a filled table, and the number that were not finite.
 
     They are float32 values; those that were not finite are zero. A direction whose micro-batch has
     no terms has a projected gradient of zero.
+
+    Args:
+        name: of the estimator.
+        table: filled.
+        eps: length of the step along a direction.
+        shaping: ``none``, or a shape of the losses, whose differences are not divided by ``eps``.
+        per: see :func:`zo.method.shaping.shape`.
     """
+    if shaping != "none":
+        table, eps = shape(table, shaping, per), 1.0
     raw = [float32(g) for g in ESTIMATORS[name].scalars(table, eps)]
     kept = tuple(g if isfinite(g) else 0.0 for g in raw)
     return kept, sum(not isfinite(g) for g in raw)
@@ -201,3 +228,11 @@ def spread(
         sqrt(sum(d * d for d in apart) / len(apart)) if apart else nan,
         sum(rounded) / len(rounded) if rounded else nan,
     )
+
+
+def agreement_of(name: str, table: LossTable) -> Agreement | None:
+    """Return how far the probes of an estimator's pairs agree.
+
+    See :func:`zo.method.shaping.agreement`.
+    """
+    return agreement(table, ESTIMATORS[name].pairs(table.rows))

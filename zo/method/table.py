@@ -154,7 +154,8 @@ class LossTable:
     """float64 of shape ``[len(cells), k]`` once filled.
 
     A cell holds the sum of losses, the number of terms, the number of tokens, and that with
-    padding.
+    padding; where completions are rewarded, the loss of each of its prompts follows, and a number
+    of each completion, which equal ones share.
     """
 
     def __post_init__(self) -> None:

@@ -255,10 +255,15 @@ class ModelLoader:
             )
         return found
 
-    def check_positions(self, max_tokens: int, skeleton: nn.Module | None = None) -> None:
+    def check_positions(
+        self,
+        max_tokens: int,
+        skeleton: nn.Module | None = None,
+        key: str = "batch.max_tokens",
+    ) -> None:
         """Check that sequences fit (see :func:`zo.model.positions.check_positions`)."""
-        text = self.hf_config.get_text_config()
-        check_positions(self.config.name, text, max_tokens, skeleton, self.peft.virtual_tokens)
+        text, virtual = self.hf_config.get_text_config(), self.peft.virtual_tokens
+        check_positions(self.config.name, text, max_tokens, skeleton, virtual, key)
 
     def _on_meta(self, hf_config: Any) -> Any:
         """Build a model on meta with its adapters, and mark what is trained."""
@@ -337,10 +342,12 @@ class ModelLoader:
                 f"model.name={self.config.name} needs {', '.join(needed)} beside tokens, and data "
                 "here is text alone; use a model that reads text by itself"
             )
+        end = getattr(self.hf_config.get_text_config(), "eos_token_id", None)
         return ModelInfo(
             task=self.task,
             vocab_size=self.vocab_size,
             accepts=frozenset(takes),
+            end_tokens=() if end is None else tuple(end) if isinstance(end, list) else (end,),
         )
 
     def weights(self, skeleton: nn.Module, seed: int, engine: Engine) -> WeightSource:

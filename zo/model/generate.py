@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from zo.method.philox import MASK, Purpose, words
+from zo.model.info import ModelInfo
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,9 @@ class Decoding:
     """Of the samples' noise."""
 
 
-def end_tokens(tokenizer: Any, hf_config: Any) -> tuple[int, ...]:
+def end_tokens(tokenizer: Any, info: ModelInfo) -> tuple[int, ...]:
     """Return the tokens that end a completion, by a tokenizer and a model's configuration."""
-    known = getattr(hf_config.get_text_config(), "eos_token_id", None)
-    found = [tokenizer.eos_token_id, *(known if isinstance(known, list) else [known])]
-    return tuple(sorted({token for token in found if token is not None}))
+    return tuple(sorted({tokenizer.eos_token_id, *info.end_tokens} - {None}))
 
 
 @torch.no_grad()

@@ -12,3 +12,5 @@ class ModelInfo:
     vocab_size: int
     accepts: frozenset[str]
     """Argument names of its forward."""
+    end_tokens: tuple[int, ...] = ()
+    """Tokens that its configuration ends a text with."""

@@ -11,7 +11,12 @@ KEYS = ("max_position_embeddings", "n_positions", "n_ctx")
 
 
 def check_positions(
-    name: str, config: Any, max_tokens: int, skeleton: nn.Module | None = None, virtual: int = 0
+    name: str,
+    config: Any,
+    max_tokens: int,
+    skeleton: nn.Module | None = None,
+    virtual: int = 0,
+    asked: str = "batch.max_tokens",
 ) -> None:
     """Check that sequences of ``max_tokens`` fit a model's positions.
 
@@ -19,8 +24,9 @@ def check_positions(
         name: ``model.name``.
         config: of the model's text.
         max_tokens: of a sequence.
-        virtual: tokens that an adapter puts before them.
         skeleton: the model, for positions that its embedding reserves; parameters may be on meta.
+        virtual: tokens that an adapter puts before them.
+        asked: key that sets ``max_tokens``.
 
     Raises:
         UserError: they do not.
@@ -33,7 +39,7 @@ def check_positions(
     if max_tokens > limit - taken:
         beside = f" beside peft.tokens={taken}" if taken else ""
         raise UserError(
-            f"batch.max_tokens={max_tokens} is more than the {limit} positions of "
+            f"{asked}={max_tokens} is more than the {limit} positions of "
             f"model.name={name} ({key}){beside}; use at most {limit - taken}"
         )
 

@@ -104,8 +104,11 @@ class Probing:
         """
         self.part = 0
         """Position of the first block that probes reach."""
+        self.splits_rows_only = True
+        """False if a module that runs once a cell may be given a key-value cache to split."""
         self._with_matrices: list[str] = []
         """Modules whose probes of matrices are written."""
+        self._kept: dict[tuple[object, ...], tuple[Tensor, Tensor, Tensor]] | None = None
         self._binding, self._form = binding, form
         self._position_of = form.of_parameter
         self._module_position: dict[str, int] = {}
@@ -150,6 +153,7 @@ class Probing:
         else:
             if any(len(p.spec.shape) >= 2 for p in own):
                 self._with_matrices.append(name)
+            self.splits_rows_only &= not any(True for _ in module.children())
             self._patches.replace(module, self._written(module, own))
 
     def written_matrices(self) -> list[str]:
@@ -179,6 +183,15 @@ class Probing:
             else:
                 self._active[here] = before
 
+    @contextmanager
+    def keeping(self) -> Iterator[None]:
+        """Keep the factors of the probes that are computed with: many forwards need them."""
+        self._kept = {}
+        try:
+            yield
+        finally:
+            self._kept = None
+
     def _probes(self, parameter: Placed) -> tuple[Probe, ...]:
         """Return the probes of a parameter in the current forward; empty at the weights alone."""
         if parameter.spec.frozen:
@@ -190,6 +203,9 @@ class Probing:
         self, part: Part, probes: Sequence[Probe], like: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return a of the part's rows, ``[K, m]``, b, ``[K, n]``, and c, ``[K, 1]``, of probes."""
+        key = part.parameter.name, part.rows, like.dtype
+        if self._kept is not None and key in self._kept:
+            return self._kept[key]
         start, first = part.parameter.start, part.rows[0] if part.rows else 0
         m, n = part.shape
         dtype, device = like.dtype, like.device
@@ -197,7 +213,10 @@ class Probing:
         seed = self._form.seed
         a = factor_signs(seed, directions, start + first, m, Purpose.ROW, dtype, device)
         b = factor_signs(seed, directions, start, n, Purpose.COLUMN, dtype, device)
-        return a[which], b[which], scales
+        found = a[which], b[which], scales
+        if self._kept is not None:
+            self._kept[key] = found
+        return found
 
     def linear(self, part: Part, x: Tensor, weight: Tensor) -> Tensor:
         """Return the product of ``x`` with rows of a weight, ``[m, n]``, and with their probes."""

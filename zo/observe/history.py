@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from zo.errors import UserError
 
-PREFERRED = ("accuracy", "f1", "exact_match")
+PREFERRED = ("accuracy", "f1", "exact_match", "reward")
 """Scores to choose the best by, the first that there is; otherwise the lowest loss."""
 LOWER_IS_BETTER = ("loss", "perplexity")
 DETAILS = "details"

@@ -14,6 +14,7 @@ from zo.errors import UserError
 from zo.io.determinism import explain_nondeterminism
 from zo.observe.history import Evaluation
 from zo.run.problem import Problem
+from zo.run.rewarded import measure_held_out
 from zo.streaming.replica import Replica
 
 
@@ -59,6 +60,11 @@ def evaluate(
         mesh: of the run.
         at_once: batches that one pass over the model serves.
     """
+    if task.rewards is not None:
+        owners = [i % mesh.ranks for i in range(len(batches))]
+        mine = batches[mesh.rank :: mesh.ranks]
+        sums, _ = mesh.gather(measure_held_out(replica, task.rewards, mine, mesh), owners, width=3)
+        return Evaluation(task.summarize([sum(column) for column in sums.T.tolist()]))
     labels = [] if task.examine is None else [batch["labels"] for batch in batches]
     rows = max(map(len, labels), default=1)
     width = task.width if task.examine is None else 3 * rows

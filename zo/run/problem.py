@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zo.config.schema import Config
+from zo.config.objective import reward_name
+from zo.config.schema import AUTO, Config
 from zo.data.batches import build_data, pad_id
 from zo.data.named import NamedRows
 from zo.data.pairs import Reference
@@ -93,6 +94,35 @@ def own_problem(
     )
 
 
+def _check_rewarded(config: Config, reward: str, loader: ModelLoader) -> None:
+    """Check that a reward can be had of a model's completions.
+
+    Raises:
+        UserError: it cannot.
+    """
+    said, memory = f"objective.name={reward} rewards completions", config.memory
+    if loader.task != "causal-lm":
+        raise UserError(
+            f"{said}, which model.name={config.model.name}, of {loader.task}, does not write; "
+            "use a causal language model"
+        )
+    if memory.store != "device":
+        raise UserError(
+            f"{said}, for which all weights must be where the model computes; use "
+            f"memory.store=device in place of {memory.store}"
+        )
+    if config.update.lr == AUTO:
+        raise UserError(
+            f"{said}, and update.lr={AUTO} tries rates by a loss of given texts; give a number"
+        )
+    if config.data.name == SYNTHETIC:
+        raise UserError(f"{said}, and data.name={SYNTHETIC} has no prompts; give rows with them")
+    loader.check_positions(
+        config.batch.max_tokens + config.generation.max_new_tokens,
+        key="batch.max_tokens + generation.max_new_tokens",
+    )
+
+
 def build_problem(config: Config) -> Problem:
     """Return the problem of a configuration, read from folders or the hub; no weights are read yet.
 
@@ -102,6 +132,9 @@ def build_problem(config: Config) -> Problem:
     loader = ModelLoader(config.model, config.peft)
     rows = _rows(config, loader.task)
     loader.check_positions(config.batch.max_tokens)
+    reward = reward_name(config.objective, config.data.name)
+    if reward is not None:
+        _check_rewarded(config, reward, loader)
     tokenizer = None if rows.synthetic else loader.tokenizer()
     classes = (
         rows.class_names(loader.class_names) if loader.task == "sequence-classification" else []
@@ -125,7 +158,7 @@ def build_problem(config: Config) -> Problem:
         tokenizer=tokenizer,
         exportable=True,
         narrow=loader.narrow(skeleton),
-        uniform_loss=log(max(2, len(classes) or loader.vocab_size)),
+        uniform_loss=None if reward else log(max(2, len(classes) or loader.vocab_size)),
     )
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from zo.config.schema import AUTO, Config
 from zo.data.pairs import Reference
 from zo.distributed.process_group import Mesh
 from zo.errors import UserError
@@ -25,6 +26,8 @@ from zo.run.evaluate import of_batches
 from zo.streaming.replica import Replica
 
 FILE = "reference.json"
+TRIED_STEPS = 5
+"""Steps that trials of a rate draw from, at most (:mod:`zo.run.rates`)."""
 SAVED_AT_ONCE = 128
 """Answers between two writes of the file."""
 
@@ -36,28 +39,31 @@ def find_reference(
     replica: Replica,
     mesh: Mesh,
     phase: Callable[[str], AbstractContextManager[None]],
-    at_once: int,
-    steps: int = 0,
+    config: Config,
     folder: Path | None = None,
     is_writer: bool = False,
+    steps: int | None = None,
 ) -> None:
-    """Make the numbers known that so many steps and the held-out data need; every rank calls it.
+    """Make the numbers known that a run's steps and the held-out data need; every rank calls it.
 
     Args:
         reference: *modified in place*; ``None`` for data without pairs.
         replica: not opened yet.
         mesh: of the run.
         phase: shows what is done inside of it.
-        at_once: batches that one pass over the model serves.
-        steps: of the run; 0 for the held-out data alone.
+        config: of the run.
         folder: of the run, if there is one.
         is_writer: write the file.
+        steps: to know the numbers of; by default those of the run, and of trials of rates.
 
     Raises:
         UserError: the folder cannot be written.
     """
     if reference is None:
         return
+    at_once = 2 * config.batch.sequences
+    if steps is None:
+        steps = max(config.run.steps, TRIED_STEPS if config.update.lr == AUTO else 0)
     base = replica.store.base
     kept = _read(folder / FILE, base) if folder and mesh.rank == 0 else {}
     reference.known |= mesh.broadcast(kept)

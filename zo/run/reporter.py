@@ -14,6 +14,7 @@ from zo.distributed.mesh import Shape, idle_report
 from zo.distributed.process_group import Mesh
 from zo.errors import RankError, UserError
 from zo.method import estimator
+from zo.method.shaping import Agreement
 from zo.method.table import LossTable
 from zo.observe.divergence import WINDOW, Divergence
 from zo.observe.history import Evaluation, History
@@ -76,7 +77,7 @@ class Reporter:
         if mesh.rank == 0:
             self._open()
         self._share_evaluations()
-        self._skipped_in_a_row, self._said_rounding = 0, False
+        self._skipped_in_a_row, self._said_rounding, self._said_signal = 0, False, False
         self._remedy = "raise estimator.eps"
         self._divergence: Divergence | None = None
         self._said_divergence = False
@@ -150,7 +151,8 @@ class Reporter:
             self.progress.say(written)
         if idle := idle_of(config, shape):
             self.progress.warn(idle)
-        if config.estimator.distribution == "gaussian" and config.update.lr >= FIRST_ORDER_LR:
+        unshaped = config.estimator.distribution == "gaussian" and config.estimator.shape == "none"
+        if unshaped and config.update.lr >= FIRST_ORDER_LR:
             self.progress.warn(
                 f"warning: update.lr={config.update.lr} is a usual rate of first-order training; "
                 "full fine-tuning by Gaussian directions usually diverges there: MeZO uses 1e-7 to "
@@ -219,6 +221,9 @@ class Reporter:
             **memory(self.mesh.device),
         }
         values |= {"skipped": skipped} if skipped else {}
+        if agreed := estimator.agreement_of(self.config.estimator.name, table):
+            differ, same = agreed
+            values |= {"reward": 0.0 - table.loss, "pairs_disagree": differ, "same_outputs": same}
         values |= {} if self.config.update.clip is None else {"clipped": clipped}
         if self.metrics:
             self.metrics.write(values)
@@ -226,8 +231,8 @@ class Reporter:
         self.progress.step(values, self.scores, self._first_scores)
         self.enter("training")
         self._check_divergence(entry.step, table.loss)
-        self._warn(entry.step, entry.scalars, skipped)
-        if not self._has_collapsed(table.loss):
+        self._warn(entry.step, entry.scalars, skipped, agreed)
+        if agreed is None and not self._has_collapsed(table.loss):
             self._warn_of_rounding(entry.step, spread, resolution)
         for name in self.replica.corrupt():
             self.progress.warn(
@@ -247,12 +252,21 @@ class Reporter:
             )
         return max(torch.finfo(dtype).eps for dtype in (model_dtype, loss_dtype)) / 2
 
-    def _warn(self, step: int, scalars: tuple[float, ...], skipped: int) -> None:
+    def _warn(
+        self, step: int, scalars: tuple[float, ...], skipped: int, agreed: Agreement | None
+    ) -> None:
         if skipped:
             self.progress.warn(
                 f"step {step}: {skipped} of {len(scalars)} directions had no finite loss and count "
                 "as zero"
             )
+        elif not any(scalars) and agreed is not None:
+            if not self._said_signal:
+                self.progress.warn(
+                    f"step {step}: the signal is gone: no probe has a better reward than another, "
+                    f"and {agreed[1]:.0%} of their completions are the same; raise estimator.eps, "
+                    "give rewards that tell more completions apart, or set generation.temperature=1"
+                )
         elif not any(scalars) and any(self.log.entries[0].scalars):
             self.progress.warn(
                 f"step {step}: every projected gradient is exactly zero, and at step 1 they were "
@@ -264,6 +278,7 @@ class Reporter:
                 f"step {step}: every projected gradient is exactly zero: the perturbation does not "
                 f"change the loss: {self._remedy}, or set model.dtype=float32"
             )
+        self._said_signal = agreed is not None and not any(scalars)
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped == len(scalars) else 0
         if self._skipped_in_a_row >= self.config.run.max_skipped:
             raise UserError(

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 
+from zo.config.objective import reward_name
 from zo.config.recipes import config_of
 from zo.config.schema import Config
 from zo.data.named import TEST
@@ -178,8 +179,7 @@ def _load(
         problem = build_problem(config)
     with torch.no_grad(), explain_nondeterminism():
         replica, structure = assemble(problem, config, mesh, blocks, phase, writable=False)
-    at_once = 2 * config.batch.sequences
-    find_reference(problem.reference, replica, mesh, phase, at_once, folder=folder)
+    find_reference(problem.reference, replica, mesh, phase, config, folder, steps=0)
     return problem, mesh, replica, list(structure.held)
 
 
@@ -195,6 +195,9 @@ def adapted(
         device: to compute on; ``None`` for the run's own.
         trust_remote_code: allow code from the model's folder or repository to run.
     """
+    if data is not None and (reward := reward_name(config.objective, config.data.name)):
+        # The reward of a task's data is that of the run, on other data too.
+        config = replace(config, objective=replace(config.objective, name=reward))
     if data == TEST and config.task is not None:
         config = replace(config, data=replace(config.data, dev=TEST))
     elif data is not None:

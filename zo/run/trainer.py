@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zo.config.schema import AUTO, Config
+from zo.config.schema import Config
 from zo.data.tasks import Batch
 from zo.distributed.mesh import fit
 from zo.distributed.process_group import Mesh
@@ -35,13 +35,13 @@ from zo.model.folds import ALONE, Together
 from zo.observe.metrics import finite_or_none
 from zo.observe.progress import Progress
 from zo.observe.record import Record
-from zo.run import startup
+from zo.run import rewarded, startup
 from zo.run.assemble import assemble, log_header, to_device
 from zo.run.audit import Audit
 from zo.run.evaluate import check_scored, evaluate
 from zo.run.objective import Objective
 from zo.run.problem import Problem, build_problem, own_problem
-from zo.run.rates import JUDGED_STEPS, Probed, check_store, resolve_rate, save
+from zo.run.rates import Probed, check_store, resolve_rate, save
 from zo.run.reference import find_reference
 from zo.run.reporter import Reporter
 from zo.run.restore import export_model, rebuild, restore_snapshot, save_snapshot
@@ -177,6 +177,7 @@ class Run:
         data = config.data.name or config.task
         with progress.phase(f"reading model {config.model.name} and data {data}"):
             self.problem = own or build_problem(config)
+        self._rewards = rewarded.load(self.problem.task)
         check_scored(config, self.problem)
         self.replica, self.structure = assemble(self.problem, config, mesh, blocks, progress.phase)
         for line in self.structure.lines:
@@ -184,9 +185,7 @@ class Run:
         self.structure.check(config.estimator, self.replica.layout)
         check_anchor(config.update.anchor, self.replica.layout, self.replica.base)
         ours = self.problem.reference, self.replica, mesh, progress.phase
-        judged = JUDGED_STEPS.stop if config.update.lr == AUTO else 0
-        at_once, steps = 2 * config.batch.sequences, max(config.run.steps, judged)
-        self.find_reference: Callable[..., None] = partial(find_reference, *ours, at_once, steps)
+        self.find_reference: Callable[..., None] = partial(find_reference, *ours, config)
         self.config, found, self.probed = resolve_rate(self, progress.say)
         self.log = self._open_log(command, found)
         self.find_reference(self.folder.path, self.is_writer)
@@ -285,10 +284,10 @@ class Run:
         table = self._table(step)
         folds = table.folds(self.mesh.rank, axes.perturb, axes.data)
         results = self._forwards(step, table, [cell for fold in folds for cell in fold])
-        owners = table.owners(axes.perturb, axes.data)
-        values, stops = self.mesh.gather(results, owners, width=4, flag=asked)
-        table = table.fill(values)
-        raw, skipped = estimator.estimate(config.estimator.name, table, config.estimator.eps)
+        owners, width = table.owners(axes.perturb, axes.data), rewarded.width(self._rewards, config)
+        values, stops = self.mesh.gather(results, owners, width, flag=asked)
+        table, how = table.fill(values), config.estimator
+        raw, skipped = estimator.estimate(how.name, table, how.eps, how.shape, how.shape_per)
         limit = config.update.clip
         scalars = raw if limit is None else clip(raw, self.log.entries, limit)
         position = step * config.batch.sequences
@@ -320,6 +319,8 @@ class Run:
             column: to_device(self.problem.batches(step - 1, column), self.mesh)
             for column in sorted({column for _, column in cells})
         }
+        if (rewards := self._rewards) is not None:
+            return rewarded.measure_cells(self.replica, rewards, table, numbers, batches, step)
         forwards = [partial(self._forward, batches[column]) for _, column in cells]
         rows, together = [row for row, _ in cells], ALONE
         if self.structure.meet or table.part:

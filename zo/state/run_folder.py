@@ -39,8 +39,8 @@ from zo.state.log import Log
 from zo.state.snapshot import Snapshot, Writer
 
 RESULT_KEYS = (
-    *("model", "peft", "data", "batch", "estimator", "objective", "update"),
-    "run.seed",
+    *("model", "peft", "data", "objective.name", "objective.beta", "generation"),
+    *("batch", "estimator", "update", "run.seed"),
 )
 """Groups and keys that decide a run's bits, so that a resumed run must have the same."""
 SNAPSHOTS_KEPT = 2

@@ -33,6 +33,7 @@ from zo.streaming.device import device_of
 from zo.streaming.disk_store import DiskStore
 from zo.streaming.stores import DeviceStore, HostStore
 from zo.streaming.streamer import UNPERTURBED, Streamer
+from zo.streaming.whole import Whole
 
 T = TypeVar("T")
 Stored = tuple[DeviceStore | HostStore | DiskStore, Callable[[Replay], BlockCache]]
@@ -161,6 +162,7 @@ class Replica:
     def _follow(self, log: Log) -> None:
         """Make what computes with the weights, which stand where the store has them."""
         self.log, replay = log, Replay(log, self.layout, self.base)
+        self._replay = replay
         self.cache = self._make_cache(replay)
         self.is_resident = self.cache.is_resident
         self.cache.bind_at_rest(self.binding)
@@ -179,6 +181,7 @@ class Replica:
         offload = self._memory.activations == "host"
         self._lockstep = Lockstep(self.binding, offload=offload, probing=self._probing)
         self._folds = Folds(self.binding, self._lockstep, self._probing, form)
+        self._whole: Whole | None = None
 
     def budget(self, rows: tuple[int, int] = (0, 0)) -> Budget:
         """Return the memory that this rank allocates.
@@ -250,6 +253,19 @@ class Replica:
             )
         ]
         return self._folds.run(cells, self.streamer, together.part)
+
+    def whole(
+        self,
+        probes: Sequence[Probe],
+        rows: Sequence[int],
+        folds: Sequence[Sequence[int]],
+        part: int,
+        compute: Callable[[Sequence[int]], Sequence[T]],
+    ) -> list[T]:
+        """Run what calls the model many times; see :meth:`zo.streaming.whole.Whole.run`."""
+        if self._whole is None:
+            self._whole = Whole(self.binding, self._replay, self.cache, self._probing, self._form)
+        return self._whole.run(probes, rows, folds, part, compute)
 
     def plain(self, forwards: Sequence[Callable[[], T]], at_once: int, passes: int) -> list[T]:
         """Run forwards of the unperturbed model, ``at_once`` in each of ``passes``."""
