@@ -1,8 +1,8 @@
 """Load models of any family with transformers: configuration, tokenizer, skeleton, weights."""
 
-import copy
 import inspect
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from zo.io.engines import Engine
 from zo.model.adapters import AdaptedSource, add_adapters, initial_adapters
 from zo.model.checkpoint import CheckpointSource, shard_files
 from zo.model.info import ModelInfo
+from zo.model.narrow import narrow_configs
 from zo.model.positions import check_positions
 from zo.model.source import RandomSource, WeightSource
 from zo.model.trained import train_only
@@ -53,13 +54,6 @@ ATTENTION_WORDS = re.compile(
     "attn_implementation|attention implementation|[Ff]lash ?[Aa]ttention|flash_attn|flex"
 )
 """Matches transformers' errors about ``attn_implementation``."""
-NARROW_HEAD = 16
-"""Width of an attention head in a narrow copy."""
-WIDTHS, LENGTHS = (
-    re.compile("hidden|emb|model|dim|width"),
-    re.compile("max|position|vocab|layers|seq"),
-)
-"""Configuration keys that are widths, and keys that are not though their values may be equal."""
 
 
 class ModelLoader:
@@ -210,35 +204,15 @@ class ModelLoader:
     def narrow(self, skeleton: nn.Module) -> nn.Module | None:
         """Build a model of the same structure and a small width; ``None`` if that is not possible.
 
-        For the self-check: a layer of a large model has gigabytes, and the modules that read its
-        weights do not depend on its width.
+        For the self-check, which otherwise uses the full width.
         """
-        config, width = (
-            copy.deepcopy(self.hf_config),
-            getattr(self.hf_config.get_text_config(), "hidden_size", 0),
-        )
-        heads = getattr(config.get_text_config(), "num_attention_heads", 0)
-        if not width or not heads or width <= heads * NARROW_HEAD:
-            return None
-        for part in {id(c): c for c in (config, config.get_text_config())}.values():
-            for key, value in list(vars(part).items()):
-                if (
-                    value == width
-                    and type(value) is int
-                    and WIDTHS.search(key)
-                    and not LENGTHS.search(key)
-                ):
-                    setattr(part, key, heads * NARROW_HEAD)
-            if isinstance(getattr(part, "head_dim", None), int):
-                part.head_dim = NARROW_HEAD
-        try:
-            model = self._on_meta(config)
-        except (ValueError, RuntimeError, AttributeError):
-            return None  # The self-check uses the full width.
-        same = [n for n, _ in model.named_parameters()] == [
-            n for n, _ in skeleton.named_parameters()
-        ]
-        return model if same else None
+        names = [name for name, _ in skeleton.named_parameters()]
+        for config in narrow_configs(self.hf_config):
+            with suppress(ValueError, RuntimeError, AttributeError):
+                model = self._on_meta(config)
+                if [name for name, _ in model.named_parameters()] == names:
+                    return model  # type: ignore[no-any-return]
+        return None
 
     @property
     def vocab_size(self) -> int:

@@ -1,5 +1,6 @@
 """Assembly of a model for training, scores or export: find and check its blocks, fill its store."""
 
+import gc
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -13,6 +14,7 @@ from zo.config.schema import Config, EstimatorConfig
 from zo.data.tasks import Batch
 from zo.distributed.process_group import Mesh
 from zo.errors import UserError
+from zo.io.host_memory import return_freed_memory
 from zo.method.part import fewest_layers, layers_reached
 from zo.model.blocks import find_layout, layer_names, layer_of
 from zo.model.form import forward_order, layer_places
@@ -177,6 +179,8 @@ def assemble(
         may_hold = config.model.train is None and not problem.own
         checked = self_check(models, forwards, mesh.device, distribution, unit, probed, may_hold)
     held = checked.held.hold(problem.skeleton)
+    gc.collect()  # The copies of the check, before the weights take their memory.
+    return_freed_memory()
     layout = find_layout(problem.skeleton, unit, checked.merged, checked.resident)
     model = problem.build()
     checked.held.hold(model)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from zo.config.schema import MemoryConfig
+from zo.io.host_memory import return_freed_memory
 from zo.method.kernels.written import written_probes
 from zo.method.passes import Probe
 from zo.model.blocks import find_layout
@@ -128,6 +129,7 @@ def _corrected_losses(
         )
     finally:
         replica.close()
+        return_freed_memory()
 
 
 def _written_losses(
@@ -144,6 +146,7 @@ def _written_losses(
         with _bound_at_each_use(replica, probe, order, part):
             by_row.append([forward(model) for forward in forwards])
     replica.close()
+    return_freed_memory()
     return [losses[column] for column in range(len(forwards)) for losses in by_row]
 
 
