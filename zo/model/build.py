@@ -78,11 +78,13 @@ class ModelLoader:
         self.hf_config: Any = self._read("model.name", self.path, AutoConfig)
         self.task = self._task()
         self.peft = peft or PeftConfig()
-        if self.peft.type in PEFT_KEYS["tokens"] and self.task != "causal-lm":
+        is_virtual = self.peft.type in PEFT_KEYS["tokens"]
+        fits = ("causal-lm",) if is_virtual else ("causal-lm", "sequence-classification")
+        if self.peft.type is not None and self.task not in fits:
+            other = "use peft.type=lora or ia3, or " if self.task in TASKS[:2] else ""
             raise UserError(
-                f"peft.type={self.peft.type} is for causal language models, and model.name="
-                f"{config.name} is of model.task={self.task}; use peft.type=lora or ia3, or choose "
-                "what to train by model.train"
+                f"peft.type={self.peft.type} is for model.task={' or '.join(fits)}, and model.name="
+                f"{config.name} is of {self.task}; {other}choose what to train by model.train"
             )
 
     def _read(self, key: str, path: str, kind: Any) -> Any:
