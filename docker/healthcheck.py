@@ -38,6 +38,7 @@ def main(overrides: list[str]) -> int:
         (Path(scrap) / "config.json").write_text(json.dumps(MODEL), encoding="utf-8")
         command = [sys.executable, "launch/train.py", f"model.name={scrap}", "model.weights=random"]
         command += [
+            "recipe=quickstart",
             "data.name=synthetic",
             "batch.sequences=2",
             "batch.micro=1",

@@ -152,7 +152,7 @@ MISTAKES = {
     "steps below zero": (["run.steps=-1"], "run.steps=-1 is out of range"),
     "unknown estimator": (
         ["estimator.name=adam"],
-        "estimator.name='adam' is not known; use one of one-sided, spsa",
+        "estimator.name='adam' is not known; use one of one-sided, population, spsa",
     ),
     "no data": (["data.name=''"], "data.name is empty"),
     "no model": (["model.name=''"], "model.name is empty"),

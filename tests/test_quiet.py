@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parent.parent
 OURS = re.compile(
     r"(data: |reading model |checking that |loading weights: |default in |settings |step \d+/\d+  "
-    r"|error: )"
+    r"|the best |error: )"
 )
 
 
