@@ -169,9 +169,7 @@ def assemble(
     batches = [to_device(problem.batches(0, column), mesh) for column in columns]
     forwards = [_forward(problem, batch) for batch in batches]
     probed = _short_forwards(problem, batches)
-    models = (
-        [problem.narrow, problem.skeleton] if problem.narrow is not None else [problem.skeleton]
-    )
+    models = [model for model in (problem.narrow, problem.skeleton) if model is not None]
     unit = config.memory.unit
     with phase("checking that block-by-block forwards equal plain forwards, bit for bit"):
         distribution = config.estimator.distribution
