@@ -68,7 +68,7 @@ def evaluate(
     labels = [] if task.examine is None else [batch["labels"] for batch in batches]
     rows = max(map(len, labels), default=1)
     width = task.width if task.examine is None else 3 * rows
-    table = of_batches(
+    table = gather_terms(
         lambda batch: _examine(replica.model, task, batch, rows),
         replica,
         batches,
@@ -92,7 +92,7 @@ def _examine(model: nn.Module, task: Task, batch: Batch, rows: int) -> Tensor:
     return pad(table, (0, 0, 0, rows - len(table))).flatten()
 
 
-def of_batches(
+def gather_terms(
     terms: Callable[[Batch], Tensor],
     replica: Replica,
     batches: Sequence[Batch],

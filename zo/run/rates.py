@@ -8,7 +8,6 @@ same on any mesh. Which is used is decided in :mod:`zo.method.rates`.
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from math import inf, isfinite
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +15,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from zo.config.schema import AUTO, Config
+from zo.data.tasks import Batch
 from zo.distributed.process_group import Mesh
 from zo.errors import UserError
 from zo.io.atomic import replacing, write_whole
@@ -24,7 +24,7 @@ from zo.method.rates import Trial, choose, largest_rate, search
 from zo.method.table import LossTable
 from zo.observe.divergence import is_far
 from zo.observe.metrics import finite_or_none
-from zo.run.assemble import to_device
+from zo.run.evaluate import gather_terms
 from zo.run.problem import Problem
 from zo.state.log import Log
 from zo.state.run_folder import RunFolder
@@ -124,10 +124,14 @@ class _Trials:
         self._first: Entry | None = None
         """The first step, whose projected gradients are the same at any rate."""
         self._before = inf
+        self._judged: list[Batch] = []
+        """Micro-batches that judge a trial."""
 
     def find(self) -> Probed:
         run = self._run
         run.find_reference()
+        columns = range(run.config.batch.columns)
+        self._judged = [run.problem.batches(step, c) for step in JUDGED_STEPS for c in columns]
         self._begin(0.0)
         self._before, sequences = self._clean_loss(), len(JUDGED_STEPS) * run.config.batch.sequences
         self._say(
@@ -187,18 +191,11 @@ class _Trials:
     def _clean_loss(self) -> float:
         """Return the unperturbed mean loss of the micro-batches that judge a trial."""
         run, columns = self._run, self._run.config.batch.columns
-        places = [(step, column) for step in JUDGED_STEPS for column in range(columns)]
-        ranks, rank = run.mesh.ranks, run.mesh.rank
-        owners = [at % ranks for at in range(len(places))]
-        forwards = [partial(self._terms, *place) for place in places[rank::ranks]]
-        passes = -(-len(owners[::ranks]) // columns)  # Of rank 0, which has the most.
-        results = run.replica.plain(forwards, columns, passes)
-        table, _ = run.mesh.gather(results, owners, width=2)
+        table = gather_terms(self._terms, run.replica, self._judged, run.mesh, columns, width=2)
         loss, terms = (sum(column) for column in table.T.tolist())
         return loss / terms if terms else inf
 
-    def _terms(self, step: int, column: int) -> Tensor:
-        batch = to_device(self._run.problem.batches(step, column), self._run.mesh)
+    def _terms(self, batch: Batch) -> Tensor:
         return self._run.problem.objective(self._run.replica.model, batch).double().view(2)
 
 

@@ -22,12 +22,11 @@ from zo.distributed.process_group import Mesh
 from zo.errors import UserError
 from zo.io.atomic import write_whole
 from zo.io.determinism import explain_nondeterminism
-from zo.run.evaluate import of_batches
+from zo.run.evaluate import gather_terms
+from zo.run.rates import JUDGED_STEPS
 from zo.streaming.replica import Replica
 
 FILE = "reference.json"
-TRIED_STEPS = 5
-"""Steps that trials of a rate draw from, at most (:mod:`zo.run.rates`)."""
 SAVED_AT_ONCE = 128
 """Answers between two writes of the file."""
 
@@ -63,7 +62,7 @@ def find_reference(
         return
     at_once = 2 * config.batch.sequences
     if steps is None:
-        steps = max(config.run.steps, TRIED_STEPS if config.update.lr == AUTO else 0)
+        steps = max(config.run.steps, JUDGED_STEPS.stop if config.update.lr == AUTO else 0)
     base = replica.store.base
     kept = _read(folder / FILE, base) if folder and mesh.rank == 0 else {}
     reference.known |= mesh.broadcast(kept)
@@ -80,7 +79,7 @@ def find_reference(
             for first in range(0, len(missing), SAVED_AT_ONCE):
                 keys, batches = zip(*missing[first : first + SAVED_AT_ONCE], strict=True)
                 score = partial(reference.score, replica.model)
-                found = of_batches(score, replica, batches, mesh, at_once, width=1)
+                found = gather_terms(score, replica, batches, mesh, at_once, width=1)
                 reference.known |= dict(zip(keys, found[:, 0].tolist(), strict=True))
                 keep()
     keep()
