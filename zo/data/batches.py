@@ -230,6 +230,11 @@ def _synthetic(info: ModelInfo, pad: int) -> Task:
         )
     if info.task == "sequence-classification":
         return tasks.classification(info, pad)
+    return _completion(info, pad)
+
+
+def _completion(info: ModelInfo, pad: int) -> Task:
+    """Return the task of predicting completions, in the decoder where the model has an encoder."""
     return seq2seq.completion(pad) if info.task == "seq2seq-lm" else tasks.completion(info, pad)
 
 
@@ -258,8 +263,7 @@ def _task(
     if "label" in rows.columns and rows.template and rows.label_words:
         words = rows.label_words
         return *encoder.choice(rows.template, words, info, pad), words
-    language = seq2seq.completion(pad) if info.task == "seq2seq-lm" else tasks.completion(info, pad)
-    return language, encoder.language(), classes
+    return _completion(info, pad), encoder.language(), classes
 
 
 def _equal_pairs(rows: Rows, encoded: Sequence[Encoded]) -> str | None:

@@ -56,6 +56,23 @@ class Encoder:
             getattr(tokenizer, f"{which}_token_id", None) for which in ("bos", "eos")
         )
 
+    def single_word_ids(self, words: Sequence[str], reason: str) -> list[int]:
+        """Return the one token of each label word.
+
+        Raises:
+            UserError: a word is several tokens, or has none of the model's vocabulary; ``reason``
+                says why it must be one.
+        """
+        found = self.word_ids(words)
+        for word, ids in zip(words, found, strict=True):
+            if len(ids) != 1:
+                pieces = self.tokenizer.convert_ids_to_tokens(ids)
+                raise UserError(
+                    f"data.label_words: {word!r} is {len(ids)} tokens {pieces}, and {reason}; use "
+                    "a word of one token"
+                )
+        return [ids[0] for ids in found]
+
     def word_ids(self, words: Sequence[str]) -> list[tuple[int, ...]]:
         """Return the tokens of each label word.
 

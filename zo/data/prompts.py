@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from zo.config.checks import template_columns
 from zo.config.schema import Config
@@ -96,11 +95,7 @@ def prompting(info: ModelInfo, pad: int, rewards: Rewards) -> Task:
         logits = tasks.logits_of(model, batch, info, {})
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, tasks.IGNORED)
         # The first token is rated too, by the logits at the last: a prompt may have but one.
-        loss = cross_entropy(
-            logits.flatten(0, 1).float(), labels.roll(-1, 1).flatten(), reduction="sum"
-        )
-        count = batch["attention_mask"].sum()
-        return torch.stack((loss.double(), count.double(), torch.zeros_like(loss).double()))
+        return tasks.terms_of(tasks.label_losses(logits, labels.roll(-1, 1), "sum"), labels)
 
     return Task("prompt", collate, terms, rewards=rewards)
 

@@ -33,22 +33,6 @@ class QuestionEncoder(Encoder):
             )
         return int(found)
 
-    def _mask_words(self, names: Sequence[str]) -> list[int]:
-        """Return the one token of each label word.
-
-        Raises:
-            UserError: a word is several tokens, for one mask.
-        """
-        found = self.word_ids(names)
-        for word, ids in zip(names, found, strict=True):
-            if len(ids) != 1:
-                pieces = self.tokenizer.convert_ids_to_tokens(ids)
-                raise UserError(
-                    f"data.label_words: {word!r} is {len(ids)} tokens {pieces}, and a masked "
-                    "language model predicts one at the mask; use a word of one token"
-                )
-        return [ids[0] for ids in found]
-
     def choice(
         self, template: str, names: Sequence[str], info: ModelInfo, pad: int
     ) -> tuple[Task, Encoding]:
@@ -88,7 +72,8 @@ class QuestionEncoder(Encoder):
             return Encoded([self._example(origin, kept, target)], len(ids))
 
         trained = f"the mask of {template!r}, one of {', '.join(map(repr, names))}"
-        task = tasks.masked(info, pad, self._mask_words(names), mask)
+        reason = "a masked language model predicts one at the mask"
+        task = tasks.masked(info, pad, self.single_word_ids(names, reason), mask)
         return task, Encoding(encode, (*columns, "label"), trained)
 
     def _around(self, ids: list[int], at: int) -> list[int]:

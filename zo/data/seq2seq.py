@@ -12,11 +12,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from zo.data.encode import Encoded, Encoder, Encoding
 from zo.data.files import Origin
-from zo.data.tasks import IGNORED, Batch, Example, Task, decisions, each_decision
+from zo.data.tasks import (
+    IGNORED,
+    Batch,
+    Example,
+    Task,
+    decisions,
+    each_decision,
+    label_losses,
+    terms_of,
+)
 from zo.errors import UserError
 from zo.model.info import ModelInfo
 
@@ -32,15 +40,9 @@ class PairEncoder(Encoder):
         Raises:
             UserError: a word is several tokens.
         """
-        words = self.word_ids(names)
-        for name, ids in zip(names, words, strict=True):
-            if len(ids) != 1:
-                raise UserError(
-                    f"data.label_words: {name!r} is {len(ids)} tokens, and the decoder of "
-                    "an encoder-decoder model makes one; use a word of one token"
-                )
-        firsts = [ids[0] for ids in words]
-        task = choice(pad, firsts, self.lead(names[0], firsts[0]))
+        reason = "the decoder of an encoder-decoder model makes one"
+        words = self.single_word_ids(names, reason)
+        task = choice(pad, words, self.lead(names[0], words[0]))
         return task, self.labelled(template, names, is_classifier=False)
 
     def lead(self, word: str, word_id: int) -> list[int]:
@@ -90,12 +92,7 @@ def completion(pad: int) -> Task:
 
     def terms(model: nn.Module, batch: Batch) -> Tensor:
         labels = batch["labels"]
-        logits = _logits(model, batch, labels)
-        loss = cross_entropy(
-            logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum"
-        )
-        count = (labels != IGNORED).sum()
-        return torch.stack((loss.double(), count.double(), torch.zeros_like(loss).double()))
+        return terms_of(label_losses(_logits(model, batch, labels), labels, "sum"), labels)
 
     return Task("completion", collate, terms, has_encoder=True)
 

@@ -225,9 +225,7 @@ def completion(info: ModelInfo, pad: int) -> Task:
         return collate_answers(examples, among, info, pad)
 
     def terms(model: nn.Module, batch: Batch) -> Tensor:
-        loss = answer_losses(model, batch, info, "sum")
-        count = (batch["labels"] != IGNORED).sum()
-        return torch.stack((loss.double(), count.double(), torch.zeros_like(loss).double()))
+        return terms_of(answer_losses(model, batch, info, "sum"), batch["labels"])
 
     def examine(model: nn.Module, batch: Batch) -> Tensor:
         sums = answer_losses(model, batch, info).sum(1, dtype=torch.float64)
@@ -263,6 +261,17 @@ def answer_losses(
     """Return the losses of the labels, ``[B, T]`` with 0 where there is none, or their sum."""
     labels = batch["labels"]
     logits = _last_logits(model, batch, info, labels.shape[1] + 1)[:, :-1]
+    return label_losses(logits, labels, reduction)
+
+
+def label_losses(logits: Tensor, labels: Tensor, reduction: str) -> Tensor:
+    """Return the losses of labels ``[B, T]``, 0 where there is none (``none``), or their ``sum``.
+
+    Args:
+        logits: ``[B, T, V]``.
+        labels: int64, ``IGNORED`` where there is none.
+        reduction: ``none`` or ``sum``.
+    """
     losses = cross_entropy(
         logits.flatten(0, 1).float(),
         labels.flatten(),
@@ -270,6 +279,12 @@ def answer_losses(
         reduction=reduction,
     )
     return losses if reduction == "sum" else losses.view(labels.shape)
+
+
+def terms_of(loss: Tensor, labels: Tensor) -> Tensor:
+    """Return the terms (see :class:`Task`) of a sum of losses of labels, which have no score."""
+    count = (labels != IGNORED).sum()
+    return torch.stack((loss.double(), count.double(), torch.zeros_like(loss).double()))
 
 
 def classification(info: ModelInfo, pad: int) -> Task:
