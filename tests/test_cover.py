@@ -84,7 +84,7 @@ def test_the_mean_of_diagonal_estimates_is_the_gradient_of_the_batch(name, probe
     assert error < 0.2 * float(gradient.norm())
 
 
-@pytest.mark.parametrize("name", DIAGONAL)
+@pytest.mark.parametrize("name", ESTIMATORS)
 def test_the_loss_of_a_diagonal_table_is_the_batchs(name):
     """The number that a user follows must not depend on the cover."""
     theta, matrices = torch.ones(SIZE), quadratics()

@@ -55,7 +55,7 @@ class Reward:
 
     @property
     def is_ours(self) -> bool:
-        """True for a reward of zo, which is no code of a user's."""
+        """True for a reward of zo; any other is code of the user's."""
         return self.name in REWARDS
 
     def load(self) -> None:

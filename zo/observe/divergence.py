@@ -1,4 +1,4 @@
-"""Tells by the losses of steps if a run diverges."""
+"""Detect by the losses of its steps that a run diverges."""
 
 from collections import deque
 from collections.abc import Iterable

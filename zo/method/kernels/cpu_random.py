@@ -135,6 +135,13 @@ def fill_signs(words, count, bits_a_word, one, bits):  # type: ignore[no-untyped
                 signs[b] = one ^ ((cleared >> u32(b)) << u32(31))
 
 
+def vector_at(context: Any, builder: Any, kind: Any, array: Any, at: Any, vector: Any) -> Any:
+    """Return LLVM's pointer to the vector whose first element is an array's element ``at``."""
+    proxy: Any = cgutils.create_struct_proxy(kind)  # type: ignore[no-untyped-call]
+    data = proxy(context, builder, array).data
+    return builder.bitcast(builder.gep(data, [at]), vector.as_pointer())
+
+
 @intrinsic
 def _add_signs(_context: Any, y: Any, x: Any, at: Any, word: Any, c: Any) -> Any:
     """Compute ``y[at : at + 32] = x[at : at + 32] + z * c``, z being 1 where a bit is set, else -1.
@@ -147,11 +154,6 @@ def _add_signs(_context: Any, y: Any, x: Any, at: Any, word: Any, c: Any) -> Any
         y, x, at, word, c = arguments
         vector, bits = ir.VectorType(ir.FloatType(), 32), ir.VectorType(ir.IntType(1), 32)
 
-        def place(kind: Any, array: Any) -> Any:
-            proxy: Any = cgutils.create_struct_proxy(kind)  # type: ignore[no-untyped-call]
-            data = proxy(context, builder, array).data
-            return builder.bitcast(builder.gep(data, [at]), vector.as_pointer())
-
         def splat(number: Any) -> Any:
             undefined = ir.Constant(vector, ir.Undefined)
             first = builder.insert_element(undefined, number, ir.Constant(ir.IntType(32), 0))
@@ -160,8 +162,11 @@ def _add_signs(_context: Any, y: Any, x: Any, at: Any, word: Any, c: Any) -> Any
 
         signs = builder.bitcast(word, bits)
         term = builder.select(signs, splat(c), splat(builder.fneg(c)))
-        before = builder.load(place(signature.args[1], x), align=4)
-        builder.store(builder.fadd(before, term), place(signature.args[0], y), align=4)
+        source, target = (
+            vector_at(context, builder, kind, array, at, vector)
+            for kind, array in ((signature.args[1], x), (signature.args[0], y))
+        )
+        builder.store(builder.fadd(builder.load(source, align=4), term), target, align=4)
         return context.get_dummy_value()
 
     return types.void(y, x, types.int64, types.uint32, types.float32), generate

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from llvmlite import ir
-from numba.core import cgutils, types
+from numba.core import types
 from numba.extending import intrinsic
 from torch import Tensor
 
@@ -24,6 +24,7 @@ from zo.method.kernels.cpu_random import (
     jit,
     u32,
     u64,
+    vector_at,
 )
 
 
@@ -39,15 +40,11 @@ def _spread(_context: Any, random16: Any, at: Any, words: Any, call: Any) -> Any
         half, eight = ir.IntType(16), ir.VectorType(ir.IntType(32), 8)
         sixteen = ir.VectorType(ir.IntType(32), 16)
 
-        def place(kind: Any, array: Any, index: Any, vector: Any) -> Any:
-            proxy: Any = cgutils.create_struct_proxy(kind)  # type: ignore[no-untyped-call]
-            data = proxy(context, builder, array).data
-            return builder.bitcast(builder.gep(data, [index]), vector.as_pointer())
-
         def shift(first: int, second: int) -> Any:
             return ir.Constant(sixteen, [first] * 8 + [second] * 8)
 
-        word = builder.load(place(signature.args[2], words, call, eight), align=4)
+        source = vector_at(context, builder, signature.args[2], words, call, eight)
+        word = builder.load(source, align=4)
         twice = ir.Constant(sixteen, list(range(8)) * 2)
         word = builder.shuffle_vector(word, ir.Constant(eight, ir.Undefined), twice)
         low = builder.lshr(word, shift(0, 8))
@@ -55,7 +52,7 @@ def _spread(_context: Any, random16: Any, at: Any, words: Any, call: Any) -> Any
         for number, bits in enumerate((low, high)):
             index = builder.add(at, ir.Constant(ir.IntType(64), 16 * number))
             halves = ir.VectorType(half, 16)
-            target = place(signature.args[0], random16, index, halves)
+            target = vector_at(context, builder, signature.args[0], random16, index, halves)
             builder.store(builder.trunc(bits, halves), target, align=2)
         return context.get_dummy_value()
 
