@@ -1,6 +1,6 @@
 """Kinds of models, each trained as what it is, and by any store and unit with the same bits.
 
-One family stands for each mechanism; benchmarks/families.md has a sweep over all of transformers.
+One family stands for each mechanism; benchmarks/families.py sweeps over all of transformers.
 """
 
 import json
