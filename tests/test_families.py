@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import WORDS, make_tokenizer
 from plain import assert_refused, run
-from transformers import AutoConfig, AutoModelForSeq2SeqLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from zo.config.schema import ModelConfig
 from zo.data import seq2seq
@@ -162,3 +162,28 @@ def test_a_model_without_the_task_is_told_those_that_it_has(settings, tmp_path):
     folder_of(tmp_path, "t5")
     said = r"is a t5, of which transformers has no causal-lm model; use .*model\.task=seq2seq-lm"
     assert_refused(said, settings, tmp_path / "run", "model.task=causal-lm")
+
+
+def test_parameters_of_one_element_are_exported_from_any_store(settings, tmp_path):
+    """Between visits each is a NaN, as of every shape, but no stride tells it from a weight."""
+    small = TEXT | {"num_hidden_layers": 2}
+    AutoConfig.for_model("apertus", **small).save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    found = []
+    for n, place in enumerate(([], ELSEWHERE)):
+        run(settings, tmp_path / str(n), *place, "export.at_end=true")
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / str(n) / "model")
+        found.append(model.state_dict())
+    assert any(tensor.numel() == 1 for tensor in found[0].values())
+    assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
+
+
+def test_a_model_whose_forward_changes_its_weights_is_refused(settings, tmp_path):
+    """RWKV divides some at its first evaluation: a resumed run would do it once more."""
+    sizes = {"hidden_size": 32, "attention_hidden_size": 32, "num_hidden_layers": 2, **IDS}
+    AutoConfig.for_model("rwkv", **sizes).save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    said = "forward changes its own weights .*turn that off in the model's config.json"
+    assert_refused(said, settings, tmp_path / "run")
+    AutoConfig.for_model("rwkv", rescale_every=0, **sizes).save_pretrained(tmp_path / "model")
+    assert run(settings, tmp_path / "run", *ELSEWHERE)["fingerprint"]

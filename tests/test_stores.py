@@ -2,8 +2,12 @@
 
 import json
 import os
+import shutil
 import subprocess
+import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +17,7 @@ from plain import plain_config
 from ranks import KILLED, kill_at, train
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils.cpp_extension import _get_build_directory
 from transformers import (
     AutoModelForCausalLM,
     MixtralConfig,
@@ -509,3 +514,27 @@ def test_too_little_host_memory_is_told_before_any_is_taken(overrides, tmp_path,
         UserError, match=r"memory\.store=host needs \d+ bytes .* of host memory and 1000 "
     ):
         run([*overrides, "memory.store=host"], tmp_path / "run")
+
+
+def test_a_process_killed_while_it_loads_deepnvme_holds_up_no_later_one(why_no_deepnvme, tmp_path):
+    """PyTorch waits for ever for the file that marks a build, which a killed process leaves."""
+    if why_no_deepnvme:
+        pytest.skip(why_no_deepnvme)
+    built = Path(_get_build_directory("async_io", verbose=False))
+    mark = tmp_path / "async_io/lock"
+    shutil.copytree(built, mark.parent)
+    mark.unlink(missing_ok=True)
+    load = [sys.executable, "-c", "from zo.io.engines import ENGINES; ENGINES['deepnvme']()"]
+    here = os.environ | {"TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    left = False
+    for _ in range(5):
+        process = subprocess.Popen(load, env=here)
+        while process.poll() is None and not mark.exists():
+            time.sleep(0.001)
+        process.kill()
+        process.wait()
+        if left := mark.exists():
+            break
+    assert left
+    subprocess.run(load, env=here, check=True, timeout=500)
+    assert not mark.exists()

@@ -4,8 +4,11 @@
 direct I/O, which bypasses the page cache and takes none of the processor.
 """
 
+import fcntl
 import mmap
 import os
+import sys
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -22,6 +25,9 @@ MADV_POPULATE_READ = 22
 """Of mman.h; Python 3.11 has no name for it."""
 BOUNCE_BYTES = 16 * 2**20
 """Size of the buffer for direct reads of unaligned bytes."""
+
+WAIT_SECONDS = 20
+"""Time after which it is said that an operator is still being compiled."""
 
 
 def padded(size_bytes: int) -> int:
@@ -228,10 +234,44 @@ def _deepnvme_handle() -> Callable[..., Any]:
             raise UserError(
                 f"memory.disk_engine=deepnvme needs libaio, which is not there; {remedy}"
             )
-        return builder.load(verbose=False).aio_handle  # type: ignore[no-any-return]
+        return _load_alone(builder).aio_handle  # type: ignore[no-any-return]
     except (RuntimeError, OSError, ImportError) as error:
         said = " ".join(str(error).split())[:300]
         raise UserError(f"memory.disk_engine=deepnvme cannot be built: {said}; {remedy}") from error
+
+
+def _load_alone(builder: Any) -> Any:
+    """Load an operator of DeepSpeed while no other process of zo does.
+
+    PyTorch marks a build by a file that only the process which made it removes, and waits for it
+    for ever. A killed process leaves that file, and its name in ours, whose lock ends with it.
+    """
+    from torch.utils.cpp_extension import _get_build_directory
+
+    folder = Path(_get_build_directory(builder.name, verbose=False))
+    mark = folder / "lock"
+    with (folder / "zo.lock").open("a+") as ours:
+        fcntl.flock(ours, fcntl.LOCK_EX)
+        ours.seek(0)
+        if ours.read():
+            mark.unlink(missing_ok=True)
+        ours.write("loading")
+        ours.flush()
+        late = threading.Timer(WAIT_SECONDS, _say_waiting, [mark])
+        late.daemon = True
+        late.start()
+        try:
+            return builder.load(verbose=False)
+        finally:
+            late.cancel()
+            ours.truncate(0)
+
+
+def _say_waiting(mark: Path) -> None:
+    print(
+        f"DeepNVMe is being compiled, once, for minutes; if nothing compiles, delete {mark}",
+        file=sys.stderr,
+    )
 
 
 ENGINES: dict[str, Callable[[], Engine]] = {"mmap": Mapped, "deepnvme": DeepNvme}

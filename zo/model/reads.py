@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from zo.errors import UserError
 from zo.model.layout import Layout
 
 VALUE_PROPERTIES = {"T", "mT", "H", "mH", "data", "real", "imag"}
@@ -88,7 +89,12 @@ def out_of_block_reads(model: nn.Module, layout: Layout, forwards: Sequence[Forw
 
 
 def used(model: nn.Module, forwards: Sequence[Forward]) -> tuple[set[str], set[str]]:
-    """Return the names of the modules that plain forwards call and of the parameters they read."""
+    """Return the names of the modules that plain forwards call and of the parameters they read.
+
+    Raises:
+        UserError: a forward writes a parameter, as some models do when they are first evaluated.
+    """
+    versions = [(name, p, p._version) for name, p in model.named_parameters()]
     called: set[str] = set()
     hooks = [
         module.register_forward_pre_hook(lambda m, a, name=name: called.add(name))
@@ -100,5 +106,10 @@ def used(model: nn.Module, forwards: Sequence[Forward]) -> tuple[set[str], set[s
             forward(model)
     for hook in hooks:
         hook.remove()
+    if written := [name for name, p, version in versions if p._version != version]:
+        raise UserError(
+            f"the model's forward changes its own weights ({written[0]}), which a resumed run "
+            "would change twice; turn that off in the model's config.json, or use another model"
+        )
     named = model.named_parameters(remove_duplicate=False)
     return called, {name for name, p in named if id(p) in watch.read}

@@ -262,8 +262,8 @@ def _states(
     yield from ((number, state(number)) for number, count in enumerate(left) if not count)
     for name, tensor in source.tensors() if source is not None else ():
         first = next((f for f, names in content.names.items() if name in names), None)
-        if first is None:
-            continue  # The base of adapters.
+        if first not in lacking:
+            continue  # The base of adapters, or what the model itself has.
         number = of_part[first]
         held[number][first] = tensor.detach().to("cpu", copy=True).contiguous()
         left[number] -= 1
@@ -272,4 +272,5 @@ def _states(
 
 
 def _is_placeholder(tensor: Tensor) -> bool:
-    return tensor.numel() > 1 and not any(tensor.stride())
+    # A single element has no strides to tell by, but placeholders are NaN.
+    return not any(tensor.stride()) and (tensor.numel() > 1 or bool(tensor.isnan().all()))
