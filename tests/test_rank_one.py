@@ -74,7 +74,8 @@ def both(matrices, count, dtype, work, first=0, rows=None):
     results = []
     for function in (replay_and_perturb, replay_and_perturb_reference):
         stored = weights(count, dtype)
-        stored[::7] = -0.0
+        stored[::7], stored[3::111], stored[5::113] = -0.0, float("inf"), -float("inf")
+        stored[9::127] = torch.finfo(dtype).max
         part = stored[first:]
         out = torch.zeros(len(work.probes), len(part), dtype=dtype)
         function(part, START + first, work, out, rows, matrices)

@@ -27,6 +27,7 @@ from zo.method.kernels.cpu_plan import (
     rows_of,
 )
 from zo.method.kernels.cpu_random import (
+    BFLOAT16,
     KINDS,
     PARALLEL_FROM,
     TILE,
@@ -40,11 +41,15 @@ from zo.method.kernels.cpu_random import (
     u64,
 )
 from zo.method.kernels.cpu_rounding import (
+    add_and_round,
+    fill_random16,
     load,
     numpy_view,
     round_nearest,
     round_stochastic,
     rounding_scratch,
+    widen_add_and_round,
+    widen_and_add,
 )
 from zo.method.philox import Purpose
 
@@ -179,6 +184,44 @@ def _change(x, begin, stride, block, address, plan, kind, s):  # type: ignore[no
 
 
 @jit
+def _is_one_fill(plan, kind):  # type: ignore[no-untyped-def]
+    """Return whether :func:`_change_bfloat16` serves a pass: every change's vectors fit at once."""
+    for e in range(len(plan.steps)):
+        group, stop = plan.first_groups[e], plan.first_groups[e + 1]
+        if group == stop or plan.fills[group] != plan.fills[stop - 1]:
+            return False
+    return kind == BFLOAT16
+
+
+@jit
+def _change_bfloat16(stored, block, address, plan, x, s):  # type: ignore[no-untyped-def]
+    """Apply all changes to a block of ``stored``, in registers but for vectors after the first."""
+    rows, columns, width = block[1], block[2], block[3]
+    # Of whole rows, several share a line of addresses.
+    height = max(1, TILE // columns) if columns == width else 1
+    for e in range(len(plan.steps)):
+        decay, group, last = plan.decays[e], plan.first_groups[e], plan.first_groups[e + 1] - 1
+        _prepare(plan, plan.fills[group], block, s)
+        for r in range(rows):
+            at = r % height * columns
+            if at == 0:
+                here = address + u64(block[0] + r * width)
+                count = min(height, rows - r) * columns
+                random16 = fill_random16(plan.seed, here, plan.steps[e], count, s.calls, s.halves)
+            w = stored[block[0] + r * width :][:columns]
+            first, random = _vector(plan, group, block, r, s), random16[at : at + columns]
+            if group == last:
+                widen_add_and_round(w, decay, first, random)
+                continue
+            widen_and_add(w, decay, first, x)
+            for g in range(group + 1, last):
+                v = _vector(plan, g, block, r, s)
+                for j in range(columns):
+                    x[j] = x[j] + v[j]
+            add_and_round(x, _vector(plan, last, block, r, s), random, w)
+
+
+@jit
 def _perturb(x, begin, stride, block, plan, kind, out, s):  # type: ignore[no-untyped-def]
     """Write the probes of a block whose row r begins at ``x[begin + r * stride]``."""
     rows, columns = block[1], block[2]
@@ -230,17 +273,22 @@ def _replay_and_perturb_float32(rectangles, stored, address, kind, out, *numbers
 def _replay_and_perturb(rectangles, stored, address, kind, out, *numbers):  # type: ignore[no-untyped-def]
     """Replay and perturb rectangles of 16-bit ``stored``, each widened to float32 and rounded."""
     s, x, plan = _scratch(), np.empty(BLOCK, np.float32), Plan(*numbers)
+    in_registers = _is_one_fill(plan, kind)
     for rectangle in rectangles:
         block, columns = rectangle.copy(), rectangle[2]
         for first in range(0, rectangle[1], _height(columns)):
             block[0], block[4] = rectangle[0] + first * rectangle[3], rectangle[4] + first
             block[1] = min(_height(columns), rectangle[1] - first)
             s.loaded[3] = -1
+            if in_registers:
+                _change_bfloat16(stored, block, address, plan, x, s)
+                if len(plan.probes) == 0:
+                    continue
             for r in range(block[1]):
                 begin = block[0] + r * block[3]
                 load(stored[begin : begin + columns], kind, x[r * columns :][:columns])
-            _change(x, 0, columns, block, address, plan, kind, s)
-            if len(plan.steps) > 0:
+            if len(plan.steps) > 0 and not in_registers:
+                _change(x, 0, columns, block, address, plan, kind, s)
                 for r in range(block[1]):
                     begin = block[0] + r * block[3]
                     w = x[r * columns :][:columns]

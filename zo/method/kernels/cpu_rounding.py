@@ -59,6 +59,37 @@ def _spread(_context: Any, random16: Any, at: Any, words: Any, call: Any) -> Any
     return types.void(random16, types.int64, words, types.int64), generate
 
 
+@intrinsic
+def _widened(_context: Any, stored: Any) -> Any:
+    """Return a bfloat16's bits as a float32."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        word = ir.IntType(32)
+        high = builder.shl(builder.zext(arguments[0], word), ir.Constant(word, 16))
+        return builder.bitcast(high, ir.FloatType())
+
+    return types.float32(types.uint16), generate
+
+
+@intrinsic
+def _rounded(_context: Any, x: Any, random16: Any) -> Any:
+    """Return the bits of a bfloat16 next to a float32, by 16 random bits.
+
+    Of numbers of 32 bits alone: numba's own arithmetic widens them to 64.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        word, half = ir.IntType(32), ir.IntType(16)
+        x, random16 = arguments
+        # An infinity's upper half stays, whatever is added.
+        bits = builder.add(builder.bitcast(x, word), builder.zext(random16, word))
+        upper = builder.trunc(builder.lshr(bits, ir.Constant(word, 16)), half)
+        is_nan = builder.fcmp_unordered("uno", x, x)
+        return builder.select(is_nan, ir.Constant(half, 0x7FC0), upper)
+
+    return types.uint16(types.float32, types.uint16), generate
+
+
 @jit
 def rounding_scratch():  # type: ignore[no-untyped-def]
     """Return the ``words`` and ``halves`` that :func:`round_stochastic` writes into."""
@@ -108,18 +139,50 @@ def round_nearest(x, kind, stored):  # type: ignore[no-untyped-def]
 
 
 @jit
+def fill_random16(seed, address, step, count, words, halves):  # type: ignore[no-untyped-def]
+    """Return the random numbers of at most ``TILE`` addresses, a part of ``halves``.
+
+    ``words`` and ``halves`` are scratch, see :func:`rounding_scratch`.
+    """
+    before = i64(address % u64(128))
+    lines = (before + count + 127) // 128
+    fill_words(seed, address // u64(128) * u64(8), step, ROUNDING, 8 * lines, words)
+    for i in range(lines):
+        for j in range(4):
+            _spread(halves, 128 * i + 32 * j, words[j], 8 * i)  # type: ignore[call-arg]
+    return halves[before : before + count]
+
+
+@jit
+def widen_and_add(stored, decay, v, x):  # type: ignore[no-untyped-def]
+    """Compute ``x = stored * decay + v`` of bfloat16 ``stored``, in float32."""
+    for j in range(len(v)):
+        x[j] = _widened(stored[j]) * decay + v[j]  # type: ignore[call-arg]
+
+
+@jit
+def add_and_round(x, v, random16, stored):  # type: ignore[no-untyped-def]
+    """Round ``x + v`` to bfloat16 ``stored``, as :func:`round_stochastic` does."""
+    for j in range(len(v)):
+        stored[j] = _rounded(x[j] + v[j], random16[j])  # type: ignore[call-arg]
+
+
+@jit
+def widen_add_and_round(stored, decay, v, random16):  # type: ignore[no-untyped-def]
+    """Round ``stored * decay + v`` to bfloat16 in place, as :func:`round_stochastic` does."""
+    for j in range(len(v)):
+        x = _widened(stored[j]) * decay + v[j]  # type: ignore[call-arg]
+        stored[j] = _rounded(x, random16[j])
+
+
+@jit
 def round_stochastic(x, kind, seed, address, step, words, halves, small):  # type: ignore[no-untyped-def]
     """Round float32 ``x``, at most ``TILE`` elements, in place to numbers of the stored dtype.
 
     ``words``, ``halves`` (see :func:`rounding_scratch`) and ``small[len(x)]`` are scratch.
     """
-    before = i64(address % u64(128))
-    lines = (before + len(x) + 127) // 128
-    fill_words(seed, address // u64(128) * u64(8), step, ROUNDING, 8 * lines, words)
-    for i in range(lines):
-        for j in range(4):
-            _spread(halves, 128 * i + 32 * j, words[j], 8 * i)  # type: ignore[call-arg]
-    bits, random16 = x.view(np.uint32), halves[before : before + len(x)]
+    random16 = fill_random16(seed, address, step, len(x), words, halves)
+    bits = x.view(np.uint32)
     if kind == BFLOAT16:
         for i in range(len(x)):
             b = bits[i]
