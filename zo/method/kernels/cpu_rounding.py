@@ -102,9 +102,8 @@ def load(stored, kind, x):  # type: ignore[no-untyped-def]
     """Widen ``stored`` to float32 in ``x``, exactly."""
     count = len(stored)
     if kind == BFLOAT16:
-        bits = x.view(np.uint32)
         for i in range(count):
-            bits[i] = u32(stored[i]) << u32(16)
+            x[i] = _widened(stored[i])  # type: ignore[call-arg]
     else:
         bits = x.view(np.uint32)
         for i in range(count):
@@ -182,13 +181,11 @@ def round_stochastic(x, kind, seed, address, step, words, halves, small):  # typ
     ``words``, ``halves`` (see :func:`rounding_scratch`) and ``small[len(x)]`` are scratch.
     """
     random16 = fill_random16(seed, address, step, len(x), words, halves)
-    bits = x.view(np.uint32)
     if kind == BFLOAT16:
         for i in range(len(x)):
-            b = bits[i]
-            finite = (b & u32(0x7FFFFFFF)) < u32(0x7F800000)
-            bits[i] = ((b + u32(random16[i])) & u32(0xFFFF0000)) if finite else b
+            x[i] = _widened(_rounded(x[i], random16[i]))  # type: ignore[call-arg]
         return
+    bits = x.view(np.uint32)
     for i in range(len(x)):
         units = min(abs(x[i]), f32(1.0)) * f32(2.0**24) + f32(i32(u32(random16[i]))) * f32(2.0**-16)
         small[i] = f32(i32(units)) * f32(2.0**-24)
