@@ -5,12 +5,13 @@ picture shows what the code does.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib
 import torch
 from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
@@ -53,6 +54,14 @@ def _box(axes: Axes, x: float, y: float, w: float, h: float, text: str, color: s
     axes.text(x + w / 2, y + h / 2, text, ha="center", va="center", fontsize=9.5)
 
 
+def _cells(axes: Axes, x: float, y: float, kinds: torch.Tensor, colors: Sequence[str]) -> None:
+    """Draw a cell of size one for each number of a matrix, in the color of that number."""
+    height, width = kinds.shape
+    edges = [x + i for i in range(width + 1)], [y + i for i in range(height + 1)]
+    style = {"edgecolors": "white", "lw": 1, "vmin": 0, "vmax": len(colors) - 1}
+    axes.pcolormesh(*edges, kinds, cmap=ListedColormap(colors), **style)
+
+
 def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float]) -> None:
     axes.annotate("", end, start, arrowprops=ARROW)
 
@@ -87,19 +96,23 @@ def draw_step() -> Figure:
 def draw_table() -> Figure:
     """Draw a full and a diagonal loss table, each cell in the color of the rank that owns it."""
     figure, both = _figure(7.6, 3.9, 1, 1)
-    cases = (
-        ("cover=full, spsa, two directions\nmesh.perturb=2 mesh.data=2", "spsa", 2, "full", (2, 2)),
-        (
-            "cover=diagonal, one-sided, probes=2\nmesh.data=4",
-            "one-sided",
-            8,
-            "diagonal",
-            (1, 4),
-        ),
+    full = (
+        "cover=full, spsa, two directions\nmesh.perturb=2 mesh.data=2",
+        "spsa",
+        2,
+        "full",
+        (2, 2),
     )
-    for axes, (title, name, directions, cover, mesh) in zip(both, cases, strict=True):
-        diagonal = cover == "diagonal"
-        table = empty_table(name, 1, directions, 1e-3, Grid(3 if diagonal else 4, 4, 1, cover))
+    diagonal = (
+        "cover=diagonal, one-sided, probes=2\nmesh.data=4",
+        "one-sided",
+        8,
+        "diagonal",
+        (1, 4),
+    )
+    for axes, (title, name, directions, cover, mesh) in zip(both, (full, diagonal), strict=True):
+        height = 4 if cover == "full" else 3
+        table = empty_table(name, 1, directions, 1e-3, Grid(height, 4, 1, cover))
         _bare(axes, 6.4, 10.4)
         axes.set_title(title, fontsize=9, pad=12)
         for column in range(4):
@@ -109,12 +122,12 @@ def draw_table() -> Figure:
             sign = "+" if probe.scale > 0 else "-"
             label = f"θ {sign} εz{probe.direction}" if probe.scale else "θ"
             axes.text(1.85, 1.5 + row, label, ha="right", va="center")
-            for column in range(4):
-                axes.add_patch(Rectangle((2 + column, 1 + row), 1, 1, fc="white", ec="#bbbbbb"))
+        owners = torch.full((table.rows, 4), len(RANKS))
         for (row, column), rank in zip(table.cells, table.owners(*mesh), strict=True):
-            axes.add_patch(Rectangle((2 + column, 1 + row), 1, 1, fc=RANKS[rank], ec="white"))
+            owners[row, column] = rank
             middle = {"ha": "center", "va": "center", "color": "white", "fontsize": 8}
             axes.text(2.5 + column, 1.5 + row, str(rank), **middle)
+        _cells(axes, 2, 1, owners, [*RANKS, LIGHT])
     both[0].text(4, 6.2, "a cell: one forward, by the rank\nof its number", ha="center")
     return figure
 
@@ -128,8 +141,7 @@ def draw_log() -> Figure:
     axes.text(6.5, 1.55, "steps.log: the state of training", ha="center")
     for number in range(6):
         text = ("1", "2", "3", "…", "n", "n+1")[number]
-        last = number == 5
-        style = {"fc": "white" if last else LIGHT, "ec": INK, "ls": "--" if last else "-"}
+        style = {"fc": LIGHT, "ec": INK} if number < 5 else {"fc": "white", "ec": INK, "ls": "--"}
         axes.add_patch(Rectangle((3.5 + number, 2), 1, 1.4, **style))
         axes.text(4 + number, 2.7, text, ha="center", va="center")
     axes.text(
@@ -184,32 +196,22 @@ def draw_rank_one() -> Figure:
     rows, width = 8, 12
     z = rank_one(0, 1, 0, rows * width, matrices=[Matrices(0, rows * width, rows, width)])
     z = z.view(rows, width)
-    b = z[0] * z[0, 0]
-    a = z[:, 0]
-    assert torch.equal(z, a[:, None] * b)
+    a, b = z[:, :1], z[:1] * z[0, 0]
+    assert torch.equal(z, a * b)
     _bare(left, 15.5, 13.4)
-    colors = {1.0: RANKS[0], -1.0: "#f2d7b0"}
-    for i in range(rows):
-        left.add_patch(Rectangle((0.6, 3 + i), 1, 1, fc=colors[float(a[i])], ec="white"))
-        for j in range(width):
-            left.add_patch(Rectangle((3 + j, 3 + i), 1, 1, fc=colors[float(z[i, j])], ec="white"))
-    for j in range(width):
-        left.add_patch(Rectangle((3 + j, 1), 1, 1, fc=colors[float(b[j])], ec="white"))
+    for x, y, signs in ((0.6, 3, a), (3, 1, b), (3, 3, z)):
+        _cells(left, x, y, signs > 0, ("#f2d7b0", RANKS[0]))
     left.text(9, 0.5, "b: a sign for each column", ha="center")
     left.text(1.1, 2.6, "a", ha="center")
     left.text(9, 2.7, f"z = a bᵀ: {rows * width} numbers of {rows + width} bits", ha="center")
     left.text(7.6, 12.6, "x (W + ε a bᵀ)ᵀ = x Wᵀ + ε (x · b) aᵀ", ha="center", fontsize=11)
     _bare(right, 10, 11)
-    for layer in range(6):
-        is_top = layer < 2
-        if not is_top:
-            _box(right, 3.2, 1.2 + 1.5 * layer, 3.6, 1.1, f"layer {6 - layer}")
-            continue
-        for probe in range(4):
-            x = 0.2 + 2.45 * probe
-            _box(right, x, 1.2 + 1.5 * layer, 2.2, 1.1, f"layer {6 - layer}", "#cfdcea")
-    for probe in range(4):
-        _arrow(right, (5, 4.2), (1.3 + 2.45 * probe, 3.85))
+    for place in range(2, 6):
+        _box(right, 3.2, 1.2 + 1.5 * place, 3.6, 1.1, f"layer {6 - place}")
+    for x in (0.2, 2.65, 5.1, 7.55):
+        _box(right, x, 1.2, 2.2, 1.1, "layer 6", "#cfdcea")
+        _box(right, x, 2.7, 2.2, 1.1, "layer 5", "#cfdcea")
+        _arrow(right, (5, 4.2), (x + 1.1, 3.85))
     right.text(5, 0.7, "part=top:2, four probes", ha="center")
     right.text(5, 10.8, "computed once for all probes", ha="center", fontsize=9)
     return figure
