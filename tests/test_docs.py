@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import yaml
@@ -113,19 +114,11 @@ def test_the_examples_of_a_page_run(page, tmp_path, monkeypatch, tiny_model):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(zo, "load_config", load_config, raising=False)
-    for registry in (TASKS, ESTIMATORS):
-        for name in [*registry]:  # What a page adds is taken out again.
-            monkeypatch.setitem(registry, name, registry[name])
-    before = [set(TASKS), set(ESTIMATORS)]
     found, names = blocks(f"{page}.md", "python"), {"__name__": "page"}
     assert found
-    try:
+    with patch.dict(TASKS), patch.dict(ESTIMATORS):  # What a page adds is taken out again.
         for block in found:
             exec(compile(block, page, "exec"), names)
-    finally:
-        for registry, known in zip((TASKS, ESTIMATORS), before, strict=True):
-            for added in set(registry) - known:
-                del registry[added]
 
 
 @pytest.mark.slow
