@@ -26,6 +26,7 @@ FOLDER = Path(__file__).parent / "pages" / "pictures"
 RANKS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2")
 INK, LIGHT, RED = "#333333", "#e8ecef", "#c44e52"
 ARROW = {"arrowstyle": "-|>", "color": INK, "lw": 1.2}
+NO_METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))
 STYLE = {
     "svg.fonttype": "none",  # Text stays text: small files, and a test reads the labels.
     "svg.hashsalt": "zo",
@@ -230,7 +231,7 @@ def draw(folder: Path) -> None:
     """Write all pictures to a folder."""
     with matplotlib.rc_context(STYLE):
         for name, make in PICTURES.items():
-            make().savefig(folder / f"{name}.svg", metadata={"Date": None})
+            make().savefig(folder / f"{name}.svg", metadata=NO_METADATA)
 
 
 if __name__ == "__main__":
