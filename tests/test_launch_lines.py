@@ -1,4 +1,5 @@
-"""Every launch line that the repository shows fills the ranks that it starts."""
+"""Every launch line that the repository shows has keys and values that are known, and fills the
+ranks that it starts."""
 
 import re
 import shlex
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from zo.config.recipes import load_config
+from zo.config.recipes import load_config, recipe_for
 from zo.distributed.mesh import fit
 from zo.run.reporter import idle_of
 
@@ -35,7 +36,8 @@ def launch_lines():
         joined = re.sub(r"\\\n[#\s]*|(?<=\S)\n {14}(?=\S)", " ", text)
         for line in joined.splitlines():
             line = line.split("  #")[0].strip("# `")
-            if re.search(r"recipe=(?!NAME)[a-z0-9.-]+", line):
+            named = re.search(r"recipe=(?!NAME)[a-z0-9.-]+", line)
+            if named or re.search(r"launch/train\.py [a-z_.]+=", line):
                 yield pytest.param(line, id=f"{page}:{line[:60]}")
 
 
@@ -62,12 +64,10 @@ def test_lines_are_found():
 
 @pytest.mark.parametrize("line", launch_lines())
 def test_a_launch_line_leaves_no_rank_idle(line):
-    words = line.replace(")", " ").split()
-    keys = [word for word in words if re.match(r"[a-z_]+(\.[a-z_]+)+=|recipe=", word)]
-    recipe = next(key for key in keys if key.startswith("recipe=")).removeprefix("recipe=")
-    config = load_config(
-        recipe, [key for key in keys if not key.startswith(("recipe=", "data.template"))]
-    )
+    words = shlex.split(line.split("(or:")[0])
+    keys = [word for word in words if re.match(r"[a-z_]+(\.[a-z_]+)+=", word)]
+    named = [word.removeprefix("recipe=") for word in words if re.match("recipe=.", word)]
+    config = load_config(named[0] if named else recipe_for(keys), keys)
     nodes, local = worlds(words)
     for count in nodes:
         shape = fit(config.mesh, count * local, config.grid, local)

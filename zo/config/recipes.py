@@ -151,7 +151,7 @@ def _explain(error: Exception) -> str:
     if isinstance(error, OverrideParseException):
         return (
             f"{error.override} is not understood; give key=value, and quote a value with special "
-            "characters: key='...'"
+            "characters, for the shell too: \"key='...'\""
         )
     # Hydra's outer message names the override, OmegaConf's inner one says what is wrong with it.
     inner = str(error.__cause__ or "").split("\n")[0]
