@@ -1,14 +1,16 @@
 """Held-out accuracy on four sets of labelled texts, at equal seconds and at equal forwards.
 
     python benchmarks/quality.py --time step_s.json
-    python benchmarks/quality.py --timed step_s.json --trial --out trials.jsonl
-    python benchmarks/quality.py --timed step_s.json --seeds 0,1,2 --out quality.jsonl
-    python benchmarks/quality.py --table quality.jsonl
+    python benchmarks/quality.py --timed step_s.json --seconds 20 --trial --out trials.jsonl
+    python benchmarks/quality.py --timed step_s.json --rates trials.jsonl --seeds 0,1,2 \
+        --out quality.jsonl
+    python benchmarks/quality.py --rates trials.jsonl --table quality.jsonl
 
 A step of each method is timed first, in turn, on a quiet machine. Plain MeZO's steps in the given
 seconds are the budget: the others get as many seconds, or as many forwards, and are scored at both
 ends of one run at a constant rate. Each run of zo is ``launch/train.py`` on one core, and may share
-the machine; AdamW is torch's, on the same batches. A restart goes on after the records in the file.
+the machine; AdamW is torch's, on the same batches. A method's rate is that of the trial with the
+lowest held-out loss. A restart goes on after the records in the file.
 """
 
 import argparse
@@ -41,11 +43,12 @@ TEMPLATES = {
 }
 LONGEST, HELD_OUT, TRAINED_ON = 100, 256, 1000
 """Characters of a text at most, rows held out, and rows to train on at most; classes are equal."""
-COMMON = ["data.label_words=[' negative',' positive']", "batch.sequences=16", "run.threads=1"]
-COMMON += ["data.dev_examples=256", "update.schedule=constant", "run.trackers=[]"]
+COMMON = ['data.label_words=[" negative"," positive"]', "batch.sequences=16", "run.threads=1"]
+COMMON += [f"data.dev_examples={HELD_OUT}", "update.schedule=constant", "run.trackers=[]"]
+EPS = "estimator.eps=1e-3"
 ALL = ["estimator.part=all", "estimator.probes=1"]
 MEZO = ["estimator.name=spsa", "estimator.distribution=gaussian", "estimator.cover=full"]
-MEZO += ["estimator.directions=1", "estimator.eps=1e-3", "batch.micro=16", "update.clip=null"]
+MEZO += ["estimator.directions=1", EPS, "batch.micro=16", "update.clip=null"]
 
 
 def choose_all(model):
@@ -64,7 +67,7 @@ class Method:
     forwards: float
     """Of a step, through the whole network for each of its sequences; a backward counts as two."""
     rates: tuple[float, ...]
-    """Learning rates tried, the one chosen first."""
+    """Learning rates to try."""
     keys: tuple[str, ...] = ()
     """What it changes of the quickstart's recipe."""
     choose: Callable[[torch.nn.Module], None] | None = None
@@ -73,16 +76,14 @@ class Method:
 
 METHODS = {
     "zero-shot": Method(0, (0.0,), choose=choose_all),
-    "MeZO": Method(2, (3e-4, 1e-4, 1e-3), (*ALL, *MEZO)),
-    "ours, all parameters": Method(2, (1e-3, 3e-4, 3e-3), tuple(ALL)),
-    "ours, top 4 layers": Method(1 + 15 * 4 / 30, (4e-3, 2e-3)),
-    "ours, LoRA": Method(2, (1e-2, 3e-2, 1e-1), (*ALL, "peft.type=lora", "estimator.eps=1e-3")),
-    "ours, prefix": Method(2, (1e-3, 1e-2, 1e-1), (*ALL, "peft.type=prefix", "estimator.eps=1e-3")),
-    "ours, norms": Method(
-        2, (1e-3, 1e-4, 1e-2, 1e-1), (*ALL, "model.train=*norm*", "estimator.eps=1e-3")
-    ),
-    "AdamW": Method(3, (2e-5, 6e-5), choose=choose_all),
-    "AdamW, LoRA": Method(3, (1e-3, 3e-3), choose=choose_lora),
+    "MeZO": Method(2, (1e-4, 3e-4, 1e-3), (*ALL, *MEZO)),
+    "ours, all parameters": Method(2, (3e-4, 1e-3, 3e-3), tuple(ALL)),
+    "ours, top 4 layers": Method(1 + 15 * 4 / 30, (2e-3, 4e-3, 8e-3)),
+    "ours, LoRA": Method(2, (1e-2, 3e-2, 1e-1), (*ALL, "peft.type=lora", EPS)),
+    "ours, prefix": Method(2, (1e-3, 1e-2, 1e-1), (*ALL, "peft.type=prefix", EPS)),
+    "ours, norms": Method(2, (1e-4, 1e-3, 1e-2, 1e-1), (*ALL, "model.train=*norm*", EPS)),
+    "AdamW": Method(3, (6e-6, 2e-5, 6e-5), choose=choose_all),
+    "AdamW, LoRA": Method(3, (3e-4, 1e-3, 3e-3), choose=choose_lora),
 }
 TRIAL = "movie-reviews", 9
 """Data and seed of the trial of rates, which no table has."""
@@ -178,29 +179,53 @@ def time_steps():
     return {name: round(statistics.median(found), 3) for name, found in times.items()}
 
 
+def records_of(file):
+    """Return the records of a file, which need not exist."""
+    return [json.loads(line) for line in file.open()] if file and file.exists() else []
+
+
+def best_rates(trials):
+    """Return the rate of each method whose trial ended with the lowest held-out loss."""
+    by_loss = sorted(trials, key=lambda trial: -trial["seconds"]["loss"])
+    return {trial["method"]: trial["lr"] for trial in by_loss}
+
+
+def trial_table(trials):
+    """Return a Markdown table of the trials of rates: accuracy and loss at each."""
+    lines = ["| | rate: accuracy (loss) |", "|---|---|"]
+    for name in METHODS:
+        ends = {t["lr"]: t["seconds"] for t in trials if t["method"] == name}
+        found = [f"{lr:g}: {100 * e['accuracy']:.1f} ({e['loss']:.3f})" for lr, e in ends.items()]
+        lines.append(f"| {name} | {'; '.join(found)} |")
+    return "\n".join(lines)
+
+
 def table(records, budget):
-    """Return a Markdown table of accuracies at the end of a budget: mean, lowest and highest."""
+    """Return a Markdown table of accuracies at the end of a budget.
+
+    A cell is the mean over seeds, the lowest, the highest and the number of seeds.
+    """
     cells = defaultdict(list)
     for record in records:
         cells[record["method"], record["data"]].append(record[budget])
     lines = [f"| equal {budget} | steps | {' | '.join(TEMPLATES)} |", "|---" * 6 + "|"]
-    for name in dict.fromkeys(method for method, _ in cells):
+    for name in METHODS:
         found, steps = [], ""
         for data in TEMPLATES:
             scores = [100 * one["accuracy"] for one in cells[name, data]]
             steps = cells[name, data][0]["step"] if scores else steps
-            spread = f"{min(scores, default=0):.1f}, {max(scores, default=0):.1f}; {len(scores)}"
-            found.append(f"{statistics.mean(scores):.1f} ({spread})" if scores else "")
+            spread = f"{min(scores):.1f} to {max(scores):.1f}; " if scores[1:] else ""
+            found.append(f"{statistics.mean(scores):.1f} ({spread}{len(scores)})" if scores else "")
         lines.append(f"| {name} | {steps} | {' | '.join(found)} |")
     return "\n".join(lines)
 
 
-def recipes():
-    """Return the command lines of zo's methods; those of the data and the length come after."""
+def recipes(rates):
+    """Return the keys of zo's methods over the quickstart's recipe."""
     lines = [f"common: {shlex.join(COMMON)} eval.every=0 export.at_end=false"]
     for name, method in METHODS.items():
         if not method.choose:
-            keys = shlex.join([*method.keys, f"update.lr={method.rates[0]}"])
+            keys = shlex.join([*method.keys, f"update.lr={rates.get(name)}"])
             lines.append(f"{name}: {keys}")
     return "\n".join(lines)
 
@@ -213,28 +238,26 @@ def main():
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--only", action="append", choices=METHODS)
     parser.add_argument("--trial", action="store_true")
-    for name in ("time", "timed", "out", "table"):
+    for name in ("time", "timed", "rates", "out", "table"):
         parser.add_argument(f"--{name}", type=Path)
     arguments = parser.parse_args()
     if arguments.time:
         arguments.time.write_text(json.dumps(time_steps(), indent=1))
         return
-    file = arguments.table or arguments.out
-    records = [json.loads(line) for line in file.open()] if file.exists() else []
+    trials = records_of(arguments.rates)
+    rates = best_rates(trials)
     if arguments.table:
+        records = [r for r in records_of(arguments.table) if r["lr"] == rates[r["method"]]]
         tables = [table(records, budget) for budget in ("seconds", "forwards")]
-        print(*tables, recipes(), sep="\n\n")
+        print(trial_table(trials), *tables, recipes(rates), sep="\n\n")
         return
-    step_s = json.loads(arguments.timed.read_text())
-    names = arguments.only or [*METHODS]
+    step_s, names = json.loads(arguments.timed.read_text()), arguments.only or [*METHODS]
     if arguments.trial:
         runs = [(*TRIAL, name, lr) for name in names for lr in METHODS[name].rates]
     else:
         seeds = map(int, arguments.seeds.split(","))
-        runs = [
-            (d, seed, n, METHODS[n].rates[0]) for seed in seeds for d in TEMPLATES for n in names
-        ]
-    done = {(r["data"], r["seed"], r["method"], r["lr"]) for r in records}
+        runs = [(d, seed, n, rates[n]) for seed in seeds for d in TEMPLATES for n in names]
+    done = {(r["data"], r["seed"], r["method"], r["lr"]) for r in records_of(arguments.out)}
     for data, seed, name, lr in runs:
         if (data, seed, name, lr) in done:
             continue
@@ -242,7 +265,7 @@ def main():
         if arguments.trial:
             del marks["forwards"]
         record = train(data, name, seed, lr, marks)
-        with file.open("a") as out:
+        with arguments.out.open("a") as out:
             out.write(json.dumps(record) + "\n")
         print(json.dumps(record), flush=True)
 
