@@ -68,64 +68,79 @@ ADAMW = {"AdamW": (None, 2e-5), "AdamW, top 2": (2, 1e-4)}
 TIMED_STEPS = 5
 
 
-def launch(settings, seed, steps, every, processes):
-    """Train by torchrun; return the lines of ``metrics.jsonl``."""
-    with tempfile.TemporaryDirectory() as scratch:
-        keys = [
-            "recipe=quickstart",
-            *PROMPT,
-            *settings,
-            f"run.seed={seed}",
-            f"run.steps={steps}",
-            f"eval.every={every}",
-        ]
-        keys += [f"run.dir={scratch}/run", "export.at_end=false"]
-        command = [sys.executable, "-m", "torch.distributed.run"]
-        command += ["--nproc-per-node", str(processes), str(ROOT / "launch" / "train.py"), *keys]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-        return [json.loads(line) for line in open(f"{scratch}/run/metrics.jsonl")]
+def launch(keys, folder, processes=1):
+    """Train in a folder; return the lines of ``metrics.jsonl``."""
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    command = [sys.executable, *(torchrun if processes > 1 else [])]
+    command += [str(ROOT / "launch" / "train.py"), "recipe=quickstart", *keys]
+    command += [f"run.dir={folder}", "export.at_end=false"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    return [json.loads(line) for line in open(f"{folder}/metrics.jsonl")]
 
 
-def adamw(name, seed, steps, every):
-    """Train by backward passes; return lines as ``metrics.jsonl`` has them."""
-    top, lr = ADAMW[name]
-    keys = ["batch.micro=16", "estimator.probes=1", "estimator.cover=full", "estimator.part=all"]
-    config = load_config("quickstart", [*PROMPT, *keys, f"run.seed={seed}"])
-    problem = build_problem(config)
+def adamw(keys, choose, lr, schedule, steps, scored, score_in=torch.float32):
+    """Train by backward passes; yield lines as ``metrics.jsonl`` has them.
+
+    Args:
+        keys: of the data, over the quickstart's.
+        choose: sets what is trained of a model, in place.
+        lr: learning rate.
+        schedule: factor of it, by the number of steps done.
+        steps: to do.
+        scored: steps to score after.
+        score_in: type that scores are computed in.
+    """
+    keys = [*keys, "batch.micro=16", "estimator.probes=1", "estimator.cover=full"]
+    problem = build_problem(load_config("quickstart", [*keys, "estimator.part=all"]))
     model = AutoModelForCausalLM.from_pretrained(model_folder("smollm2-135m-instruct")).eval()
-    if top is not None:
-        model.requires_grad_(False)
-        for module in (*model.model.layers[-top:], model.model.norm):
-            module.requires_grad_(True)
+    choose(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
+    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
 
     def score(step):
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast("cpu", score_in, enabled=score_in.itemsize < 4):
             terms = sum(problem.task.terms(model, batch) for batch in problem.dev_batches)
         return {"step": step, "eval": problem.task.summarize(terms.tolist())}
 
-    yield score(0)
+    if 0 in scored:
+        yield score(0)
     for step in range(1, steps + 1):
         begun, batch = time.perf_counter(), problem.batches(step - 1, 0)
         loss, terms = problem.objective(model, batch)[:2]
         (loss / terms).backward()
         optimizer.step()
         optimizer.zero_grad()
-        schedule.step()
+        rates.step()
         tokens = int(batch["attention_mask"].sum())
         yield {"step": step, "step_s": time.perf_counter() - begun, "tokens": tokens}
-        if every and (step % every == 0 or step == steps):
+        if step in scored:
             yield score(step)
+
+
+def top(layers):
+    """Return what freezes all but the top layers and the norm behind them; ``None``: nothing."""
+
+    def choose(model):
+        if layers is not None:
+            model.requires_grad_(False)
+            for module in (*model.model.layers[-layers:], model.model.norm):
+                module.requires_grad_(True)
+
+    return choose
 
 
 def lines_of(name, seed, steps, every, processes):
     """Train; return or yield the lines of ``metrics.jsonl``."""
+    keys = [*PROMPT, f"run.seed={seed}"]
     if name in ADAMW:
-        return adamw(name, seed, steps, every)
-    return launch(METHODS[name], seed, steps, every, processes)
+        layers, lr = ADAMW[name]
+        scored = {*range(0, steps, every), steps} if every else ()
+        return adamw(keys, top(layers), lr, lambda step: 1 - step / steps, steps, scored)
+    keys += [*METHODS[name], f"run.steps={steps}", f"eval.every={every}"]
+    with tempfile.TemporaryDirectory() as scratch:
+        return launch(keys, f"{scratch}/run", processes)
 
 
 def time_step(name):

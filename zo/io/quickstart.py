@@ -16,6 +16,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,12 @@ VADER = Archive(
     "MIT",
 )
 VADER_DATA = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
-VADER_MOVIES = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
+VADER_FILES = {
+    "movie-reviews": "movieReviewSnippets",
+    "tweets": "tweets",
+    "product-reviews": "amazonReviewSnippets",
+    "editorials": "nytEditorialSnippets",
+}
 
 
 def cache_folder() -> Path:
@@ -66,16 +72,21 @@ def model_folder(name: str) -> Path:
 
 
 def movie_reviews() -> list[dict[str, Any]]:
-    """Return movie-review snippets with ``text`` and ``label``: 0 negative, 1 positive.
+    """Return the movie reviews of :func:`snippets`."""
+    return snippets("movie-reviews")
 
-    Those of 10,604 snippets whose mean human score, from -4 to 4, is below -1 or above 1 (Hutto &
-    Gilbert, ICWSM 2014).
+
+def snippets(kind: str) -> list[dict[str, Any]]:
+    """Return snippets of ``movie-reviews``, ``tweets``, ``product-reviews`` or ``editorials``.
+
+    They have ``text`` and ``label``: 0 negative, 1 positive. These are those whose mean human
+    score, from -4 to 4, is below -1 or above 1 (Hutto & Gilbert, ICWSM 2014).
 
     Raises:
         UserError: as :func:`model_folder`.
     """
-    text = (_cached("movie-reviews", _unpack_reviews) / "reviews.tsv").read_text(encoding="utf-8")
-    rows = [line.split("\t", 2) for line in text.splitlines() if line]
+    file = _cached(kind, partial(_unpack_snippets, VADER_FILES[kind])) / "reviews.tsv"
+    rows = [line.split("\t", 2) for line in file.read_text(encoding="utf-8").split("\n") if line]
     return [
         {"text": t.strip(), "label": int(float(s) > 0)} for _, s, t in rows if abs(float(s)) > 1
     ]
@@ -166,11 +177,11 @@ def _convert_smollm2(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _unpack_reviews(folder: Path) -> None:
+def _unpack_snippets(name: str, folder: Path) -> None:
     """Extract the snippets from the archive inside the archive, as UTF-8."""
     with tempfile.TemporaryDirectory(dir=folder) as work:
         outer = _member(_download(VADER, Path(work)).read_bytes(), VADER_DATA)
-        text = _member(outer, VADER_MOVIES).decode("latin-1")
+        text = _member(outer, f"hutto_ICWSM_2014/{name}_GroundTruth.txt").decode("latin-1")
     (folder / "reviews.tsv").write_text(text.replace("\r\n", "\n"), encoding="utf-8")
 
 

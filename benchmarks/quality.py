@@ -1,0 +1,274 @@
+"""Held-out accuracy on four sets of labelled texts, at equal seconds and at equal forwards.
+
+    python benchmarks/quality.py --time step_s.json
+    python benchmarks/quality.py --timed step_s.json --seconds 20 --trial --out trials.jsonl
+    python benchmarks/quality.py --timed step_s.json --rates trials.jsonl --seeds 0,1,2 \
+        --out quality.jsonl
+    python benchmarks/quality.py --rates trials.jsonl --table quality.jsonl
+
+A step of each method is timed first, in turn, on a quiet machine. Plain MeZO's steps in the given
+seconds are the budget: the others get as many seconds, or as many forwards, and are scored at both
+ends of one run at a constant rate. Each run of zo is ``launch/train.py`` on one core, and may share
+the machine; AdamW is torch's, on the same batches. A method's rate is that of the trial with the
+lowest held-out loss. A restart goes on after the records in the file.
+"""
+
+import argparse
+import json
+import shlex
+import statistics
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from learning import adamw, launch
+from peft import LoraConfig, inject_adapter_in_model
+
+from zo.config.table import BatchConfig, EstimatorConfig
+from zo.data.rows import permutation
+from zo.io.quickstart import snippets
+from zo.run.evaluate import evaluate
+from zo.run.restore import load_run
+from zo.state.log import read
+
+TEMPLATES = {
+    "movie-reviews": "Review: {text}\nSentiment:",
+    "tweets": "Tweet: {text}\nSentiment:",
+    "product-reviews": "Review: {text}\nSentiment:",
+    "editorials": "Editorial: {text}\nSentiment:",
+}
+LONGEST, HELD_OUT, TRAINED_ON = 100, 256, 1000
+"""Characters of a text at most, rows held out, and rows to train on at most; classes are equal."""
+COMMON = ['data.label_words=[" negative"," positive"]', "batch.sequences=16", "run.threads=1"]
+COMMON += [f"data.dev_examples={HELD_OUT}", "update.schedule=constant", "run.trackers=[]"]
+EPS = "estimator.eps=1e-3"
+ALL = ["estimator.part=all", "estimator.probes=1"]
+MEZO = ["estimator.name=spsa", "estimator.distribution=gaussian", "estimator.cover=full"]
+MEZO += ["estimator.directions=1", EPS, "batch.micro=16", "update.clip=null"]
+
+
+def choose_all(model):
+    """Leave all parameters to be trained."""
+
+
+def choose_lora(model):
+    """Add LoRA as ``peft.type=lora`` does."""
+    inject_adapter_in_model(LoraConfig(r=8, lora_alpha=16, task_type="CAUSAL_LM"), model)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to train."""
+
+    forwards: float
+    """Of a step, through the whole network for each of its sequences; a backward counts as two."""
+    rates: tuple[float, ...]
+    """Learning rates to try."""
+    keys: tuple[str, ...] = ()
+    """What it changes of the quickstart's recipe."""
+    choose: Callable[[torch.nn.Module], None] | None = None
+    """What AdamW trains; ``None``: zo trains."""
+
+
+METHODS = {
+    "zero-shot": Method(0, (0.0,), choose=choose_all),
+    "MeZO": Method(2, (1e-4, 3e-4, 1e-3), (*ALL, *MEZO)),
+    "ours, all parameters": Method(2, (3e-4, 1e-3, 3e-3), tuple(ALL)),
+    "ours, top 4 layers": Method(1 + 15 * 4 / 30, (2e-3, 4e-3, 8e-3)),
+    "ours, LoRA": Method(2, (1e-2, 3e-2, 1e-1), (*ALL, "peft.type=lora", EPS)),
+    "ours, prefix": Method(2, (1e-3, 1e-2, 1e-1), (*ALL, "peft.type=prefix", EPS)),
+    "ours, norms": Method(2, (1e-4, 1e-3, 1e-2, 1e-1), (*ALL, "model.train=*norm*", EPS)),
+    "AdamW": Method(3, (6e-6, 2e-5, 6e-5), choose=choose_all),
+    "AdamW, LoRA": Method(3, (3e-4, 1e-3, 3e-3), choose=choose_lora),
+}
+TRIAL = "movie-reviews", 9
+"""Data and seed of the trial of rates, which no table has."""
+TIMED_STEPS, ROUNDS = 3, 2
+
+
+def write_rows(data, seed, folder):
+    """Write rows to train on and rows held out, drawn by the seed; return the keys of their use."""
+    rows = [row for row in snippets(data) if len(row["text"]) <= LONGEST]
+    drawn = {rows[i]["text"]: rows[i] for i in permutation(seed, 0, len(rows))}
+    classes = [[row for row in drawn.values() if row["label"] == label] for label in (0, 1)]
+    even = [row for pair in zip(*classes, strict=False) for row in pair]
+    parts = {"dev": even[:HELD_OUT], "name": even[HELD_OUT:][:TRAINED_ON]}
+    keys = [f"data.template={json.dumps(TEMPLATES[data])}", f"run.seed={seed}", *COMMON]
+    for key, part in parts.items():
+        file = Path(folder, f"{data}-{key}.jsonl")
+        file.write_text("".join(json.dumps(row) + "\n" for row in part))
+        keys.append(f"data.{key}={file}")
+    return keys
+
+
+def lines_of(method, keys, lr, steps, scored, folder):
+    """Train; return or yield lines as a run's ``metrics.jsonl`` has them."""
+    if method.choose:
+        return adamw(keys, method.choose, lr, lambda step: 1.0, steps, scored, torch.bfloat16)
+    keys = [*keys, *method.keys, f"update.lr={lr}", f"run.steps={steps}", "eval.every=0"]
+    return [*launch(keys, folder), *scores_of(folder, scored)]
+
+
+def scores_of(folder, steps):
+    """Yield the held-out scores of a run after some steps, computed in bfloat16."""
+    if not steps:
+        return
+    large = BatchConfig(sequences=64, micro=64)
+    wide = partial(replace, batch=large, estimator=EstimatorConfig())
+    run, (_, entries) = load_run(folder, wide, 0), read(folder / "steps.log")
+    for step in sorted(steps):
+        for entry in entries[run.replica.log.version : step]:
+            run.replica.log.append(entry)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = evaluate(run.replica, run.problem.task, run.problem.dev_batches, run.mesh, 1)
+        yield {"step": step, "eval": found.as_json()}
+    run.replica.close()
+    run.mesh.close()
+
+
+def train(data, name, seed, lr, marks):
+    """Train to the last of some steps; return a record with the scores after each.
+
+    Args:
+        data: of :data:`TEMPLATES`.
+        name: of :data:`METHODS`.
+        seed: of the split, the batches and the directions.
+        lr: learning rate.
+        marks: step to score after, by name of the budget.
+    """
+    method, forwards, scores, spent = METHODS[name], {0: 0.0}, {}, 0.0
+    with tempfile.TemporaryDirectory() as folder:
+        keys, steps = write_rows(data, seed, folder), {*marks.values()}
+        for line in lines_of(method, keys, lr, max(steps), steps, Path(folder, "run")):
+            if "tokens" in line:
+                spent += line["tokens"] * method.forwards
+                forwards[line["step"]] = spent
+            if "eval" in line:
+                scores[line["step"]] = {key: line["eval"][key] for key in ("accuracy", "loss")}
+    return {"data": data, "method": name, "seed": seed, "lr": lr} | {
+        budget: {"step": step, "token_forwards": forwards[step]} | scores[step]
+        for budget, step in marks.items()
+    }
+
+
+def marks_of(name, step_s, seconds):
+    """Return the step at which each budget is spent."""
+    if name not in step_s:  # Zero-shot.
+        return {"seconds": 0, "forwards": 0}
+    forwards = seconds / step_s["MeZO"] * METHODS["MeZO"].forwards
+    spent = {"seconds": seconds / step_s[name], "forwards": forwards / METHODS[name].forwards}
+    return {budget: max(1, int(steps)) for budget, steps in spent.items()}
+
+
+def time_steps():
+    """Return the seconds of a step of each method, on one core."""
+    times = defaultdict(list)
+    for _ in range(ROUNDS):
+        for name, method in METHODS.items():
+            if not method.forwards:
+                continue
+            with tempfile.TemporaryDirectory() as folder:
+                keys, lr = write_rows(*TRIAL, folder), method.rates[0]
+                lines = lines_of(method, keys, lr, TIMED_STEPS, (), Path(folder, "run"))
+                times[name] += [line["step_s"] for line in lines if "step_s" in line][1:]
+            print(name, times[name], flush=True)
+    return {name: round(statistics.median(found), 3) for name, found in times.items()}
+
+
+def records_of(file):
+    """Return the records of a file, which need not exist."""
+    return [json.loads(line) for line in file.open()] if file and file.exists() else []
+
+
+def best_rates(trials):
+    """Return the rate of each method whose trial ended with the lowest held-out loss."""
+    by_loss = sorted(trials, key=lambda trial: -trial["seconds"]["loss"])
+    return {trial["method"]: trial["lr"] for trial in by_loss}
+
+
+def trial_table(trials):
+    """Return a Markdown table of the trials of rates: accuracy and loss at each."""
+    lines = ["| | rate: accuracy (loss) |", "|---|---|"]
+    for name in METHODS:
+        ends = {t["lr"]: t["seconds"] for t in trials if t["method"] == name}
+        found = [f"{lr:g}: {100 * e['accuracy']:.1f} ({e['loss']:.3f})" for lr, e in ends.items()]
+        lines.append(f"| {name} | {'; '.join(found)} |")
+    return "\n".join(lines)
+
+
+def table(records, budget):
+    """Return a Markdown table of accuracies at the end of a budget.
+
+    A cell is the mean over seeds, the lowest, the highest and the number of seeds.
+    """
+    cells = defaultdict(list)
+    for record in records:
+        cells[record["method"], record["data"]].append(record[budget])
+    lines = [f"| equal {budget} | steps | {' | '.join(TEMPLATES)} |", "|---" * 6 + "|"]
+    for name in METHODS:
+        found, steps = [], ""
+        for data in TEMPLATES:
+            scores = [100 * one["accuracy"] for one in cells[name, data]]
+            steps = cells[name, data][0]["step"] if scores else steps
+            spread = f"{min(scores):.1f} to {max(scores):.1f}; " if scores[1:] else ""
+            found.append(f"{statistics.mean(scores):.1f} ({spread}{len(scores)})" if scores else "")
+        lines.append(f"| {name} | {steps} | {' | '.join(found)} |")
+    return "\n".join(lines)
+
+
+def recipes(rates):
+    """Return the keys of zo's methods over the quickstart's recipe."""
+    lines = [f"common: {shlex.join(COMMON)} eval.every=0 export.at_end=false"]
+    for name, method in METHODS.items():
+        if not method.choose:
+            keys = shlex.join([*method.keys, f"update.lr={rates.get(name)}"])
+            lines.append(f"{name}: {keys}")
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seconds", type=float, default=30)
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--only", action="append", choices=METHODS)
+    parser.add_argument("--trial", action="store_true")
+    for name in ("time", "timed", "rates", "out", "table"):
+        parser.add_argument(f"--{name}", type=Path)
+    arguments = parser.parse_args()
+    if arguments.time:
+        arguments.time.write_text(json.dumps(time_steps(), indent=1))
+        return
+    trials = records_of(arguments.rates)
+    rates = best_rates(trials)
+    if arguments.table:
+        records = [r for r in records_of(arguments.table) if r["lr"] == rates[r["method"]]]
+        tables = [table(records, budget) for budget in ("seconds", "forwards")]
+        print(trial_table(trials), *tables, recipes(rates), sep="\n\n")
+        return
+    step_s, names = json.loads(arguments.timed.read_text()), arguments.only or [*METHODS]
+    if arguments.trial:
+        runs = [(*TRIAL, name, lr) for name in names for lr in METHODS[name].rates]
+    else:
+        seeds = map(int, arguments.seeds.split(","))
+        runs = [(d, seed, n, rates[n]) for seed in seeds for d in TEMPLATES for n in names]
+    done = {(r["data"], r["seed"], r["method"], r["lr"]) for r in records_of(arguments.out)}
+    for data, seed, name, lr in runs:
+        if (data, seed, name, lr) in done:
+            continue
+        marks = marks_of(name, step_s, arguments.seconds)
+        if arguments.trial:
+            del marks["forwards"]
+        record = train(data, name, seed, lr, marks)
+        with arguments.out.open("a") as out:
+            out.write(json.dumps(record) + "\n")
+        print(json.dumps(record), flush=True)
+
+
+if __name__ == "__main__":
+    main()
