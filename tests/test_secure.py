@@ -9,6 +9,7 @@ import re
 import shutil
 import struct
 import tarfile
+import time
 import zipfile
 from pathlib import Path
 
@@ -29,6 +30,8 @@ from zo.io import quickstart
 from zo.io.block_file import Header
 from zo.io.engines import ENGINES, PAGE
 from zo.model.build import ModelLoader
+from zo.observe.metrics import last_scores
+from zo.observe.report import Report
 from zo.run.restore import load_run
 from zo.run.sweep import command_line, expand
 from zo.state.log import Log, read
@@ -411,6 +414,34 @@ def test_a_log_with_true_checksums_that_no_run_wrote_is_refused(run_of, tmp_path
     del content["log_header"]
     (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(content))
     refused(said, load_run, tmp_path / "run")
+
+
+def test_a_log_that_would_be_searched_for_hours_is_refused(tmp_path):
+    """Every eighth byte of it may be the start of a step of 256 KiB."""
+    header = {"directions": 2**16, "seed": 0, "distribution": "rademacher", "rule": "sgd"}
+    Log.create(tmp_path / "steps.log", header).close()
+    with open(tmp_path / "steps.log", "ab") as file:
+        file.write(struct.pack("<Q", 1) * 2**18)
+    begun = time.process_time()
+    refused("no torn tail", read, tmp_path / "steps.log")
+    assert time.process_time() - begun < 10
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"step": 1, "eval": {"accuracy": 1' + b"0" * 400 + b"}}",
+        b'{"step": 1, "loss": 1' + b"0" * 400 + b"}",
+        b'{"step": 1, "scalars": 5}',
+        b'{"step": null}',
+    ],
+)
+def test_a_strangers_metrics_are_shown_or_left_out(tmp_path, line):
+    (tmp_path / "config.yaml").write_text("config: {}")
+    for name in ("metrics.jsonl", "status.json"):
+        (tmp_path / name).write_bytes(line + b"\n")
+    assert last_scores(tmp_path / "metrics.jsonl", 10) == {}
+    assert "</html>" in Report(tmp_path, pytest.fail).page()
 
 
 def test_a_refusal_is_one_line_whatever_a_file_says():
