@@ -275,13 +275,13 @@ TARGETS = {
     "block header": (read_page, PAGES, 2000),
     "safetensors header": (read_shard, SHARDS, 1000),
     "index of shards": (read_index, INDICES, 1000),
-    "config.yaml": (read_config, CONFIGS, 400),
-    "overrides": (read_overrides, OVERRIDES, 40),
+    "config.yaml": (read_config, CONFIGS, 250),
+    "overrides": (read_overrides, OVERRIDES, 25),
     "recipe": (read_recipe, RECIPES, 40),
     "data file": (read_table, TABLES, 60),
     "data rows": (read_rows, GIVEN, 460),
     "metrics.jsonl": (read_metrics, RECORDS, 400),
     "page": (read_page_of_run, RECORDS, 100),
-    "redaction": (redact, st.tuples(AROUND, AROUND), 2000),
+    "redaction": (redact, st.tuples(AROUND, AROUND), 2165),
 }
 """Reader, its inputs, and how many of them the tests feed: 10,000 in all."""
