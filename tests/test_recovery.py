@@ -68,7 +68,7 @@ STARTS = {
     for before in (True, False)
 } | {
     "after the lock": ("os", "pwrite", 1, False),
-    "config.yaml half written": ("zo.state.run_folder", "yaml.safe_dump", 1, False),
+    "config.yaml half written": ("zo.state.run_folder", "write_yaml", 1, False),
     "after the log's file is begun": ("zo.state.log", "_header_bytes", 1, False),
     "in a write of a block": ("zo.io.engines", "_reserve", 2, False),
     "before a block's rename": ("pathlib", "Path.rename", 2, True),

@@ -1,13 +1,25 @@
 """What looks like a secret is in nothing that a run stores; what does not is stored as it was
 typed."""
 
+import time
+
 import pytest
 from test_commands import command  # noqa: F401
 
 from zo.config.redact import without_secrets, without_secrets_in
 
 TOKEN = "hf_" + "aB3dE5gH7jK9mN1pQ3sT5vW7xY9zA2c"
+KEY = "0123456789abcdef" * 2 + "01234567"
+"""As W&B's were: nothing tells them from a commit."""
 HIDDEN = [
+    ("data.name=https://user:p@ss@host/a.jsonl", "data.name=https://***@host/a.jsonl"),
+    ("1st_token=abc", "1st_token=***"),
+    ("x=wandb_v1_0123456789abcdefgh", "x=***"),
+    (f"data_{TOKEN}cde.jsonl", "data_***.jsonl"),
+    (
+        "said 401 to Authorization: Bearer abcdefgh0123456789",
+        "said 401 to Authorization: Bearer ***",
+    ),
     ("data.name=" + TOKEN, "data.name=***"),
     (TOKEN, "***"),
     (f"HF_TOKEN={TOKEN} python", "'HF_TOKEN=***' python"),
@@ -64,6 +76,31 @@ def test_what_is_no_secret_is_stored_word_for_word(typed):
     assert without_secrets(typed) == typed
 
 
+@pytest.mark.parametrize("name", ["HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY"])
+def test_a_secret_of_the_environment_is_one_wherever_it_stands(monkeypatch, name):
+    assert without_secrets(f"at {KEY}.") == f"at {KEY}."
+    monkeypatch.setenv(name, KEY)
+    assert without_secrets(f"at {KEY}.") == "at ***."
+    assert without_secrets_in({"data": {"name": f"a/{KEY}"}}) == {"data": {"name": "a/***"}}
+
+
+def test_the_working_folder_is_no_password(monkeypatch):
+    monkeypatch.setenv("PWD", "/data/reviews")
+    assert without_secrets("data.name=/data/reviews/a.csv") == "data.name=/data/reviews/a.csv"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a" * 200_000, "a=" * 50_000, "key=" * 25_000, "eyJ-" * 50_000, "secret" * 30_000 + ".=x"],
+    ids=["word", "assignments", "keys", "tokens", "secrets"],
+)
+def test_a_long_text_takes_no_time(text):
+    """It took hours: a row of a data set may be one word of some hundred kilobytes."""
+    begun = time.process_time()
+    without_secrets(text)
+    assert time.process_time() - begun < 5
+
+
 def test_groups_and_lists_are_gone_through():
     tree = {
         "config": {"batch": {"max_tokens": 512}, "hub": {"token": "abc", "names": [TOKEN, "x"]}},
@@ -75,8 +112,9 @@ def test_groups_and_lists_are_gone_through():
     }
 
 
-def test_no_file_of_a_run_holds_a_secret(command, overrides, reviews, tmp_path):  # noqa: F811
+def test_no_file_of_a_run_holds_a_secret(command, overrides, reviews, tmp_path, monkeypatch):  # noqa: F811
     """And a run whose stored keys were cleaned is the same run to the command that began it."""
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
     data = tmp_path / f"{TOKEN}.jsonl"
     data.write_bytes(reviews.read_bytes())
     settings = [
@@ -84,6 +122,7 @@ def test_no_file_of_a_run_holds_a_secret(command, overrides, reviews, tmp_path):
         f"data.name={data}",
         *overrides[2:-1],
         "export.at_end=true",
+        "data.split=${oc.env:WANDB_API_KEY}",
         f"run.dir={tmp_path}/run",
     ]
     for steps in (2, 3):
@@ -91,5 +130,6 @@ def test_no_file_of_a_run_holds_a_secret(command, overrides, reviews, tmp_path):
         assert code == 0, err
     files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
     assert {"config.yaml", "metrics.jsonl", "README.md"} <= {path.name for path in files}
-    assert not [path for path in files if TOKEN.encode() in path.read_bytes()]
+    for secret in (TOKEN, KEY):
+        assert not [path for path in files if secret.encode() in path.read_bytes()]
     assert b"***.jsonl" in (tmp_path / "run" / "model" / "README.md").read_bytes()

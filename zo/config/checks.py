@@ -77,5 +77,5 @@ def number(key: str, value: Any, wanted: str = "a number") -> float:
     """
     try:
         return float(value)
-    except (TypeError, ValueError):
-        raise UserError(f"{key}={value} is not {wanted}") from None
+    except (TypeError, ValueError, OverflowError):
+        raise UserError(f"{key}={str(value)[:100]} is not {wanted}") from None

@@ -14,6 +14,7 @@ from typing import Literal
 from omegaconf import OmegaConf
 
 from zo.config.recipes import DEFAULT, FOLDER, OWN, keys, recipe_names, resolve
+from zo.config.redact import without_secrets
 from zo.errors import RankError, UserError
 from zo.io.hardware import name_accelerator
 from zo.io.signals import end_with_agent
@@ -63,7 +64,7 @@ def end_with(line: str) -> None:
     """
     print(line, file=sys.stderr, flush=True)
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        said = {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}
+        said = {"message": without_secrets(line), "extraInfo": {"timestamp": str(int(time.time()))}}
         with suppress(OSError):
             Path(path).write_text(json.dumps({"message": said}), encoding="utf-8")
 

@@ -14,7 +14,9 @@ from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
+from zo.config.plain_yaml import check_plain, read_yaml
 from zo.config.schema import Config
 from zo.errors import UserError
 
@@ -28,6 +30,8 @@ NO_DATA = [
     *(f"data.{key}=null" for key in ("subset", "dev", "columns", "template", "label_words")),
 ]
 """Overrides that a task on the command line sets first: it replaces the data of the recipe."""
+REFUSED = (ValueError, TypeError, RecursionError, OverflowError, YAMLError)
+"""Raised within Hydra and OmegaConf by values that they do not expect."""
 OTHER_NAMES = {
     "learning_rate": "update.lr",
     "lr_scheduler_type": "update.schedule",
@@ -87,6 +91,7 @@ def resolve(recipe: str = DEFAULT, overrides: Sequence[str] = ()) -> DictConfig:
         raise UserError(f"recipe={recipe} is not known; use one of {', '.join(recipe_names())}")
     if any(override.startswith("task=") for override in overrides):
         overrides = [*NO_DATA, *overrides]
+    check_recipe(FOLDER / f"{recipe}.yaml")
     # Every recipe names the schema first in its defaults.
     ConfigStore.instance().store("schema", _schema())
     try:
@@ -94,6 +99,24 @@ def resolve(recipe: str = DEFAULT, overrides: Sequence[str] = ()) -> DictConfig:
             return compose(recipe, overrides=[*overrides, f"recipe={recipe}"])
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_explain(error)) from error
+    except REFUSED as error:
+        raise UserError(
+            f"recipe={recipe} cannot be composed with these arguments: {_first_line(error)}"
+        ) from error
+
+
+def check_recipe(path: Path) -> None:
+    """Check that a recipe's file is plain YAML, before Hydra composes it.
+
+    Raises:
+        UserError: it cannot be read, or is not a group of keys.
+    """
+    try:
+        content = read_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"recipe {path} cannot be read: {_first_line(error)}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"recipe {path} is not a group of keys; give key: value in each line")
 
 
 def load_config(recipe: str = DEFAULT, overrides: Sequence[str] = ()) -> Config:
@@ -115,6 +138,10 @@ def as_config(node: DictConfig) -> Config:
         made = OmegaConf.to_object(node)
     except FrozenInstanceError as error:  # A key that + added.
         raise UserError(f"unknown key: {error}; see --help for all keys") from error
+    except UserError:
+        raise
+    except (OmegaConfBaseException, *REFUSED) as error:
+        raise UserError(f"a value cannot be used: {_first_line(error)}") from error
     assert isinstance(made, Config)
     return made
 
@@ -128,6 +155,10 @@ def config_of(tree: Mapping[str, Any]) -> Config:
     Raises:
         UserError: a key or a value that this version does not know.
     """
+    try:
+        check_plain(tree)
+    except ValueError as error:
+        raise UserError(f"the run's config.yaml cannot be used: {error}") from error
     # Stored values are resolved ones: an interpolation would read this machine's environment into
     # what is written.
     if "${" in str(tree):
@@ -138,12 +169,17 @@ def config_of(tree: Mapping[str, Any]) -> Config:
         node = OmegaConf.merge(
             _schema(), OmegaConf.create(dict(tree)), {"model": {"trust_remote_code": False}}
         )
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, *REFUSED) as error:
         raise UserError(
-            f"the run's config.yaml does not fit this version of zo: {str(error).splitlines()[0]}"
+            f"the run's config.yaml does not fit this version of zo: {_first_line(error)}"
         ) from error
     assert isinstance(node, DictConfig)
     return as_config(node)
+
+
+def _first_line(error: Exception) -> str:
+    said = str(error) or type(error).__name__
+    return " ".join(said.split()) if isinstance(error, YAMLError) else said.split("\n")[0]
 
 
 def _explain(error: Exception) -> str:

@@ -20,6 +20,11 @@ Sample = tuple[list[int], list[bool]]
 
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
 """Roles of ShareGPT's form by the names that it has for them; others keep theirs."""
+REJECTIONS = (
+    *(TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError),
+    RecursionError,
+)
+"""Raised by a template for turns that it is not made for."""
 MARKS_ASSISTANT = re.compile(r"\{%-?\s*generation\b")
 
 
@@ -111,7 +116,7 @@ class Chat:
             asked = [k for k in range(first, len(turns)) if turns[k]["role"] == "assistant"]
             before = [self._render(turns[:k], add_generation_prompt=True) for k in asked]
             through = [self._render(turns[: k + 1]) for k in asked]
-        except (TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
+        except REJECTIONS as error:
             reason = " ".join(str(error).split())[:300]
             raise UserError(
                 f"{origin}: the model's chat template rejects the messages: {reason}"

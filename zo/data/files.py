@@ -35,6 +35,12 @@ MARKS = {
 """Byte-order marks of other encodings; longer ones first, since UTF-32's starts with UTF-16's."""
 
 
+UNREADABLE = (ValueError, TypeError, LookupError, OSError, NotImplementedError, RecursionError)
+"""Raised by the readers of pyarrow and pandas for what they cannot read."""
+PARQUET = b"PAR1"
+"""First and last bytes of a Parquet file."""
+
+
 class Origin(NamedTuple):
     """The position of a row in the user's data, for error messages."""
 
@@ -163,19 +169,23 @@ def _read_file(key: str, path: Path) -> list[Row]:
     with tempfile.TemporaryDirectory() as scratch:
         try:
             text = path if path.suffix == ".parquet" else _as_utf8(key, path, Path(scratch))
-            if path.suffix == ".jsonl":
+            if path.suffix == ".jsonl" or (
+                path.suffix == ".json" and not _is_json(key, path, text)
+            ):
                 _check_lines(key, path, text)
+            elif path.suffix == ".parquet":
+                _check_parquet(key, path)
             table = read[FILES[path.suffix]](
                 str(text), cache_dir=scratch, keep_in_memory=True, **options.get(path.suffix, {})
             )
+            return table.to_list()  # type: ignore[no-any-return]
         except UserError:
             raise
-        except (DatasetGenerationError, ValueError, OSError, NotImplementedError) as error:
-            reason = " ".join(str(error.__cause__ or error).split())[:300]
+        except (DatasetGenerationError, *UNREADABLE) as error:
+            reason = _one_line(error.__cause__ or error)
             raise UserError(
                 f"{key}={path} cannot be read as {path.suffix[1:]}: {reason}"
             ) from error
-        return table.to_list()  # type: ignore[no-any-return]
 
 
 def _as_utf8(key: str, path: Path, scratch: Path) -> Path:
@@ -215,6 +225,38 @@ def _as_utf8(key: str, path: Path, scratch: Path) -> Path:
     return scratch / path.name
 
 
+def _is_json(key: str, path: Path, text: Path) -> bool:
+    """Return False for a file that is not one JSON value, and so may have one a line.
+
+    Raises:
+        UserError: the value has no rows; the reader of tables ends the process at some of these.
+    """
+    try:
+        content = json.loads(text.read_bytes())
+    except json.JSONDecodeError:
+        return False
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{key}={path} is invalid JSON: {_one_line(error)}") from error
+    rows = content if isinstance(content, list) else [content]
+    if not rows or not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"{key}={path} is not a list of JSON objects; give one object for each row")
+    return True
+
+
+def _check_parquet(key: str, path: Path) -> None:
+    """Raise :class:`UserError` for an archive: the reader would unpack it, whatever its name."""
+    with open(path, "rb") as file:
+        first = file.read(len(PARQUET))
+        file.seek(max(0, path.stat().st_size - len(PARQUET)))
+        last = file.read(len(PARQUET))
+    if (first, last) != (PARQUET, PARQUET):
+        raise UserError(f"{key}={path} is not a Parquet file, or is cut short; give an intact one")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
+
+
 def _check_lines(key: str, path: Path, text: Path) -> None:
     """Check that every line is a JSON object; the reader's own errors lack line numbers.
 
@@ -237,9 +279,9 @@ def _check_lines(key: str, path: Path, text: Path) -> None:
                     f"{key}={path} line {number} is invalid JSON: {error.msg} at column "
                     f"{error.colno}"
                 ) from error
-            except RecursionError as error:
+            except (ValueError, RecursionError) as error:  # Too many digits, too deep.
                 raise UserError(
-                    f"{key}={path} line {number} is invalid JSON: it is nested too deeply"
+                    f"{key}={path} line {number} is invalid JSON: {_one_line(error)}"
                 ) from error
             if not is_object:
                 raise UserError(
@@ -262,7 +304,7 @@ def read_hub(
             name, subset, split=split, revision=revision
         ).to_list()
     except (OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = _one_line(error)
         raise UserError(
             f"{key}={name} cannot be loaded from the hub: {reason}; check the id, or give a local "
             "file"

@@ -97,6 +97,8 @@ def write_for_readers(path: Path, data: bytes) -> None:
     """
     beside = path.with_name(f"{path.name}.new")
     try:
+        if beside.is_symlink():  # It would be written through, wherever it points to.
+            beside.unlink()
         beside.write_bytes(data)
         os.replace(beside, path)
     except OSError:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -50,6 +51,11 @@ AUTO_CLASS: dict[str, Any] = dict(
     )
 )
 """transformers' auto classes, by value of ``model.task``."""
+UNREADABLE = (
+    *(OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError),
+    *(RecursionError, StrictDataclassError),
+)
+"""Raised in transformers by a configuration or a tokenizer that it did not write."""
 ATTENTION_WORDS = re.compile(
     "attn_implementation|attention implementation|[Ff]lash ?[Aa]ttention|flash_attn|flex"
 )
@@ -98,7 +104,7 @@ class ModelLoader:
             )
         try:
             return kind.from_pretrained(str(folder) if folder.is_dir() else path, **self.hub)
-        except (OSError, ValueError) as error:
+        except UNREADABLE as error:
             if "trust_remote_code" in str(error):
                 raise UserError(
                     f"{key}={path} contains custom code, which is disabled by default; read it, "
@@ -181,7 +187,7 @@ class ModelLoader:
             return self._on_meta(self.hf_config)  # type: ignore[no-any-return]
         except UserError:
             raise
-        except ValueError as error:
+        except UNREADABLE as error:
             raise UserError(
                 f"model.name={self.config.name} has no {self.task} model: {_first_line(error)}"
             ) from error

@@ -47,6 +47,8 @@ DTYPES = {
 }
 """Supported dtypes of the safetensors format."""
 MAX_HEADER_BYTES = 100_000_000
+MAX_DIMS = 64
+"""Dims of a tensor, as torch has it."""
 
 
 @dataclass(frozen=True)
@@ -77,9 +79,26 @@ def shard_files(path: str, hub: Mapping[str, Any]) -> list[Path]:
     if single := cached_file(path, SAFE_WEIGHTS_NAME, **options):
         return [Path(single)]
     if index := cached_file(path, SAFE_WEIGHTS_INDEX_NAME, **options):
+        _check_index(Path(index))
         files, _ = get_checkpoint_shard_files(path, index, revision=hub.get("revision"))  # type: ignore[no-untyped-call]
         return [Path(file) for file in files]
     raise OSError(f"{path} holds neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}")
+
+
+def _check_index(path: Path) -> None:
+    """Raise :class:`OSError` unless an index names files of its own folder."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise OSError(f"{path} is corrupt: {error}") from error
+    names = content.get("weight_map") if isinstance(content, dict) else None
+    if not (isinstance(names, dict) and names and isinstance(content.get("metadata"), dict)):
+        raise OSError(f"{path} is corrupt: it has no metadata, or no weight_map of names to files")
+    for name in names.values():
+        if not isinstance(name, str) or "\0" in name or Path(name).is_absolute():
+            raise OSError(f"{path} names {name!r}, which is not a file of its folder")
+        if ".." in Path(name).parts:
+            raise OSError(f"{path} names {name!r}, which is outside of its folder")
 
 
 def tensors_of(path: Path) -> dict[str, Stored]:
@@ -114,7 +133,12 @@ def _check_header(path: Path, header: Mapping[str, Any]) -> None:
     """Raise :class:`OSError` unless every tensor has a known dtype, a shape and its own bytes."""
 
     def are_sizes(values: object) -> bool:
-        return isinstance(values, list) and all(type(v) is int and v >= 0 for v in values)
+        # More dims, or numbers of thousands of digits, would multiply for hours.
+        return (
+            isinstance(values, list)
+            and len(values) <= MAX_DIMS
+            and all(type(v) is int and 0 <= v < 2**63 for v in values)
+        )
 
     for name, entry in header.items():
         typed = (

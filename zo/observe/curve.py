@@ -4,7 +4,6 @@ A point is the mean of so many steps in a row as that takes: when there are too 
 are neighbours become one.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from pathlib import Path
 from statistics import fmean as mean
 from typing import Any
 
-from zo.observe.history import DETAILS
+from zo.observe.history import DETAILS, read_line
 
 POINTS = 600
 """Points of a curve at most, and half of it at least once a run has more steps."""
@@ -108,7 +107,8 @@ def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
         if isinstance(value, int | float) and not isinstance(value, bool)
     }
     listed = values.get("scalars")
-    scalars = [abs(s) for s in listed if isinstance(s, int | float)] if listed else []
+    listed = listed if isinstance(listed, list) else []
+    scalars = [abs(float(s)) for s in listed if isinstance(s, int | float)]
     if scalars:
         found["gradient"] = math.sqrt(mean(s * s for s in scalars))
         found["largest"] = max(scalars)
@@ -150,11 +150,7 @@ class Metrics:
                 self._add(line)
 
     def _add(self, line: bytes) -> None:
-        try:
-            values = json.loads(line)
-        except (ValueError, RecursionError):
-            return
-        if not isinstance(values, dict) or type(values.get("step")) is not int:
+        if (values := read_line(line)) is None:
             return
         if isinstance(scores := values.get("eval"), dict):
             self.last = _numbers(scores)

@@ -4,6 +4,7 @@ Both are functions of the evaluations that ``metrics.jsonl`` records, so that ev
 alike, and a resumed run as the one that it continues.
 """
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,24 @@ PREFERRED = ("accuracy", "f1", "exact_match", "reward")
 LOWER_IS_BETTER = ("loss", "perplexity")
 DETAILS = "details"
 """Key, among the scores of an evaluation, of what is behind them."""
+MOST_DIGITS = 300
+"""Of a whole number, which is to fit into a float."""
+
+
+def read_line(line: bytes) -> dict[str, Any] | None:
+    """Return the object of a line of ``metrics.jsonl``; ``None`` if it has no integer ``step``."""
+    try:
+        values = json.loads(line.decode("utf-8"), parse_int=_whole)
+    except (ValueError, RecursionError):
+        return None
+    return values if isinstance(values, dict) and type(values.get("step")) is int else None
+
+
+def _whole(digits: str) -> int:
+    """Return a whole number that fits into a float."""
+    if len(digits) > MOST_DIGITS:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
 
 
 @dataclass(frozen=True)

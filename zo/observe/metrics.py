@@ -13,7 +13,7 @@ import psutil
 import torch
 
 from zo.errors import UserError
-from zo.observe.history import Evaluation, History
+from zo.observe.history import Evaluation, History, read_line
 
 
 def finite_or_none(value: Any) -> Any:
@@ -26,15 +26,6 @@ def finite_or_none(value: Any) -> Any:
     if isinstance(value, list):
         return [finite_or_none(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-    """Return a line's object, or ``None`` if it has no integer ``step``."""
-    try:
-        values = json.loads(line.decode("utf-8"))
-    except (ValueError, RecursionError):
-        return None
-    return values if isinstance(values, dict) and type(values.get("step")) is int else None
 
 
 class MetricsFile:
@@ -75,7 +66,7 @@ class MetricsFile:
         end = 0
         with open(self._path, "rb") as file:
             for number, line in enumerate(file, 1):
-                values, start, end = _parse(line), end, end + len(line)
+                values, start, end = read_line(line), end, end + len(line)
                 if not line.endswith(b"\n") or (values is not None and values["step"] > last_step):
                     dropped.append(range(start, end))
                 elif values is None:
@@ -93,6 +84,7 @@ class MetricsFile:
     def _cut_out(self, dropped: Sequence[range]) -> None:
         """Rewrite the file without some of its bytes."""
         beside = self._path.with_name(self._path.name + ".new")
+        beside.unlink(missing_ok=True)  # A link would be written through.
         with open(self._path, "rb") as file, open(beside, "wb") as kept:
             for gap in dropped:
                 kept.write(file.read(gap.start - file.tell()))
@@ -145,7 +137,7 @@ def read_history(
     """
     history = History(metric, patience)
     for line in path.read_bytes().split(b"\n") if path.exists() else ():
-        values = _parse(line)
+        values = read_line(line)
         if values is None or values["step"] > last_step:
             continue
         if (evaluation := Evaluation.of_json(values.get("eval"))) is not None:

@@ -14,10 +14,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
+from zo.config.plain_yaml import read_yaml
 from zo.errors import UserError
 from zo.io.atomic import write_for_readers
 from zo.observe.chart import Series, draw, short
@@ -198,8 +198,8 @@ class Report:
     def _config(self) -> dict[str, Any]:
         """The content of ``config.yaml``, which is written once."""
         try:
-            content = yaml.safe_load((self._folder / CONFIG).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError, yaml.YAMLError):
+            content = read_yaml((self._folder / CONFIG).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
             return {}
         return content if isinstance(content, dict) else {}
 
@@ -242,7 +242,9 @@ def _tiles(metrics: Metrics, status: Mapping[str, Any]) -> Iterator[tuple[str, s
     """Yield name, value and remark of the numbers that a page begins with."""
     steps = metrics.steps
     of, left = status.get("steps"), status.get("left_s")
-    step = status.get("step", steps.points[-1].step if steps.points else 0)
+    of = of if isinstance(of, int) else None
+    step = status.get("step")
+    step = step if isinstance(step, int) else steps.points[-1].step if steps.points else 0
     remark = f"{duration(left)} left" if isinstance(left, int | float) and step != of else ""
     yield "Steps", f"{step:,} of {of:,}" if of else f"{step:,}", remark
     losses = [loss for loss in steps.moving("loss", steps.window) if loss is not None]

@@ -16,6 +16,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import OverrideParseException
 
 from zo.config.recipes import load_config
+from zo.config.redact import without_secrets
 from zo.errors import UserError
 from zo.io.atomic import replacing, write_whole
 from zo.observe.history import DETAILS, LOWER_IS_BETTER, metric_of
@@ -78,7 +79,7 @@ def expand(recipe: str, overrides: Sequence[str], folder: Path) -> list[Point]:
     points = []
     for number, chosen in enumerate(product(*values), 1):
         load_config(recipe, [*fixed, *chosen])
-        label = re.sub(r"[^A-Za-z0-9.-]+", "_", " ".join(chosen))[:100]
+        label = re.sub(r"[^A-Za-z0-9.-]+", "_", " ".join(map(without_secrets, chosen)))[:100]
         points.append(Point(chosen, fixed, folder / f"{number:03d}-{label or recipe}"))
     return points
 
@@ -103,7 +104,7 @@ def run_points(
     done = {result.folder: result for result in kept if result.code == 0}
     for point in points:
         result = done.get(str(point.folder))
-        if result is None or result.chosen != point.chosen:
+        if result is None or result.chosen != tuple(map(without_secrets, point.chosen)):
             result = _run(recipe, point, processes)
             kept = [k for k in kept if k.folder != result.folder] + [result]
             write_whole(results_file, json.dumps([vars(k) for k in kept], indent=1).encode())
@@ -131,7 +132,9 @@ def _run(recipe: str, point: Point, processes: int) -> Result:
         lines = process.stdout.read().splitlines()
     summary = json.loads(lines[-1]) if process.returncode == 0 and lines else {}
     error = "" if summary else said or "it ended without a summary"
-    return Result(point.chosen, str(point.folder), process.returncode, summary, error)
+    chosen = tuple(map(without_secrets, point.chosen))
+    error = without_secrets(error)
+    return Result(chosen, str(point.folder), process.returncode, summary, error)
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
@@ -211,5 +214,5 @@ def draw(results: Sequence[Result], path: Path) -> None:
 
 
 def command_line(recipe: str, point: Point, processes: int) -> str:
-    """Return the command that repeats a point."""
-    return shlex.join(command_of(recipe, point, processes))
+    """Return the command that repeats a point, without secrets."""
+    return without_secrets(shlex.join(command_of(recipe, point, processes)))

@@ -3,11 +3,16 @@
 import json
 import os
 import struct
+import sys
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 from zo.errors import UserError
 from zo.io.atomic import write_whole
@@ -21,6 +26,10 @@ _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 
 MOST_DIRECTIONS = 2**24
 """Of one step: 64 MiB of scalars."""
+SEARCHED_BYTES, PIECE_BYTES = 2**30, 2**20
+"""Checksummed at most in search of whole entries after a damaged one, a second or two; looked at
+at once."""
+MOST_SEED = 2**63 - 1
 
 
 HEADER_TYPES: dict[str, type | tuple[type, ...]] = {
@@ -32,9 +41,11 @@ HEADER_TYPES: dict[str, type | tuple[type, ...]] = {
     "rule": str,
     "seed": int,
     "weight_decay": (int, float),
+    "anchor": (int, float),
     "order": list,
     "meet": str,
     "written": list,
+    "held": list,
 }
 
 
@@ -102,8 +113,15 @@ def _wrong_in(header: Any) -> str:
             return f"{key}={str(value)[:40]!r} has a wrong type"
     if not 1 <= header.get("directions", 0) <= MOST_DIRECTIONS:
         return f"directions={header.get('directions')} is not a number from 1 to {MOST_DIRECTIONS}"
-    if not isfinite(header.get("weight_decay", 0.0)):
-        return f"weight_decay={header['weight_decay']} is not finite"
+    if not 0 <= header.get("seed", 0) <= MOST_SEED:
+        return f"seed={header['seed']} is not a number from 0 to 2**63 - 1"
+    for key in ("weight_decay", "anchor"):
+        # Compared, not converted: a whole number may be too large for a float.
+        if not 0 <= header.get(key, 0.0) <= sys.float_info.max:
+            return f"{key}={header[key]} is not a finite number from 0"
+    for key in ("order", "written", "held"):
+        if not all(isinstance(name, str) for name in header.get(key, ())):
+            return f"{key} is not a list of names"
     return ""
 
 
@@ -124,36 +142,53 @@ def _scan(data: bytes, path: Path) -> _Scan:
             break
         entries.append(Entry(step, position, lr, tuple(scalars), part))
         end, checksum = end + packer.size + _U32.size, following
-    if not damage and (later := _valid_after(data, packer, end, checksum)):
-        damage = f"step {len(entries) + 1} is damaged and steps after it are whole ({later} is)"
+    if not damage and (after := _whole_after(data, packer, end, checksum)):
+        damage = f"step {len(entries) + 1} is damaged and {after}"
     return _Scan(header, entries, end, checksum, damage)
 
 
-def _valid_after(data: bytes, packer: struct.Struct, end: int, checksum: int) -> int:
-    """Return the step of a valid entry after an invalid one at ``end``, or 0.
+def _whole_after(data: bytes, packer: struct.Struct, end: int, checksum: int) -> str:
+    """Return what is whole after an invalid entry at ``end``, as a phrase; empty if nothing is.
 
     An entry's checksum continues the one stored before it, so that an entry can be checked wherever
     it lies.
     """
-    size = packer.size + _U32.size
+    size, view = packer.size + _U32.size, memoryview(data)
     if len(data) < end + 2 * size:
-        return 0
-    most = len(data) // size + 1
+        return ""
     # Where only the invalid entry's own checksum is wrong, the next continues the one that it
     # should have.
-    before = zlib.crc32(data[end : end + packer.size], checksum)
+    before = zlib.crc32(view[end : end + packer.size], checksum)
     if _U32.unpack_from(data, end + 2 * size - _U32.size)[0] == zlib.crc32(
-        data[end + size : end + size + packer.size], before
+        view[end + size : end + size + packer.size], before
     ):
-        return int(_U64.unpack_from(data, end + size)[0])
-    # Byte by byte: some may have been lost or put in.
-    for at in range(end + 1, len(data) - size + 1):
-        step = _U64.unpack_from(data, at)[0]
-        if 0 < step <= most and _U32.unpack_from(data, at + packer.size)[0] == zlib.crc32(
-            data[at : at + packer.size], _U32.unpack_from(data, at - _U32.size)[0]
+        return f"steps after it are whole ({_U64.unpack_from(data, end + size)[0]} is)"
+    searched = 0
+    for at in _plausible(data, end + 1, size):
+        if _U32.unpack_from(data, at + packer.size)[0] == zlib.crc32(
+            view[at : at + packer.size], _U32.unpack_from(data, at - _U32.size)[0]
         ):
-            return int(step)
-    return 0
+            return f"steps after it are whole ({_U64.unpack_from(data, at)[0]} is)"
+        searched += size
+        if searched > SEARCHED_BYTES:
+            return "what follows it is no torn tail: too much of it looks like the start of a step"
+    return ""
+
+
+def _plausible(data: bytes, start: int, size: int) -> Iterator[int]:
+    """Yield the offsets, in order, where an entry may begin: some bytes may be lost or put in.
+
+    They hold the number of a step that a log of this length can have.
+    """
+    most, stop = len(data) // size + 1, len(data) - size + 1
+    for first in range(start, stop, PIECE_BYTES):
+        count = min(PIECE_BYTES, stop - first)
+        raw = np.frombuffer(data, np.uint8, count + _U64.size - 1, first)
+        steps = sliding_window_view(raw, _U64.size)
+        large = steps[:, 4:].any(axis=1)
+        numbers = steps[:, :4].astype(np.uint32) @ np.array([1, 2**8, 2**16, 2**24], np.uint32)
+        for offset in np.flatnonzero(~large & (numbers > 0) & (numbers <= most)):
+            yield first + int(offset)
 
 
 def _intact(data: bytes, path: Path) -> _Scan:

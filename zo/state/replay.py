@@ -14,8 +14,10 @@ from threading import Lock
 
 from torch import Tensor
 
+from zo.errors import UserError
 from zo.method.entry import Entry
 from zo.method.kernels import replay_and_perturb
+from zo.method.passes import DISTRIBUTIONS
 from zo.method.perturbation import Pass, Probe, Rows
 from zo.method.update import RULES
 from zo.model.form import Form
@@ -43,8 +45,24 @@ class Recipe:
 
     @classmethod
     def of(cls, log: Log) -> "Recipe":
-        """Return the recipe that a log was written with."""
+        """Return the recipe that a log was written with.
+
+        Raises:
+            UserError: the log lacks a part of it, or has what this version of zo does not know.
+        """
         h = log.header
+        for key in ("seed", "distribution", "rule", "weight_decay"):
+            if key not in h:
+                raise UserError(
+                    f"the log's header lacks {key}, without which its steps cannot be repeated; "
+                    "take a copy of the log from elsewhere"
+                )
+        for key, known in (("rule", RULES), ("distribution", DISTRIBUTIONS)):
+            if h[key] not in known:
+                raise UserError(
+                    f"the log has {key}={h[key]!r}, which this version of zo does not know; "
+                    "install the one that wrote it"
+                )
         anchor = h.get("anchor", 0.0)
         return cls(h["seed"], h["distribution"], h["rule"], h["weight_decay"], anchor)
 

@@ -24,10 +24,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
-import yaml
 from safetensors import SafetensorError
 from torch import Tensor
 
+from zo.config.plain_yaml import read_yaml, write_yaml
 from zo.config.redact import without_secrets_in
 from zo.config.schema import AUTO, Config
 from zo.errors import UserError
@@ -47,6 +47,8 @@ SNAPSHOTS_KEPT = 2
 UNFINISHED = {"lock", "blocks", "config.yaml.new", "steps.log.new"}
 """Files that a run may leave if it ended before its first step."""
 OWN_FOLDERS = ("blocks", "snapshots", "model")
+WRITTEN_IN = ("steps.log", "metrics.jsonl", "events.jsonl", "timeline.json", "tensorboard")
+"""What a run opens to write in it; all else is replaced."""
 RANK_FOLDER, SNAPSHOT = re.compile(r"rank-\d{5,}"), re.compile(r"step-\d{9,}\.safetensors")
 """Names that a run gives: a rank's blocks, a snapshot."""
 MANIFEST = re.compile(r"<!-- Written by zo: (.*) -->")
@@ -139,12 +141,17 @@ class RunFolder:
             UserError: there is no run here, or the file is damaged.
         """
         try:
-            content = yaml.safe_load(self.config_file.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+            content = read_yaml(self.config_file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
             raise UserError(
                 f"run.dir={self.path} does not hold a readable run: {' '.join(str(error).split())}"
             ) from error
-        if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
+        if (
+            not isinstance(content, dict)
+            or not isinstance(config := content.get("config"), dict)
+            or not isinstance(config.get("run", {}), dict)
+            or not isinstance(content.get("extended", []), list)
+        ):
             raise UserError(f"run.dir={self.path} holds a corrupt config.yaml; use another run.dir")
         return content
 
@@ -203,13 +210,19 @@ class RunFolder:
                 )
 
     def _check_links(self) -> None:
-        """Refuse links in place of folders that a run writes and deletes in."""
+        """Refuse links in place of files and folders that a run writes to or deletes in."""
         places = [self.path / name for name in OWN_FOLDERS]
         for place in (*places, *places[0].glob("rank-*"), *places[0].glob("rank-*/*")):
             if place.is_symlink():
                 raise UserError(
                     f"run.dir={self.path}: {place.relative_to(self.path)} is a symbolic link, and "
                     "a run deletes files there; move it away, or make run.dir itself the link"
+                )
+        for name in WRITTEN_IN:
+            if (self.path / name).is_symlink():
+                raise UserError(
+                    f"run.dir={self.path}: {name} is a symbolic link, and a run writes to it; move "
+                    "it away, or make run.dir itself the link"
                 )
 
     def found_rate(self) -> float | None:
@@ -238,9 +251,8 @@ class RunFolder:
         return before
 
     def _write_config(self, content: Mapping[str, Any]) -> None:
-        text = yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True)
         try:
-            write_whole(self.config_file, text.encode())
+            write_whole(self.config_file, write_yaml(content).encode())
         except OSError as error:
             raise UserError(
                 f"run.dir={self.path} cannot be written: {error.strerror}; choose another folder "

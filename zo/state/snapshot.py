@@ -100,11 +100,13 @@ class Snapshot:
         Raises:
             OSError: the file cannot be read.
             SafetensorError: it is damaged, or cut short.
-            KeyError: it is no snapshot.
+            KeyError, ValueError: it is no snapshot.
         """
         with safe_open(path, framework="pt") as file:  # It sees that header and length agree.
             facts = file.metadata() or {}
         self.path, self.version = path, int(facts["version"])
+        if self.version < 0:
+            raise ValueError(f"{path} is of version {self.version}")
         self.base, self.log = facts["base"], facts["log"]
         """Fingerprint of the base model, and digest of the log up to this version."""
         self.fingerprint = facts["fingerprint"]
@@ -124,6 +126,8 @@ class Snapshot:
         Raises:
             OSError: the file cannot be read.
         """
+        if parameter.name not in self._starts:
+            raise OSError(f"it lacks {parameter.name}")
         at = self._starts[parameter.name] + first * into.dtype.itemsize
         rest = memoryview(into.view(torch.uint8).numpy())  # type: ignore[arg-type]
         with open(self.path, "rb", buffering=0) as file:
