@@ -49,7 +49,7 @@ def main(arguments: list[str]) -> None:
     from zo.run.replay import rebuild
 
     artefact = open_artefact(own["log"], own.get("base"), rest)
-    say = lambda line: print(line, file=sys.stderr)  # noqa: E731
+    say = lambda line: print(f"warning: {line}", file=sys.stderr)  # noqa: E731
     rebuilt = rebuild(artefact, own.get("run.device"), store, say, trust)
     replica = rebuilt.replica
     write_folder(replica.model, rebuilt.tokenizer, to, rebuilt.card(), source=replica)

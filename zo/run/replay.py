@@ -4,6 +4,7 @@ theta = replay(theta_0, entries): each block of the base is brought to the last 
 piece by piece, all entries on one piece while it is in the cache.
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,11 +27,10 @@ from zo.run.artefact import Artefact, open_artefact
 from zo.run.model_card import Card
 from zo.run.restore import card_of
 from zo.state.log import Log
-from zo.state.replay import Recipe
 from zo.streaming.replica import Replica
 from zo.streaming.selfcheck import move_resident
 
-EXACT = "gaussian"
+INEXACT = "gaussian"
 """The distribution whose numbers are rounded in another way on another kind of device."""
 
 
@@ -60,7 +60,10 @@ class Rebuilt:
 
 
 def from_log(
-    source: str | Path, base: str | None = None, device: str = "cpu", **settings: bool
+    source: str | Path,
+    base: str | None = None,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
 ) -> nn.Module:
     """Rebuild a fine-tuned model from its base and its log.
 
@@ -68,7 +71,7 @@ def from_log(
         source: hub id or folder of a log artefact, or the folder of a run.
         base: hub id or folder of the base model, where it is not the one that the artefact names.
         device: to replay and hold the model on, ``cpu`` or ``cuda``.
-        settings: ``trust_remote_code=True`` runs code that the base's repository brings.
+        trust_remote_code: run code that the base's repository brings.
 
     Returns:
         The transformers model, in evaluation mode, with its adapters if it was trained with some.
@@ -77,7 +80,7 @@ def from_log(
         UserError: the artefact cannot be read, its base cannot be loaded or is another one.
     """
     artefact = open_artefact(str(source), base)
-    rebuilt = rebuild(artefact, device, trust_remote_code=settings.get("trust_remote_code", False))
+    rebuilt = rebuild(artefact, device, trust_remote_code=trust_remote_code)
     model = rebuilt.replica.model
     rebuilt.replica.close(give_back=True)
     return model
@@ -87,7 +90,7 @@ def rebuild(
     artefact: Artefact,
     device: str | None = None,
     store: str = "device",
-    say: Callable[[str], None] = print,
+    say: Callable[[str], object] = warnings.warn,
     trust_remote_code: bool = False,
 ) -> Rebuilt:
     """Replay a log on its base.
@@ -138,14 +141,14 @@ def rebuild(
 
 def differing_kernels(artefact: Artefact, device: torch.device) -> list[str]:
     """Return a line on what may differ on this device, where directions are not signs."""
-    if Recipe.of(Log(artefact.header)).distribution != EXACT:
+    if artefact.header["distribution"] != INEXACT:
         return []
     versions = artefact.content.get("versions") or {}
     if versions and ("gpu" in versions) == (device.type == "cuda"):
         return []
     made = f"was made on {versions.get('gpu', 'a CPU')}" if versions else "does not say where"
     return [
-        f"warning: the log {made} with {EXACT} directions, whose last bits depend on the kind of "
+        f"the log {made} with {INEXACT} directions, whose last bits depend on the kind of "
         f"device: on {device.type} the weights may differ by rounding, and their fingerprint with "
         "them"
     ]
@@ -166,26 +169,26 @@ def check_base(artefact: Artefact, found: str) -> None:
         )
 
 
-def _check_result(artefact: Artefact, found: str, say: Callable[[str], None]) -> None:
+def _check_result(artefact: Artefact, found: str, say: Callable[[str], object]) -> None:
     published = artefact.facts.get("fingerprint", found)
     if published == found:
         return
     said = f"the weights have the fingerprint {found[:12]}, and {str(published)[:12]} was published"
-    if artefact.header["distribution"] != EXACT:
+    if artefact.header["distribution"] != INEXACT:
         raise UserError(
             f"{artefact.source}: {said}; take the artefact from its publisher, and the version of "
             "zo that its config.yaml names"
         )
-    say(f"warning: {said}; {EXACT} directions have the same bits on the same kind of device alone")
+    say(f"{said}; {INEXACT} directions have the same bits on the same kind of device alone")
 
 
-def _tokenizer(artefact: Artefact, loader: ModelLoader, say: Callable[[str], None]) -> Any:
+def _tokenizer(artefact: Artefact, loader: ModelLoader, say: Callable[[str], object]) -> Any:
     if artefact.config.data.name == SYNTHETIC and artefact.facts:
         return None
     try:
         return loader.tokenizer()
     except UserError as error:
-        say(f"warning: no tokenizer is written: {error}")
+        say(f"no tokenizer is written: {error}")
         return None
 
 

@@ -148,8 +148,8 @@ class Audited(Steps):
             apart = max(map(_apart, logged.scalars, computed.scalars))
             line = f"entry {step}: the same within rounding, scalars by up to {apart:.1e}"
             return Verdict(step, False, True, line)
-        said = "; ".join(parts).replace(" and ", " in the log and ") + " recomputed"
-        return Verdict(step, False, False, f"entry {step} is not true: {said}")
+        line = f"entry {step} is not true: {'; '.join(parts)} (logged and recomputed)"
+        return Verdict(step, False, False, line)
 
     def _is_close(self, table: LossTable, logged: Entry, computed: Entry) -> bool:
         """Return whether two entries differ in the rounding of losses alone."""
