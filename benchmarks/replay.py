@@ -1,12 +1,10 @@
 """Time to replay one entry on the weights of OPT-125M's shape, over a plain copy of them.
 
     python benchmarks/replay.py [--directions 1,4,16,64] [--distributions rank-one] [--rounds 9]
-                                [--entries 1]
 
 All parameters of two dims or more are in memory, in one segment; the changes are applied in place.
 Every round times the copy and each number of directions once, one after the other; figures are
-medians over the rounds. With ``--entries N`` one pass over the weights replays N entries,
-as the replay of a log does. Prints a Markdown table, and the seconds of the copy under it.
+medians over the rounds. Prints a Markdown table, and the seconds of the copy under it.
 """
 
 import argparse
@@ -57,7 +55,6 @@ def main():
     parser.add_argument("--distributions", default="rank-one")
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--entries", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=9)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -68,14 +65,7 @@ def main():
     for distribution in arguments.distributions.split(","):
         for dtype in arguments.dtypes.split(","):
             passes = {
-                k: Pass(
-                    1,
-                    distribution,
-                    tuple(
-                        Change(1 + step, tuple(range(step * k, step * k + k)), (2.0**-20,) * k)
-                        for step in range(arguments.entries)
-                    ),
-                )
+                k: Pass(1, distribution, (Change(1, tuple(range(k)), (2.0**-20,) * k),))
                 for k in directions
             }
             found = seconds(getattr(torch, dtype), passes, arguments.rounds)

@@ -155,7 +155,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.command == "GET" and path.startswith("/api/models/"):
             if repo_id not in hub.repos:
                 return 404, {"error": "Repository not found"}
-            return hub.tree(repo_id) if path.endswith("/tree/main") else hub.info(repo_id)
+            return hub.tree(repo_id) if "/tree/" in path else hub.info(repo_id)
         if path.endswith("/commit/main"):
             return hub.commit(repo_id, [json.loads(line) for line in body.splitlines()])
         routes = {
