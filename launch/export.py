@@ -1,6 +1,6 @@
-"""Write a run's model as a Hugging Face folder.
+"""Write a run's model as a Hugging Face folder, or as a log artefact of a few kilobytes.
 
-launch/export.py run=DIR to=DIR [step=N|best] [push=USER/NAME] [public=true]
+launch/export.py run=DIR to=DIR [artefact=full|log] [step=N|best] [push=USER/NAME] [public=true]
 """
 
 import os
@@ -18,14 +18,14 @@ from zo.config.cli import existing_run, flag, run, split, step_of
 from zo.errors import UserError
 
 USAGE = (
-    "usage: launch/export.py run=DIR to=DIR [step=N|best] [push=USER/NAME] [public=true|false] "
-    "[run.device=cpu|cuda] [trust_remote_code=true]"
+    "usage: launch/export.py run=DIR to=DIR [artefact=full|log] [step=N|best] [push=USER/NAME] "
+    "[public=true|false] [run.device=cpu|cuda] [trust_remote_code=true]"
 )
 
 
 def main(arguments: list[str]) -> None:
     """Rebuild the weights from base model and log, write the folder, and push it if asked to."""
-    keys = ("run", "to", "step", "push", "public", "run.device", "trust_remote_code")
+    keys = ("run", "to", "artefact", "step", "push", "public", "run.device", "trust_remote_code")
     own, rest = split(arguments, keys)
     if "--help" in rest or "-h" in rest:
         print(USAGE)
@@ -39,15 +39,22 @@ def main(arguments: list[str]) -> None:
             "a model is exported by one process; start it with python launch/export.py, without "
             "torchrun"
         )
+    artefact = own.get("artefact", "full")
+    if artefact not in ("full", "log"):
+        raise UserError(f"artefact={artefact} is not known; use full (weights) or log")
     path, to, step = existing_run(own["run"]), Path(own["to"]).expanduser(), step_of(own)
 
     from zo.observe.metrics import last_scores
+    from zo.run.artefact import check_published, write_artefact
     from zo.run.export import write_folder
     from zo.run.hub import push
     from zo.run.restore import adapted, card_of, load_run
+    from zo.state.run_folder import RunFolder
 
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise UserError(f"to={to} exists and is not an empty folder; choose a new one")
+    if artefact == "log":
+        check_published(RunFolder(path).read_config())
     device = own.get("run.device")
     finished = load_run(path, lambda config: adapted(config, None, device, trust), step)
     scores = last_scores(path / "metrics.jsonl", finished.steps)
@@ -60,9 +67,11 @@ def main(arguments: list[str]) -> None:
         finished.problem.task,
         finished.last_step,
     )
-    write_folder(
-        finished.replica.model, finished.problem.tokenizer, to, card, source=finished.replica
-    )
+    model, tokenizer = finished.replica.model, finished.problem.tokenizer
+    if artefact == "log":
+        write_artefact(finished, to, card)
+    else:
+        write_folder(model, tokenizer, to, card, source=finished.replica)
     finished.replica.close()
     print(to)
     if "push" in own:

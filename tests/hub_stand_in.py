@@ -36,6 +36,8 @@ class HubStandIn:
         self.lfs_files: set[str] = set()
         self.fail_uploads_with = 0
         """HTTP status of every PUT of a large file; 0 for success."""
+        self.dies_in_commits = 0
+        """Commits that get no answer: the connection ends, and nothing is committed."""
         self.weights_mode = weights_mode
         self._server = ThreadingHTTPServer(
             ("127.0.0.1", 0), type("Handler", (Handler,), {"hub": self})
@@ -70,8 +72,9 @@ class HubStandIn:
         return 200, {"url": f"{self.endpoint}/{repo_id}", "name": repo_id}
 
     def info(self, repo_id):
-        private = self.repos[repo_id].private
-        return 200, {"id": repo_id, "private": private, "sha": "0" * 40, "siblings": [], "tags": []}
+        repo = self.repos[repo_id]
+        found = {"id": repo_id, "private": repo.private, "sha": "0" * 40, "tags": []}
+        return 200, found | {"siblings": [{"rfilename": name} for name in repo.files]}
 
     def tree(self, repo_id):
         files = self.repos[repo_id].files.items()
@@ -152,7 +155,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.command == "GET" and path.startswith("/api/models/"):
             if repo_id not in hub.repos:
                 return 404, {"error": "Repository not found"}
-            return hub.tree(repo_id) if path.endswith("/tree/main") else hub.info(repo_id)
+            return hub.tree(repo_id) if "/tree/" in path else hub.info(repo_id)
         if path.endswith("/commit/main"):
             return hub.commit(repo_id, [json.loads(line) for line in body.splitlines()])
         routes = {
@@ -168,7 +171,26 @@ class Handler(BaseHTTPRequestHandler):
             else (501, {"error": f"not in the stand-in: {path}"})
         )
 
+    def _download(self, repo_id, name):
+        """Send a file, or with HEAD what is known of it."""
+        data = self.hub.repos[repo_id].files[name]
+        self.send_response(200)
+        self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
+        self.send_header("X-Repo-Commit", "0" * 40)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
     def _answer(self):
+        if "/resolve/" in self.path:
+            repo_id, _, rest = self.path.strip("/").partition("/resolve/")
+            self._download(repo_id, rest.partition("/")[2])
+            return
+        if self.path.partition("?")[0].endswith("/commit/main") and self.hub.dies_in_commits:
+            self.hub.dies_in_commits -= 1
+            self.close_connection = True
+            return
         status, content = self._route(self._body())
         data = json.dumps(content).encode()
         self.send_response(status)
@@ -177,7 +199,7 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data)
 
-    do_GET = do_POST = do_PUT = _answer
+    do_GET = do_HEAD = do_POST = do_PUT = _answer
 
     def log_message(self, *_):
         pass

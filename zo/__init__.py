@@ -4,9 +4,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from zo.config.recipes import load_config
+    from zo.run.replay import from_log
     from zo.run.trainer import Trainer
 
-__all__ = ["Trainer", "load_config"]
+__all__ = ["Trainer", "from_log", "load_config"]
 
 
 def __getattr__(name: str) -> Any:
@@ -19,4 +20,8 @@ def __getattr__(name: str) -> Any:
         from zo.config.recipes import load_config
 
         return load_config
+    if name == "from_log":
+        from zo.run.replay import from_log
+
+        return from_log
     raise AttributeError(f"module 'zo' has no attribute {name!r}")

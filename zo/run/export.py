@@ -85,7 +85,7 @@ def write_folder(
         check_replaceable(to)
     to = to.resolve()
     content = _Content(model)
-    with _whole_or_nothing(to, content.size_bytes + ROOM_BYTES, replace) as beside:
+    with whole_or_nothing(to, content.size_bytes + ROOM_BYTES, replace) as beside:
         _write_weights(model, content, source, beside)
         if tokenizer is not None:
             tokenizer.save_pretrained(beside)
@@ -168,7 +168,7 @@ class _Content:
 
 
 @contextmanager
-def _whole_or_nothing(to: Path, bytes_needed: int, replace: bool) -> Iterator[Path]:
+def whole_or_nothing(to: Path, bytes_needed: int, replace: bool) -> Iterator[Path]:
     """Yield an empty folder beside ``to``, which it replaces on success; remove it on an error."""
     # One fixed, hidden name: the next export removes what a killed one left.
     beside = to.with_name(f".{to.name}.unfinished")

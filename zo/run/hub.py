@@ -9,6 +9,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from zo.errors import UserError
 from zo.run.model_card import one_line
 
+ARTEFACT_LOG = "steps.log"
+"""File of a log artefact, which has no weights (see :mod:`zo.run.artefact`)."""
 COMMIT_MESSAGE = "Weights, card and configuration of a zo run"
 
 
@@ -16,7 +18,8 @@ def push(folder: Path, repo_id: str, private: bool = True) -> str:
     """Upload a folder to the hub or to ``HF_ENDPOINT``, with ``HF_TOKEN`` or the login's token.
 
     Args:
-        folder: written by :func:`zo.run.export.write_folder`.
+        folder: written by :func:`zo.run.export.write_folder` or
+            :func:`zo.run.artefact.write_artefact`.
         repo_id: ``namespace/name``, or a name in the token's own namespace; created if missing.
             Weights of an earlier push that are not in the folder are deleted.
         private: refuse a public repository; False creates a public one, and leaves the visibility
@@ -29,7 +32,7 @@ def push(folder: Path, repo_id: str, private: bool = True) -> str:
         UserError: the folder has no model, the token is missing or wrong, the id is invalid, the
             repository is public, or there is no connection.
     """
-    if not (folder / "config.json").is_file():
+    if not any((folder / name).is_file() for name in ("config.json", ARTEFACT_LOG)):
         raise UserError(
             f"push={repo_id}: {folder} does not hold an exported model; export it first"
         )

@@ -1,12 +1,13 @@
 """Python that runs an exported model, for its card: executed in the model's folder as it stands."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from zo.config.checks import template_columns
+from zo.io import quickstart
 from zo.model.adapters import has_adapters
 
 HERE = '"."  # this folder, or its id on the hub'
@@ -65,6 +66,15 @@ LOAD = """\
 model = {model}.from_pretrained({here}
 """
 
+FROM_LOG = """\
+import zo
+{imports}
+folder = {here}
+model = zo.from_log(folder)
+{words}"""
+
+TOKENIZER = "tokenizer = AutoTokenizer.from_pretrained({base}{given})\n"
+
 
 @dataclass(frozen=True)
 class Use:
@@ -73,7 +83,7 @@ class Use:
     pipeline: str | None
     """The hub's ``pipeline_tag``, if it is known."""
     library: str
-    """``transformers`` or ``peft``."""
+    """``transformers``, ``peft`` or ``zo``."""
     code: str
 
 
@@ -132,3 +142,27 @@ def _code(
     if getattr(tokenizer, "chat_template", None):
         inputs = CHAT.format(prompt=prompt)
     return GENERATE.format(**given, inputs=inputs)
+
+
+def log_use(
+    model: nn.Module,
+    tokenizer: Any,
+    base: str,
+    base_card: Mapping[str, str],
+    revision: str | None = None,
+) -> Use:
+    """Return how a log artefact is used: the base's weights and the log make the model.
+
+    Args:
+        model: of transformers, perhaps with adapters.
+        tokenizer: its tokenizer, or None.
+        base: ``model.name`` of the run.
+        base_card: see :func:`zo.run.base_card.read_base_card`.
+        revision: of the base on the hub.
+    """
+    found = use_of(model, None, None, None)
+    name = base_card.get("base_model", base) if base in quickstart.MODELS else base
+    given = f", revision={revision!r}" if revision and name == base else ""
+    words = TOKENIZER.format(base=repr(name), given=given) if tokenizer is not None else ""
+    imports = "from transformers import AutoTokenizer\n" if words else ""
+    return Use(found.pipeline, "zo", FROM_LOG.format(imports=imports, here=HERE, words=words))

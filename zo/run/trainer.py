@@ -9,15 +9,14 @@ log.append(Entry(step, lr, scalars))             # durable; blocks catch up when
 import gc
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from zo.config.schema import Config
 from zo.data.tasks import Batch
@@ -28,15 +27,11 @@ from zo.io.determinism import explain_nondeterminism, make_deterministic
 from zo.io.hardware import choose_device
 from zo.io.signals import before_end, set_remedy, termination
 from zo.method import estimator
-from zo.method.entry import Entry
-from zo.method.table import LossTable
-from zo.method.update import clip, learning_rate
-from zo.model.folds import ALONE, Together
 from zo.observe.metrics import finite_or_none
 from zo.observe.progress import Progress
 from zo.observe.record import Record
 from zo.run import rewarded, startup
-from zo.run.assemble import assemble, log_header, to_device
+from zo.run.assemble import assemble, log_header
 from zo.run.audit import Audit
 from zo.run.evaluate import check_scored, evaluate
 from zo.run.objective import Objective
@@ -46,6 +41,7 @@ from zo.run.reference import find_reference
 from zo.run.reporter import Reporter
 from zo.run.restore import export_model, rebuild, restore_snapshot, save_snapshot
 from zo.run.samples import samples
+from zo.run.step import Steps
 from zo.state.anchor import check_anchor
 from zo.state.log import Log
 from zo.state.versions import versions
@@ -150,7 +146,7 @@ class Trainer:
             yield Run(self.config, mesh, self._own, self._command, resources), asked
 
 
-class Run:
+class Run(Steps):
     """A run in progress: the loop over steps, and what follows some of them."""
 
     def __init__(
@@ -272,72 +268,6 @@ class Run:
     def _is_done(self) -> bool:
         """Return true after the last step, or where ``eval.patience`` has ended the run."""
         return self.log.version >= self.config.run.steps or self.reporter.history.has_ended
-
-    def step(self, asked: bool = False) -> tuple[LossTable, int, int, bool]:
-        """Fill one table, and log its scalars; replay moves the weights at their next visits.
-
-        Returns:
-            The filled table, how many directions had no finite estimate, how many projected
-            gradients were limited, and whether any rank was ``asked`` to stop.
-        """
-        config, step, axes = self.config, self.log.version + 1, self.mesh.shape
-        table = self._table(step)
-        folds = table.folds(self.mesh.rank, axes.perturb, axes.data)
-        results = self._forwards(step, table, [cell for fold in folds for cell in fold])
-        owners, width = table.owners(axes.perturb, axes.data), rewarded.width(self._rewards, config)
-        values, stops = self.mesh.gather(results, owners, width, flag=asked)
-        table, how = table.fill(values), config.estimator
-        raw, skipped = estimator.estimate(how.name, table, how.eps, how.shape, how.shape_per)
-        limit = config.update.clip
-        scalars = raw if limit is None else clip(raw, self.log.entries, limit)
-        position = step * config.batch.sequences
-        self.log.append(Entry(step, position, self._lr(step), scalars, table.part))
-        clipped = sum(before != after for before, after in zip(raw, scalars, strict=True))
-        return table, skipped, clipped, stops
-
-    def _table(self, step: int) -> LossTable:
-        """Return the empty table of a step, from 1."""
-        config, settings = self.config, self.config.estimator
-        table = estimator.empty_table(
-            settings.name, step, config.directions, settings.eps, config.grid
-        )
-        return replace(table, part=self._part(step))
-
-    def _part(self, step: int) -> int:
-        """Return the position of the first block that a step's directions reach."""
-        return self.structure.fork(self.config.estimator.part, step, self.config.run.seed)
-
-    def _lr(self, step: int) -> float:
-        """Return the learning rate of a step, from 1."""
-        u = self.config.update
-        return learning_rate(step, self.config.run.steps, u.lr, u.schedule, u.warmup_steps)
-
-    def _forwards(self, step: int, table: LossTable, numbers: Sequence[int]) -> Sequence[Tensor]:
-        """Return the result of each cell, given by its number, as :meth:`_forward` has it."""
-        cells = [table.cells[number] for number in numbers]
-        batches = {
-            column: to_device(self.problem.batches(step - 1, column), self.mesh)
-            for column in sorted({column for _, column in cells})
-        }
-        if (rewards := self._rewards) is not None:
-            return rewarded.measure_cells(self.replica, rewards, table, numbers, batches, step)
-        forwards = [partial(self._forward, batches[column]) for _, column in cells]
-        rows, together = [row for row, _ in cells], ALONE
-        if self.structure.meet or table.part:
-            folds = [number // table.fold for number in numbers]
-            together = Together([column for _, column in cells], folds, table.part)
-        return self.replica.table(table.probes, rows, forwards, together)
-
-    def _forward(self, batch: Batch) -> Tensor:
-        """Return sum of losses, number of terms, of tokens, and that with padding; float64."""
-        result = self.problem.objective(self.replica.model, batch).to(torch.float64)
-        mask, ids = batch.get("attention_mask"), batch.get("input_ids")
-        # Filled by a kernel: copying a number to a GPU would wait for the device.
-        padded = result.new_zeros(1)
-        if (shaped := mask if ids is None else ids) is not None:
-            padded.fill_(shaped.numel())
-        tokens = padded if mask is None else mask.sum().to(padded).view(1)
-        return torch.cat((result.view(2), tokens, padded))
 
     def _after_step(self) -> None:
         """Save a snapshot, audit and evaluate where that is due."""

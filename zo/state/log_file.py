@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import struct
 import sys
 import zlib
@@ -81,6 +82,12 @@ class _Scan:
 def _parse_header(data: bytes, path: Path) -> tuple[dict[str, Any], int, int]:
     """Return header, its bytes with its checksum, and the checksum."""
     start = len(MAGIC) + _U32.size
+    version = data[: len(MAGIC)].rstrip(b"\n")
+    if re.fullmatch(rb"ZOLOG\d", version) and version != MAGIC.rstrip():
+        raise UserError(
+            f"{path} is a log of another version, {version.decode()}, and this zo reads "
+            f"{MAGIC.decode().rstrip()}; install the version of zo that wrote it"
+        )
     if len(data) < start or not data.startswith(MAGIC):
         raise UserError(f"{path} is not a log of zo: it does not begin with {MAGIC!r}")
     end = start + _U32.unpack_from(data, len(MAGIC))[0]
@@ -205,6 +212,31 @@ def _intact(data: bytes, path: Path) -> _Scan:
             f"zo.log {path} --repair"
         )
     return found
+
+
+def read_complete(path: Path, steps: int) -> tuple[dict[str, Any], list[Entry]]:
+    """Return header and entries of a log that was published: no crash has torn its tail.
+
+    Args:
+        path: of the file.
+        steps: entries that it must have.
+
+    Raises:
+        UserError: it has fewer or more, ends within one, or as :func:`zo.state.log.read`.
+    """
+    data = _read_bytes(path)
+    found = _intact(data, path)
+    whole = len(found.entries)
+    if whole > steps or (whole == steps and found.end != len(data)):
+        raise UserError(
+            f"{path} goes on after entry {steps}, its last as config.yaml has it; take both files "
+            "from one copy of the artefact"
+        )
+    if whole < steps:
+        raise UserError(
+            f"{path} is cut short: whole to entry {whole} of {steps}; take another copy of the log"
+        )
+    return found.header, found.entries
 
 
 def repair(path: Path) -> tuple[int, int, Path] | None:
