@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-import yaml
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 
 from zo.config.peft import PeftConfig
+from zo.config.plain_yaml import write_yaml
 from zo.config.recipes import OWN, config_of, load_config
 from zo.config.schema import Config
 from zo.data.rows import SYNTHETIC
@@ -91,8 +91,7 @@ def write_artefact(finished: FinishedRun, to: Path, card: Card) -> None:
     written = content | {"config": config, "base": base | {"revision": revision}, "artefact": facts}
     use = log_use(model, finished.problem.tokenizer, card.base, card.base_card, revision)
     with whole_or_nothing(to.expanduser().resolve(), ROOM_BYTES, replace=False) as beside:
-        text = yaml.safe_dump(written, sort_keys=False, allow_unicode=True)
-        (beside / FILES[0]).write_text(text, encoding="utf-8")
+        (beside / FILES[0]).write_text(write_yaml(written), encoding="utf-8")
         log = Log.create(beside / FILES[1], finished.header)
         try:
             log.extend(finished.replica.log.entries)

@@ -78,7 +78,11 @@ class Steps:
     def _lr(self, step: int) -> float:
         """Return the learning rate of a step, from 1."""
         u = self.config.update
-        return learning_rate(step, self.config.run.steps, u.lr, u.schedule, u.warmup_steps)
+        return learning_rate(step, self._horizon(step), u.lr, u.schedule, u.warmup_steps)
+
+    def _horizon(self, step: int) -> int:
+        """Return the steps of the schedule that a step belongs to."""
+        return self.config.run.steps
 
     def _forwards(self, step: int, table: LossTable, numbers: Sequence[int]) -> Sequence[Tensor]:
         """Return the result of each cell, given by its number, as :meth:`_forward` has it."""

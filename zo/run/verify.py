@@ -161,19 +161,18 @@ class Audited(Steps):
         limit = ROUNDINGS * spread(settings.name, table, roundoff)[1] / settings.eps
         return max(map(_apart, logged.scalars, computed.scalars)) <= limit
 
-    def _lr(self, step: int) -> float:
-        """Return the rate of a step; of a run that was extended, the logged one before that."""
+    def _horizon(self, step: int) -> int:
+        """Return the steps that a run had before or after it was extended."""
         extended = self.artefact.content.get("extended") or []
         known = [one["steps"] for one in extended if one["after"] < step]
-        if extended and not known and self.config.update.schedule != "constant":
+        return known[-1] if known else self.config.run.steps
+
+    def _lr(self, step: int) -> float:
+        """Return the rate of a step; that of the log where the first horizon is not known."""
+        extended = self.artefact.content.get("extended") or []
+        if extended and step <= extended[0]["after"] and self.config.update.schedule != "constant":
             return self.artefact.entries[step - 1].lr
-        steps = known[-1] if known else self.config.run.steps
-        before, run = self.config, replace(self.config.run, steps=steps)
-        self.config = replace(before, run=run)
-        try:
-            return super()._lr(step)
-        finally:
-            self.config = before
+        return super()._lr(step)
 
 
 def _apart(one: float, other: float) -> float:
