@@ -231,7 +231,12 @@ def test_a_hub_that_dies_in_a_push_has_nothing_public_and_the_next_one_ends_it(
     trained, _, summary = made("run.steps=1")
     ask = [f"run={trained}", "artefact=log", "push=ann/tuned"]
     with HubStandIn() as hub:
+        # HF_ENDPOINT is read when huggingface_hub is imported.
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.endpoint)
+        files = "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(
+            "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", hub.endpoint + files
+        )
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
