@@ -1,6 +1,7 @@
-"""Time to replay one entry on the weights of OPT-125M's shape, over a plain copy of them.
+"""Time to replay entries on the weights of OPT-125M's shape, over a plain copy of them.
 
     python benchmarks/replay.py [--directions 1,4,16,64] [--distributions rank-one] [--rounds 9]
+        [--entries 1]
 
 All parameters of two dims or more are in memory, in one segment; the changes are applied in place.
 Every round times the copy and each number of directions once, one after the other; figures are
@@ -47,6 +48,12 @@ def seconds(dtype, passes, rounds):
     return {name: statistics.median(found) for name, found in times.items()}
 
 
+def entry(step, directions):
+    """An entry of so many directions of its own."""
+    numbers = range(step * directions, (step + 1) * directions)
+    return Change(step + 1, tuple(numbers), (2.0**-20,) * directions)
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -56,6 +63,7 @@ def main():
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--entries", type=int, default=1, help="in one pass; ratios are of one")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     directions = list(map(int, arguments.directions.split(",")))
@@ -65,11 +73,11 @@ def main():
     for distribution in arguments.distributions.split(","):
         for dtype in arguments.dtypes.split(","):
             passes = {
-                k: Pass(1, distribution, (Change(1, tuple(range(k)), (2.0**-20,) * k),))
+                k: Pass(1, distribution, tuple(entry(step, k) for step in range(arguments.entries)))
                 for k in directions
             }
             found = seconds(getattr(torch, dtype), passes, arguments.rounds)
-            ratios = (f"{found[k] / found[COPY]:.2f} |" for k in directions)
+            ratios = (f"{found[k] / arguments.entries / found[COPY]:.2f} |" for k in directions)
             print(f"| {distribution} | {dtype} |", *ratios, flush=True)
             copies[dtype] = round(found[COPY], 4)
     print(f"\nCopy, s: {copies}; {arguments.threads} threads")
