@@ -17,6 +17,7 @@ from transformers import (
     RobertaForMaskedLM,
 )
 
+from zo import Trainer
 from zo.config.recipes import FOLDER, load_config, recipe_names
 from zo.config.schema import DataConfig
 from zo.data import candidates, tasks
@@ -206,7 +207,11 @@ CASES = [
 def test_a_task_trains_and_scores_what_the_paper_asks(
     language_models, rows_of, tmp_path, name, kind
 ):
-    summary = run(settings(language_models[kind], rows_of(name), name), tmp_path / "run")
+    """Under the paper's recipe, but for the sizes of a tiny model and two steps."""
+    recipe = {"causal-lm": "mezo-opt-13b", "masked-lm": "mezo-roberta-large"}[kind]
+    given = [*settings(language_models[kind], rows_of(name), name), "run.trackers=[]"]
+    config = load_config(recipe, [*given, f"run.dir={tmp_path}/run"])
+    summary = Trainer(config, command="test").train()
     assert summary["steps"] == 2
     assert math.isfinite(summary["loss"])
     score = "f1" if TASKS[name].generates else "accuracy"

@@ -87,9 +87,9 @@ def test_a_run_finds_a_rate_and_resumes_with_it(overrides, tmp_path, capsys):
 def test_a_model_of_three_layers_with_its_own_data_needs_no_recipe(overrides, tmp_path):
     """Model and data are all that is given but for the size of the test."""
     given = [o for o in overrides if o.startswith(("model.name", "data.", "batch.max"))]
-    size = ["batch.sequences=4", "estimator.probes=4", "run.steps=1", "export.at_end=false"]
+    size = ["batch.sequences=4", "estimator.probes=4", "run.steps=2", "export.at_end=false"]
     chosen = [*given, *size, "run.trackers=[]", f"run.dir={tmp_path}/run"]
-    assert Trainer(load_config(recipe_for(chosen), chosen)).train()["steps"] == 1
+    assert Trainer(load_config(recipe_for(chosen), chosen)).train()["steps"] == 2
     assert probed(tmp_path / "run")["lr"] == read(tmp_path / "run" / "steps.log")[1][0].lr
 
 

@@ -86,9 +86,11 @@ def test_a_resumed_run_samples_the_same_completions(settings, tmp_path, extra):
 
 @pytest.mark.slow
 def test_ranks_have_the_bits_of_one(settings, tmp_path):
-    settings = [*settings, *RANK_ONE, "estimator.part=top:2"]
-    expected = train([*settings, f"run.dir={tmp_path}/alone"])
-    found = train([*settings, "mesh.data=2", f"run.dir={tmp_path}/two"], ranks=2)
+    """Two ranks sample and stop within an epoch and a bucket, and one rank goes on."""
+    settings = [*settings, *RANK_ONE, "estimator.part=top:2", "batch.bucket=3"]
+    expected = run(settings, tmp_path / "alone")
+    train([*settings, "run.steps=2", "mesh.data=2", f"run.dir={tmp_path}/two"], ranks=2)
+    found = run(settings, tmp_path / "two")
     assert found["fingerprint"] == expected["fingerprint"] and found["eval"] == expected["eval"]
     assert same_log(tmp_path / "two" / "steps.log", tmp_path / "alone" / "steps.log")
 
