@@ -23,7 +23,6 @@ from zo.errors import UserError
 FOLDER = Path(__file__).resolve().parents[2] / "recipes"
 DEFAULT, OWN = "quickstart", "default"
 """Recipes of a command that names none: as it is, and with a model or data of the user's own."""
-DEFAULT = "quickstart"
 NO_DATA = [
     "data.name=''",
     "data.split=train",
