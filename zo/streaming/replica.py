@@ -146,6 +146,13 @@ class Replica:
         self.store.open(log.version, log.identity)
         self._follow(log)
 
+    def stand_at(self, log: Log) -> None:
+        """Follow another log, whose newest version the weights on the device are at already."""
+        assert isinstance(self.store, DeviceStore)
+        self._detach()
+        self.store.versions[:] = [log.version] * len(self.store.versions)
+        self._follow(log)
+
     @contextmanager
     def at_base(self) -> Iterator[None]:
         """Compute with the weights of version 0 inside a ``with`` block, before :meth:`open`."""

@@ -1,0 +1,1 @@
+"""Steps without gradients inside training loops that exist already."""
