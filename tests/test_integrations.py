@@ -1,5 +1,6 @@
 """Loops of other libraries take zo's step: the same bits, resumed too, and no gradient."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 from conftest import make_llama
 from plain import plain_config
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import LlamaForCausalLM, TrainingArguments
 
 from zo import Trainer
@@ -47,6 +49,18 @@ def assert_same(one, other):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def assert_replays(log, base, model):
+    """A log and the weights before it make the model's weights."""
+    layout, source = find_layout(base), ModelSource(base)
+    replay = Replay(Log(*read(log)), layout)
+    for block in layout.blocks:
+        image = torch.zeros(block.size_bytes, dtype=torch.uint8)
+        source.read(block, layout, image)
+        replay.visit(block, block.carve(image), 0)
+        for part, view in views(block, block.carve(image)):
+            assert torch.equal(view, model.get_parameter(part.parameter.name))
+
+
 @pytest.mark.parametrize(
     ("columns", "distribution", "estimator", "directions"),
     [(1, "rademacher", "spsa", 1), (2, "gaussian", "one-sided", 3), (1, "rank-one", "spsa", 2)],
@@ -55,7 +69,7 @@ def test_a_loop_of_ones_own_has_the_bits_of_a_run(
     columns, distribution, estimator, directions, tmp_path, reviews, tokenizer
 ):
     batches = batches_of_reviews(reviews, tokenizer, 3, columns)
-    model = make_llama()
+    model = make_llama(attention_dropout=0.5).train()
     base = weights(model)
     optimizer = ZOOptimizer(
         model,
@@ -73,17 +87,9 @@ def test_a_loop_of_ones_own_has_the_bits_of_a_run(
             optimizer.measure(lambda batch=batch: loss_of(model, batch))
         optimizer.step()
     assert all(p.grad is None for p in model.parameters())
-    header, entries = read(tmp_path / "own.log")
-
-    replayed = make_llama()
-    layout, source = find_layout(replayed), ModelSource(replayed)
-    replay = Replay(Log(header, entries), layout)
-    for block in layout.blocks:
-        image = torch.zeros(block.size_bytes, dtype=torch.uint8)
-        source.read(block, layout, image)
-        replay.visit(block, block.carve(image), 0)
-        for part, view in views(block, block.carve(image)):
-            assert torch.equal(view, model.get_parameter(part.parameter.name))
+    assert all(module.training for module in model.modules())
+    _, entries = read(tmp_path / "own.log")
+    assert_replays(tmp_path / "own.log", make_llama(), model)
     assert not torch.equal(base["model.norm.weight"], model.model.norm.weight)
 
     if distribution == "rank-one":
@@ -117,6 +123,56 @@ def test_a_loop_of_ones_own_has_the_bits_of_a_run(
     assert_same(weights(model), weights(trained))
 
 
+def test_both_losses_of_a_pair_see_the_same_random_numbers():
+    model, drawn = make_llama(), []
+
+    def closure():
+        drawn.append(torch.rand(()).item())
+        return model.model.norm.weight.sum() * drawn[-1]
+
+    optimizer = ZOOptimizer(model, 1e-3)
+    for _ in range(2):
+        optimizer.step(closure)
+    assert drawn[0] == drawn[1] != drawn[2] == drawn[3]
+
+
+def partly_trained():
+    model = make_llama()
+    model.unused = nn.Linear(8, 8)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(("model.layers.2", "unused")))
+    return model
+
+
+def test_weights_are_not_held_twice_and_frozen_ones_do_not_move(
+    tmp_path, monkeypatch, reviews, tokenizer
+):
+    torch.manual_seed(0)
+    model = partly_trained()
+    given, base = weights(model), copy.deepcopy(model)
+    before = [StorageWeakRef(p.untyped_storage()) for p in model.parameters()]
+    alive, read_block = [], ModelSource.read
+
+    def watch(*args):
+        alive.append(sum(not of.expired() for of in before))
+        read_block(*args)
+
+    monkeypatch.setattr(ModelSource, "read", watch)
+    optimizer = ZOOptimizer(model, 1e-2, log=tmp_path / "steps.log")
+    monkeypatch.undo()
+    # A block's memory goes when it has been copied.
+    assert alive[0] == len(before)
+    assert alive == sorted(alive, reverse=True)
+    assert alive[-1] < len(before) / 2
+    assert all(of.expired() for of in before)
+
+    (batch,) = batches_of_reviews(reviews, tokenizer, 1)
+    optimizer.step(lambda: loss_of(model, batch))
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, given[name]) != parameter.requires_grad
+    assert_replays(tmp_path / "steps.log", base, model)
+
+
 def arguments(folder, **changes):
     settings = {
         "output_dir": str(folder),
@@ -141,8 +197,16 @@ def rows_of_reviews(reviews, tokenizer):
     return [{key: value[i] for key, value in batch.items()} for i in range(32)]
 
 
+def refuse_training_mode(model):
+    def check(*_):
+        assert not any(module.training for module in model.modules())
+
+    model.model.register_forward_pre_hook(check)
+
+
 def trained(folder, rows, resume=None, **changes):
     model = make_llama(attention_dropout=0.5)
+    refuse_training_mode(model)
     trainer = ZOTrainer(
         model=model,
         args=arguments(folder, **changes),
@@ -236,24 +300,22 @@ def test_the_example_of_the_readme_trains(tmp_path, monkeypatch, tiny_model, rev
     assert (tmp_path / "tuned" / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("kind", ["SFT", "DPO"])
+@pytest.mark.parametrize("kind", ["SFT", "SFT with LoRA", "DPO"])
 def test_a_trl_trainer_takes_the_mixin(kind, tmp_path, tiny_model, reviews, tokenizer):
     trl = pytest.importorskip("trl", reason="the extra trl is not installed")
     from datasets import Dataset
+    from peft import LoraConfig
 
     rows = [json.loads(line) for line in reviews.read_text().splitlines()][:16]
-    other = {"great": "terrible", "terrible": "great"}
-    pairs = [
-        {"prompt": f"{row['text']} it was", "completion": f" {row['label']}"}
-        if kind == "SFT"
-        else {
-            "prompt": f"{row['text']} it was",
-            "chosen": f" {row['label']}",
-            "rejected": f" {other[row['label']]}",
-        }
-        for row in rows
-    ]
-    base = getattr(trl, f"{kind}Trainer")
+    other = {"great": " terrible", "terrible": " great"}
+    prompts = [{"prompt": f"{row['text']} it was"} for row in rows]
+    if kind == "DPO":
+        base, config = trl.DPOTrainer, trl.DPOConfig
+        answers = [{"chosen": f" {r['label']}", "rejected": other[r["label"]]} for r in rows]
+    else:
+        base, config = trl.SFTTrainer, trl.SFTConfig
+        answers = [{"completion": f" {row['label']}"} for row in rows]
+    lora = {"peft_config": LoraConfig(target_modules=["q_proj"])} if "LoRA" in kind else {}
     settings = {
         "output_dir": str(tmp_path),
         "per_device_train_batch_size": 4,
@@ -269,20 +331,28 @@ def test_a_trl_trainer_takes_the_mixin(kind, tmp_path, tiny_model, reviews, toke
     }
 
     def train(**options):
+        model = LlamaForCausalLM.from_pretrained(tiny_model)
+        refuse_training_mode(model)
         trainer = type("Trainer", (ZOMixin, base), {})(
-            model=LlamaForCausalLM.from_pretrained(tiny_model),
-            args=getattr(trl, f"{kind}Config")(**settings),
-            train_dataset=Dataset.from_list(pairs),
+            model=model,
+            args=config(**settings),
+            train_dataset=Dataset.from_list(
+                [prompt | answer for prompt, answer in zip(prompts, answers, strict=True)]
+            ),
             processing_class=tokenizer,
             zo={"directions": 2},
+            **lora,
         )
+        before = weights(trainer.model)
         trainer.train(**options)
-        return trainer
+        return before, trainer
 
-    first = train()
-    start = weights(make_llama())
-    assert not torch.equal(first.model.model.norm.weight, start["model.norm.weight"])
-    assert all(p.grad is None for p in first.model.parameters())
-    assert len([line for line in first.state.log_history if "loss" in line]) == 2
-    again = train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    before, first = train()
+    for name, parameter in first.model.named_parameters():
+        assert parameter.grad is None
+        assert torch.equal(parameter, before[name]) != parameter.requires_grad
+    lines = [line for line in first.state.log_history if "loss" in line]
+    assert len(lines) == 2
+    assert all(("rewards/margins" if kind == "DPO" else "entropy") in line for line in lines)
+    _, again = train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert_same(weights(first.model), weights(again.model))

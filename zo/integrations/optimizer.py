@@ -10,7 +10,8 @@ that replay writes; beside it there is a copy of the trained ones, for the probe
 """
 
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from zo.method.estimator import check_directions, estimate, probes
 from zo.method.table import LossTable
 from zo.method.update import clip
 from zo.model.blocks import find_layout
+from zo.model.layout import Block, Layout
 from zo.model.source import ModelSource
 from zo.run.objective import OwnObjective
 from zo.state.log import Log, difference, read
@@ -36,9 +38,12 @@ class ZOOptimizer(torch.optim.Optimizer):
     """Optimizer over the parameters of a model that require a gradient, none of which is computed.
 
     ``step(closure)`` calls ``closure()`` once for each probe; it returns the loss of one batch: a
-    number, a tensor of one (a mean), or a tensor of sum of losses and number of terms. Leave the
-    model in ``eval`` mode: the probes of a pair must see the same computation. Learning rate
-    schedulers drive ``param_groups[0]["lr"]``.
+    number, a tensor of one (a mean), or a tensor of sum of losses and number of terms. All calls of
+    a micro-batch are the same computation: the model is in ``eval`` mode, and PyTorch's random
+    numbers begin at the same place. Learning rate schedulers drive ``param_groups[0]["lr"]``.
+
+    A parameter that the loss does not use moves too, for no loss says that it does not matter; set
+    its ``requires_grad`` to False.
     """
 
     def __init__(
@@ -76,37 +81,11 @@ class ZOOptimizer(torch.optim.Optimizer):
             name=estimator, directions=directions, eps=eps, distribution=distribution
         )
         update = UpdateConfig(lr=lr, weight_decay=weight_decay, clip=clip)
-        if estimator == "population" and directions < 2:
-            raise UserError(
-                f"directions={directions} has no other direction to compare with, as "
-                "estimator=population does; use 2 or more"
-            )
-        if not 0 <= seed < 2**63:
-            raise UserError(f"seed={seed} is out of range; use a number from 0 and below 2**63")
-        trained = [p for p in model.parameters() if p.requires_grad]
-        if not trained:
-            raise UserError("the model has no parameter with requires_grad=True; set some")
-        if len({p.device for p in model.parameters()}) > 1 or trained[0].device.type == "meta":
-            raise UserError(
-                "the model's parameters are on several devices or on meta; load the model on one "
-                "device, without device_map"
-            )
+        trained = _check(model, self._settings, seed)
         super().__init__([{"params": trained}], {"lr": float(update.lr)})
         self._clip, self._path = clip, None if log is None else Path(log)
         self._file: Log | None = None
-        device = trained[0].device
-        make_deterministic(device)
-        with torch.no_grad():
-            # Of a model in memory nothing else is read or written: the folder is not used.
-            self._replica = Replica(
-                model,
-                find_layout(model),
-                lambda engine: ModelSource(model),
-                MemoryConfig(store="device"),
-                device,
-                Path(),
-            )
-        self._own = OwnObjective(lambda model, closure: closure())
+        self._replica = _take_over(model, trained[0].device)
         self._log = Log(
             {
                 "run": uuid.uuid4().hex,
@@ -138,14 +117,16 @@ class ZOOptimizer(torch.optim.Optimizer):
         directions = self._log.header["directions"]
         check_directions(step, directions)
         rows = probes(settings.name, step, directions, settings.eps)
-        numbers = list(range(len(rows)))
-        with explain_nondeterminism():
+        numbers, model = list(range(len(rows))), self._replica.model
+        own, rewind = OwnObjective(lambda model, batch: closure()), _mark(self._replica.device)
+
+        def evaluate(cells: Sequence[int]) -> list[Tensor]:
+            rewind()
+            return [own(model, {})]
+
+        with _evaluating(model), explain_nondeterminism():
             found = self._replica.whole(
-                rows,
-                numbers,
-                [[number] for number in numbers],
-                0,
-                lambda cells: [self._own(self._replica.model, closure)],  # type: ignore[arg-type]
+                rows, numbers, [[number] for number in numbers], 0, evaluate
             )
         column = torch.stack(found).cpu()
         self._columns.append(column)
@@ -243,3 +224,71 @@ class ZOOptimizer(torch.optim.Optimizer):
             self._file.close()
             self._file = None
         self._replica.stand_at(self._log)
+
+
+def _take_over(model: nn.Module, device: torch.device) -> Replica:
+    """Return the model's weights, which stay on its device."""
+    make_deterministic(device)
+    layout, memory = find_layout(model), MemoryConfig(store="device")
+    with torch.no_grad():
+        # With this store nothing is read or written later: the folder is not used.
+        return Replica(model, layout, lambda engine: _HandedOver(model), memory, device, Path())
+
+
+class _HandedOver(ModelSource):
+    """The weights of a model in memory, each freed when it has been read."""
+
+    def read(self, block: Block, layout: Layout, image: Tensor, start: int = 0) -> None:
+        super().read(block, layout, image, start)
+        for part in block.parts:
+            for name in part.parameter.spec.names:
+                del self._tensors[name]
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Compute in ``eval`` mode inside a ``with`` block; each module then has its own mode again."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _mark(device: torch.device) -> Callable[[], None]:
+    """Return what lets PyTorch's random numbers begin again where they are now."""
+    on_cpu = torch.get_rng_state()
+    on_gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    def rewind() -> None:
+        torch.set_rng_state(on_cpu)
+        if on_gpu is not None:
+            torch.cuda.set_rng_state(on_gpu, device)
+
+    return rewind
+
+
+def _check(model: nn.Module, settings: EstimatorConfig, seed: int) -> list[nn.Parameter]:
+    """Return the parameters that are trained.
+
+    Raises:
+        UserError: there is none, or a setting or the model's place makes no sense.
+    """
+    if settings.name == "population" and settings.directions == 1:
+        raise UserError(
+            "directions=1 has no other direction to compare with, as estimator=population does; "
+            "use 2 or more"
+        )
+    if not 0 <= seed < 2**63:
+        raise UserError(f"seed={seed} is out of range; use a number from 0 and below 2**63")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if not trained:
+        raise UserError("the model has no parameter with requires_grad=True; set some")
+    if len({p.device for p in model.parameters()}) > 1 or trained[0].device.type == "meta":
+        raise UserError(
+            "the model's parameters are on several devices or on meta; load the model on one "
+            "device, without device_map"
+        )
+    return trained

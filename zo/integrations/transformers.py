@@ -9,13 +9,14 @@ serves trl::
     class ZOSFTTrainer(ZOMixin, trl.SFTTrainer): ...
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import TrainingArguments
 
 from zo.errors import UserError
 from zo.integrations.optimizer import ZOOptimizer
@@ -70,7 +71,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "use_liger_kernel": ((False,), "it fuses losses with their backward passes; leave it out"),
     "neftune_noise_alpha": (
         (None,),
-        "it adds noise to each forward, and the two of a pair must be alike; leave it out",
+        "it adds noise in training mode, and probes are evaluated without; leave it out",
     ),
     "auto_find_batch_size": (
         (False,),
@@ -108,6 +109,32 @@ def check_arguments(args: TrainingArguments) -> None:
             f"{count} processes or GPUs: this step runs on one; set CUDA_VISIBLE_DEVICES to one "
             "GPU, or use torchrun launch/train.py, which gives the same bits on any mesh"
         )
+
+
+@contextmanager
+def _said_to_train(model: nn.Module) -> Iterator[None]:
+    """Let a model say that it trains, except while it computes.
+
+    trl's trainers ask the model itself whether a loss belongs to training or to evaluation.
+    """
+
+    def say(training: bool) -> Callable[..., None]:
+        def hook(module: nn.Module, *_: Any) -> None:
+            module.training = training
+
+        return hook
+
+    hooks = (
+        model.register_forward_pre_hook(say(False)),
+        model.register_forward_hook(say(True), always_call=True),
+    )
+    model.training = True
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.training = False
 
 
 class ZOMixin:
@@ -156,9 +183,7 @@ class ZOMixin:
     ) -> Tensor:
         """Evaluate the step's probes on a micro-batch; ``optimizer.step()`` moves the weights."""
         own: Any = self
-        model.eval()  # Dropout would draw another mask for each probe.
-        if isinstance(own.model, PreTrainedModel):
-            own.model.training = True  # Trainers tell their training metrics apart by it alone.
+        model.train()
         inputs, parts = own._prepare_inputs(inputs), own.current_gradient_accumulation_steps
         scaled = own.loss_is_scaled_for_ga
         if scaled is None:
@@ -166,9 +191,10 @@ class ZOMixin:
             scaled = accepts or own.compute_loss_func is not None
 
         def loss() -> Tensor:
-            found: Tensor = own.compute_loss(
-                model, dict(inputs), num_items_in_batch=num_items_in_batch
-            )
+            with _said_to_train(own.model):
+                found: Tensor = own.compute_loss(
+                    model, dict(inputs), num_items_in_batch=num_items_in_batch
+                )
             return found * parts if scaled else found
 
         optimizer = getattr(own.optimizer, "optimizer", own.optimizer)
