@@ -25,6 +25,7 @@ PACKAGES = [
     "data",
     "streaming",
     "run",
+    "commands",
 ]
 """Imports point to the same package or to an earlier one."""
 
