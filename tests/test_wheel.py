@@ -4,9 +4,11 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,6 +67,7 @@ def test_the_newcomers_path(zo, installed, tiny_model, reviews, tmp_path):
     own = [f"model.name={tiny_model}", f"data.name={reviews}", "data.template='{text} It was'"]
     own += ["data.label_words=[' bad',' good']", "batch.sequences=4", "batch.micro=4"]
     small = ["run.steps=2", "run.dir=run", "update.lr=1e-3", "data.dev_examples=4"]
+    small += ["batch.max_tokens=48"]
     out = step("train", "recipe=my.yaml", *own, *small)
     assert json.loads(out.splitlines()[-1])["steps"] == 2
     assert (tmp_path / "run" / "report.html").exists()
@@ -83,6 +86,12 @@ def test_the_newcomers_path(zo, installed, tiny_model, reviews, tmp_path):
 def test_the_wheel_has_every_recipe(zo):
     names = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
     assert [line.split()[0] for line in zo("recipes")[1].splitlines()] == names
+
+
+def test_the_version_is_the_same_wherever_it_is_written():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == version
+    assert f"\n## {version}\n" in (ROOT / "docs" / "CHANGELOG.md").read_text()
 
 
 @pytest.mark.parametrize(

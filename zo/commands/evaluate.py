@@ -24,8 +24,10 @@ USAGE = (
     "lm_eval=TASK,... [lm_eval_tasks=FOLDER] for scores by lm-eval"
 )
 
-KEYS = ("recipe", "run", "step", "data", "lm_eval", "lm_eval_tasks", "run.device")
-KEYS += ("trust_remote_code",)
+KEYS = (
+    *("recipe", "run", "step", "data", "lm_eval", "lm_eval_tasks", "run.device"),
+    "trust_remote_code",
+)
 BATCHES_AT_ONCE = 2
 """Batches evaluated in one pass over the model."""
 LM_EVAL_BATCH = 8
@@ -56,17 +58,18 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"step={step} is a step of a run; give run=DIR with it")
     trust = flag(own, "trust_remote_code", "without it no code of the model's own is run")
     path = existing_run(own["run"]) if "run" in own else None
-    config = None if path else load_config(recipe, overrides)
+    plain = None if path else load_config(recipe, overrides)
     manager = harness(own)
 
     from zo.run.restore import adapted, load_plain, load_run
 
-    if path:
+    if path is not None:
         change = lambda config: adapted(config, own.get("data"), device, trust)  # noqa: E731
         finished = load_run(path, change, step)
     else:
+        assert plain is not None
         finished = load_plain(
-            adapted(config, own.get("data"), device, trust or config.model.trust_remote_code)
+            adapted(plain, own.get("data"), device, trust or plain.model.trust_remote_code)
         )
     found = {"run": own.get("run"), "steps": finished.steps}
     found |= score(finished, own) if manager is None else score_tasks(finished, own, manager)
