@@ -65,7 +65,7 @@ def test_the_newcomers_path(zo, installed, tiny_model, reviews, tmp_path):
     step("init", "recipe=default", "to=my.yaml")
     assert (tmp_path / "my.yaml").read_text() == (ROOT / "recipes" / "default.yaml").read_text()
     own = [f"model.name={tiny_model}", f"data.name={reviews}", "data.template='{text} It was'"]
-    own += ["data.label_words=[' bad',' good']", "batch.sequences=4", "batch.micro=4"]
+    own += ["data.label_words=[' terrible',' great']", "batch.sequences=4", "batch.micro=4"]
     small = ["run.steps=2", "run.dir=run", "update.lr=1e-3", "data.dev_examples=4"]
     small += ["batch.max_tokens=48"]
     out = step("train", "recipe=my.yaml", *own, *small)
@@ -74,7 +74,7 @@ def test_the_newcomers_path(zo, installed, tiny_model, reviews, tmp_path):
     step("export", "run=run", "to=model")
     AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     card = (tmp_path / "model" / "README.md").read_text()
-    assert "load_config('default', [" in card
+    assert "load_config('quickstart', [" in card
     assert "my.yaml" not in card
     step("export", "run=run", "to=artefact", "artefact=log")
     fingerprint = json.loads(out.splitlines()[-1])["fingerprint"]
