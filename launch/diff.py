@@ -1,38 +1,17 @@
-"""Say where two logs part: launch/diff.py LOG LOG, each a log file, an artefact or a run's folder.
-
-Exit code 0: both describe the same weights; 1: they part, in what the lines say.
-"""
+"""Say where two logs part: ``zo diff`` from a checkout."""
 
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from zo.io.signals import end_on_signals
+
+if __name__ == "__main__":
+    end_on_signals()  # Before the imports, which take seconds.
+
+from zo.commands.diff import main
 from zo.config.cli import run
-from zo.errors import UserError
-from zo.state.log import read
-from zo.state.log_diff import differences
-from zo.state.run_folder import RunFolder
-
-USAGE = "usage: launch/diff.py LOG LOG, each a log file or the folder of an artefact or a run"
-PART = 1
-
-
-def main(arguments: list[str]) -> None:
-    """Compare headers, then entries, and print what differs."""
-    if "--help" in arguments or "-h" in arguments:
-        print(USAGE)
-        return
-    if len(arguments) != 2:
-        raise UserError(USAGE)
-    paths = [Path(argument).expanduser() for argument in arguments]
-    files = [RunFolder(path).log_file if path.is_dir() else path for path in paths]
-    one, other = map(read, files)
-    found = differences(one, other)
-    print("\n".join(found) or f"the same to entry {len(one[1])}")
-    if found:
-        raise SystemExit(PART)
-
 
 if __name__ == "__main__":
     sys.exit(run(main))

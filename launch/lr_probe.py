@@ -1,7 +1,5 @@
-"""Find a learning rate: launch/lr_probe.py, with the arguments of launch/train.py."""
+"""Find a learning rate: ``zo lr-probe`` from a checkout."""
 
-import os
-import shlex
 import sys
 from pathlib import Path
 
@@ -12,42 +10,8 @@ from zo.io.signals import end_on_signals
 if __name__ == "__main__":
     end_on_signals()  # Before the imports, which take seconds.
 
-from zo.config.cli import asked_for_text, run, split
-from zo.config.recipes import load_config, recipe_for
-from zo.errors import UserError
-
-USAGE = (
-    "usage: [torchrun --nproc-per-node N] launch/lr_probe.py [recipe=NAME] [key=value ...] "
-    "[--help | --cfg job]"
-)
-
-
-def main(arguments: list[str]) -> None:
-    """Print a table of rates with the loss before and after some steps, and a command to train.
-
-    The trials stay in ``run.dir`` as lr_probe.json and lr_probe.png; the same command of
-    launch/train.py, with that ``run.dir``, goes on from there.
-    """
-    own, overrides = split(arguments, ("recipe", "update.lr"))
-    recipe = own.get("recipe") or recipe_for(overrides)
-    if text := asked_for_text(arguments, recipe, overrides, USAGE):
-        print(text)
-        return
-    if own.get("update.lr", "auto") != "auto":
-        raise UserError(f"update.lr={own['update.lr']} is what this command finds; leave it out")
-    config = load_config(recipe, [*overrides, "update.lr=auto"])
-
-    from zo.run.rates import table
-    from zo.run.trainer import Trainer
-
-    folder, probed = Trainer(config).find_rate()
-    if int(os.environ.get("RANK", 0)) == 0:
-        given = [o for o in overrides if not o.startswith("run.dir=")]
-        command = ["python", "launch/train.py", f"recipe={recipe}", *given]
-        print(table(probed))
-        print(f"\nTrials: {folder}/lr_probe.json")
-        print(f"Train:  {shlex.join([*command, f'update.lr={probed.lr:g}'])}")
-
+from zo.commands.lr_probe import main
+from zo.config.cli import run
 
 if __name__ == "__main__":
     sys.exit(run(main))

@@ -1,10 +1,6 @@
-"""Fine-tune: torchrun [--nproc-per-node N] launch/train.py recipe=NAME [key=value ...]."""
+"""Fine-tune: ``zo train`` from a checkout."""
 
-import json
-import os
-import shlex
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -14,58 +10,8 @@ from zo.io.signals import end_on_signals
 if __name__ == "__main__":
     end_on_signals()  # Before the imports, which take seconds.
 
-from zo.config.cli import asked_for_text, run, split
-from zo.config.recipes import load_config, recipe_for
-from zo.config.schema import Config
-from zo.errors import UserError
-
-USAGE = (
-    "usage: [torchrun --nproc-per-node N] launch/train.py [recipe=NAME] [key=value ...] "
-    "[--check | --help | --cfg job]"
-)
-
-
-def main(arguments: list[str]) -> None:
-    """Run the command; the last line on stdout is the summary of the run."""
-    own, overrides = split(arguments, ("recipe",))
-    recipe = own.get("recipe") or recipe_for(overrides)
-    if text := asked_for_text(arguments, recipe, overrides, USAGE):
-        print(text)
-    elif "--check" in arguments:
-        check(load_config(recipe, [o for o in overrides if o != "--check"]))
-    elif "-m" in arguments or "--multirun" in arguments:
-        raise UserError("a grid of runs is started by launch/sweep.py recipe=NAME key=a,b")
-    else:
-        command = shlex.join(["python", "launch/train.py", f"recipe={recipe}", *overrides])
-        train(load_config(recipe, overrides), command)
-
-
-def train(config: Config, command: str) -> None:
-    """Train, and print the summary on rank 0."""
-    # Imported here: torch and transformers take seconds; --help and key errors need neither.
-    from zo.run.trainer import Trainer
-
-    summary = Trainer(config, command=command).train()
-    if int(os.environ.get("RANK", 0)) == 0 and summary["fingerprint"]:
-        print(json.dumps(summary), flush=True)
-
-
-def check(config: Config) -> None:
-    """Report on the data of a run; no weights are loaded, and nothing is written."""
-    if int(os.environ.get("RANK", 0)):
-        return
-    from zo.run.problem import build_problem
-    from zo.run.rewarded import load
-
-    problem = build_problem(config)
-    load(problem.task)
-    report = problem.report
-    if report is None:
-        print("data: synthetic", file=sys.stderr)
-        return
-    print(*report.lines(), sep="\n", file=sys.stderr)
-    print(json.dumps(asdict(report)))
-
+from zo.commands.train import main
+from zo.config.cli import run
 
 if __name__ == "__main__":
     sys.exit(run(main))

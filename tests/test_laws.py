@@ -26,6 +26,7 @@ PACKAGES = [
     "streaming",
     "run",
     "integrations",
+    "commands",
 ]
 """Imports point to the same package or to an earlier one."""
 

@@ -13,7 +13,7 @@ from typing import Literal
 
 from omegaconf import OmegaConf
 
-from zo.config.recipes import DEFAULT, FOLDER, OWN, keys, recipe_names, resolve
+from zo.config.recipes import DEFAULT, FOLDER, OWN, header, keys, recipe_names, resolve
 from zo.config.redact import without_secrets
 from zo.errors import RankError, UserError
 from zo.io.hardware import name_accelerator
@@ -199,7 +199,7 @@ def help_text(usage: str, recipe: str, overrides: Sequence[str] = ()) -> str:
     }
     lines = [usage, "", "recipes:"]
     for name in recipe_names():
-        first = (FOLDER / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+        first = header(FOLDER / f"{name}.yaml")
         lines.append(f"  {name:<14} {first}{used.get(name, '')}")
     try:
         resolved, given = resolve(recipe, overrides), " and these arguments" * bool(overrides)

@@ -20,7 +20,8 @@ from zo.config.plain_yaml import check_plain, read_yaml
 from zo.config.schema import Config
 from zo.errors import UserError
 
-FOLDER = Path(__file__).resolve().parents[2] / "recipes"
+FOLDER = Path(__file__).resolve().parents[1] / "recipes"
+"""Package data; in a checkout a link to the folder beside the package."""
 DEFAULT, OWN = "quickstart", "default"
 """Recipes of a command that names none: as it is, and with a model or data of the user's own."""
 NO_DATA = [
@@ -71,6 +72,32 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
+def header(path: Path) -> str:
+    """Return the first line of a recipe, which says what it is for."""
+    return path.read_text(encoding="utf-8").split("\n")[0].lstrip("# ")
+
+
+def recipe_file(recipe: str) -> Path:
+    """Return the file of a recipe: a name, or the path of a ``.yaml`` file.
+
+    Raises:
+        UserError: there is none.
+    """
+    if recipe in recipe_names():
+        return FOLDER / f"{recipe}.yaml"
+    path = Path(recipe).expanduser()
+    if path.suffix != ".yaml":
+        raise UserError(
+            f"recipe={recipe} is not known; use one of {', '.join(recipe_names())}, or the path of "
+            "a .yaml file"
+        )
+    if not path.is_file():
+        raise UserError(
+            f"recipe={recipe} is not a file; zo init to={recipe} makes one from a recipe"
+        )
+    return path.resolve()
+
+
 def recipe_for(overrides: Sequence[str]) -> str:
     """Return the recipe of a command that names none.
 
@@ -86,16 +113,15 @@ def resolve(recipe: str = DEFAULT, overrides: Sequence[str] = ()) -> DictConfig:
     Raises:
         UserError: unknown recipe or key, wrong type, or an override that is no ``key=value``.
     """
-    if recipe not in recipe_names():
-        raise UserError(f"recipe={recipe} is not known; use one of {', '.join(recipe_names())}")
+    file = recipe_file(recipe)
     if any(override.startswith("task=") for override in overrides):
         overrides = [*NO_DATA, *overrides]
-    check_recipe(FOLDER / f"{recipe}.yaml")
+    check_recipe(file)
     # Every recipe names the schema first in its defaults.
     ConfigStore.instance().store("schema", _schema())
     try:
-        with initialize_config_dir(str(FOLDER), version_base="1.3"):
-            return compose(recipe, overrides=[*overrides, f"recipe={recipe}"])
+        with initialize_config_dir(str(file.parent), version_base="1.3"):
+            return compose(file.stem, overrides=[*overrides, f"recipe={file.stem!r}"])
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_explain(error)) from error
     except REFUSED as error:
@@ -122,7 +148,7 @@ def load_config(recipe: str = DEFAULT, overrides: Sequence[str] = ()) -> Config:
     """Return a recipe with overrides as a checked configuration.
 
     Args:
-        recipe: name of a file in ``recipes/``.
+        recipe: name of a file in ``recipes/``, or the path of a ``.yaml`` file.
         overrides: ``key=value`` as on the command line.
 
     Raises:

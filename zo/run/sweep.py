@@ -1,6 +1,7 @@
 """Grids of runs: each point a process of its own, or one torchrun, and a table of their scores."""
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -15,13 +16,13 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import OverrideParseException
 
-from zo.config.recipes import load_config
+from zo.config.recipes import load_config, recipe_file
 from zo.config.redact import without_secrets
 from zo.errors import UserError
 from zo.io.atomic import replacing, write_whole
 from zo.observe.history import DETAILS, LOWER_IS_BETTER, metric_of
 
-TRAIN = Path(__file__).resolve().parents[2] / "launch" / "train.py"
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,9 @@ def expand(recipe: str, overrides: Sequence[str], folder: Path) -> list[Point]:
     for number, chosen in enumerate(product(*values), 1):
         load_config(recipe, [*fixed, *chosen])
         label = re.sub(r"[^A-Za-z0-9.-]+", "_", " ".join(map(without_secrets, chosen)))[:100]
-        points.append(Point(chosen, fixed, folder / f"{number:03d}-{label or recipe}"))
+        points.append(
+            Point(chosen, fixed, folder / f"{number:03d}-{label or recipe_file(recipe).stem}")
+        )
     return points
 
 
@@ -114,10 +117,12 @@ def run_points(
 def _run(recipe: str, point: Point, processes: int) -> Result:
     command = command_of(recipe, point, processes)
     at = command.index("launch/train.py")
+    path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     # Of this environment, whatever PATH says.
     program = str(Path(sys.executable).with_name(command[0]))
     with subprocess.Popen(
-        [program, *command[1:at], str(TRAIN), *command[at + 1 :], f"run.dir={point.folder}"],
+        [program, *command[1:at], "-m", "zo.train", *command[at + 1 :], f"run.dir={point.folder}"],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(path)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -1,0 +1,125 @@
+"""Score a run or a plain model.
+
+launch/evaluate.py run=DIR [step=N|best] [data=...], or launch/evaluate.py model.name=... [key=...]
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zo.config.cli import asked_for_text, existing_run, flag, split, step_of
+from zo.config.recipes import load_config, recipe_for
+from zo.errors import UserError
+
+if TYPE_CHECKING:
+    from zo.run.restore import FinishedRun
+
+USAGE = (
+    "usage: launch/evaluate.py run=DIR [step=N|best] [data=FILE_OR_ID] [run.device=cpu|cuda] "
+    "[trust_remote_code=true], or [recipe=NAME] model.name=... [key=value ...]; either with "
+    "lm_eval=TASK,... [lm_eval_tasks=FOLDER] for scores by lm-eval"
+)
+
+KEYS = (
+    *("recipe", "run", "step", "data", "lm_eval", "lm_eval_tasks", "run.device"),
+    "trust_remote_code",
+)
+BATCHES_AT_ONCE = 2
+"""Batches evaluated in one pass over the model."""
+LM_EVAL_BATCH = 8
+"""Sequences of a forward for lm-eval."""
+
+
+def main(arguments: list[str]) -> None:
+    """Print the scores as one JSON object."""
+    own, overrides = split(arguments, KEYS)
+    device = own.get("run.device")
+    if "run" not in own and device is not None:
+        overrides.append(f"run.device={device}")
+    recipe = own.get("recipe") or recipe_for(overrides)
+    if "run" not in own and "lm_eval" in own:
+        overrides.insert(0, "data.name=synthetic")  # Its tasks bring theirs.
+    if text := asked_for_text(arguments, recipe, overrides, USAGE):
+        print(text)
+        return
+    if "run" in own and overrides:
+        raise UserError(
+            f"{overrides[0]} cannot be changed for a run; give run=DIR and, for other data, "
+            "data=FILE_OR_ID"
+        )
+    if "run" not in own and not any(o.startswith("model.name=") for o in overrides):
+        raise UserError("nothing to score; give run=DIR, or model.name=HUB_ID_OR_FOLDER")
+    step = step_of(own)
+    if "run" not in own and step is not None:
+        raise UserError(f"step={step} is a step of a run; give run=DIR with it")
+    trust = flag(own, "trust_remote_code", "without it no code of the model's own is run")
+    path = existing_run(own["run"]) if "run" in own else None
+    plain = None if path else load_config(recipe, overrides)
+    manager = harness(own)
+
+    from zo.run.restore import adapted, load_plain, load_run
+
+    if path is not None:
+        change = lambda config: adapted(config, own.get("data"), device, trust)  # noqa: E731
+        finished = load_run(path, change, step)
+    else:
+        assert plain is not None
+        finished = load_plain(
+            adapted(plain, own.get("data"), device, trust or plain.model.trust_remote_code)
+        )
+    found = {"run": own.get("run"), "steps": finished.steps}
+    found |= score(finished, own) if manager is None else score_tasks(finished, own, manager)
+    if finished.mesh.rank == 0:
+        print(json.dumps(found))
+    finished.mesh.close()
+
+
+def harness(own: Mapping[str, str]) -> Any:
+    """Return lm-eval's task manager if its tasks are asked for."""
+    if "lm_eval" not in own:
+        return None
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("lm_eval= is of one process; start it with python, without torchrun")
+
+    from zo.run.harness import check_harness
+
+    folder = own.get("lm_eval_tasks")
+    return check_harness(own["lm_eval"].split(","), Path(folder).expanduser() if folder else None)
+
+
+def score_tasks(finished: FinishedRun, own: Mapping[str, str], manager: Any) -> dict[str, Any]:
+    """Return the scores by lm-eval's tasks."""
+    from zo.run.harness import harness_scores
+
+    fingerprint = finished.replica.fingerprint()
+    scores = harness_scores(finished, own["lm_eval"].split(","), manager, LM_EVAL_BATCH)
+    return {"lm_eval": scores, "fingerprint": fingerprint}
+
+
+def score(finished: FinishedRun, own: Mapping[str, str]) -> dict[str, Any]:
+    """Return the scores on held-out data; every rank calls this."""
+    from zo.observe.metrics import finite_or_none
+    from zo.run.evaluate import evaluate
+
+    problem, mesh, replica = finished.problem, finished.mesh, finished.replica
+    if problem.task is None or not problem.dev_batches:
+        raise UserError(
+            "there is nothing to score on: data.dev_examples is 0, or the data is synthetic; give "
+            "data=FILE"
+        )
+    if (rewards := problem.task.rewards) is not None:
+        if "run" in own and not rewards.reward.is_ours and own.get("trust_remote_code") != "true":
+            raise UserError(
+                f"run={own['run']} is rewarded by code of {rewards.reward.name}, which is not run "
+                "by default; read it, then set trust_remote_code=true"
+            )
+        rewards.reward.load()
+    found = evaluate(replica, problem.task, problem.dev_batches, mesh, at_once=BATCHES_AT_ONCE)
+    fingerprint = replica.fingerprint()
+    replica.close()
+    mesh.barrier()
+    return {"eval": finite_or_none(found.as_json()), "fingerprint": fingerprint}
