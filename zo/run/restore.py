@@ -238,7 +238,7 @@ def card_of(
     estimator, update = config["estimator"], config["update"]
     method = (
         f"{estimator['name']}, {header['directions']} {estimator['distribution']} "
-        f"direction(s) a step, eps {estimator['eps']}; "
+        f"direction(s) a step of part {estimator.get('part', 'all')}, eps {estimator['eps']}; "
         f"{update['name']}, lr {update['lr']}, {update['schedule']}"
     )
     return Card(
