@@ -57,8 +57,8 @@ class Card:
 
 TEXT = """# {title}
 
-Fine-tuned with forward passes only (zeroth-order optimisation, no backward pass) by `zo`. {licence}
-hold.
+Fine-tuned with forward passes only (zeroth-order optimisation, no backward pass) by `zo`.
+{licence} hold.
 
 {facts}
 
