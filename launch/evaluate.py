@@ -5,13 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from zo.io.signals import end_on_signals
+from zo.commands import start
 
 if __name__ == "__main__":
-    end_on_signals()  # Before the imports, which take seconds.
-
-from zo.commands.evaluate import main
-from zo.config.cli import run
-
-if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(start("evaluate"))

@@ -3,6 +3,8 @@
 import json
 import os
 import random
+import sys
+from importlib import import_module
 
 import pytest
 import torch
@@ -124,6 +126,29 @@ def overrides(tiny_model, reviews):
     given = {setting.partition("=")[0] for setting in settings}
     plain = [setting for setting in PLAIN if setting.partition("=")[0] not in given]
     return [*settings[:-1], *plain, settings[-1]]
+
+
+@pytest.fixture
+def command(monkeypatch, capsys, tmp_path):
+    """Run a command in this process: exit code, stdout, stderr."""
+    from zo.config import cli
+    from zo.observe import progress
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(progress, "QUIET_S", 60.0)  # On a busy machine a phase may last a second.
+
+    def run(name, *arguments):
+        main = import_module(f"zo.commands.{name}").main
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            code = cli.run(main)
+        except SystemExit as error:  # Of a finding, such as that two logs part.
+            code = error.code
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import runpy
 import subprocess
 import sys
 from dataclasses import replace
@@ -28,24 +27,6 @@ from zo.state.log_diff import differences
 
 pytestmark = pytest.mark.slow  # Whole runs.
 ROOT = Path(__file__).resolve().parent.parent
-
-
-@pytest.fixture
-def command(capsys, monkeypatch):
-    """Run a command of launch/ in this process; return exit code, stdout and stderr."""
-    from zo.config import cli
-
-    def call(name, *arguments):
-        main = runpy.run_path(str(ROOT / "launch" / f"{name}.py"))["main"]
-        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            code = cli.run(main)
-        except SystemExit as error:
-            code = error.code
-        return code, *capsys.readouterr()
-
-    return call
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@ written."""
 
 import json
 import os
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -19,27 +18,7 @@ from transformers import (
     BertModel,
 )
 
-from zo.config import cli as launcher
-from zo.observe import progress
-
 ROOT = Path(__file__).resolve().parent.parent
-
-
-@pytest.fixture
-def command(monkeypatch, capsys, tmp_path):
-    """Run a command of launch/ in this process: exit code, stdout, stderr."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(progress, "QUIET_S", 60.0)  # On a busy machine a phase may last a second.
-
-    def run(name, *arguments):
-        main = runpy.run_path(str(ROOT / "launch" / f"{name}.py"))["main"]
-        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-        capsys.readouterr()
-        code = launcher.run(main)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 def rows(*lines):

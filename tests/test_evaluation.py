@@ -9,7 +9,6 @@ import torch
 from plain import assert_refused, run
 from ranks import train
 from safetensors.torch import load_file
-from test_commands import command  # noqa: F401
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from zo.data import tasks
@@ -106,7 +105,7 @@ RISING = ["update.lr=1e-2", "eval.every=1", "eval.metric=loss", "run.steps=30"]
 def test_a_run_that_does_not_improve_ends_alike_on_any_mesh_and_after_a_resume(
     overrides,
     tmp_path,
-    command,  # noqa: F811
+    command,
 ):
     """And its resumed end is final: the same command trains no further, more patience does."""
     settings = [*overrides, *RISING, "eval.patience=2"]
@@ -126,8 +125,7 @@ def test_a_run_that_does_not_improve_ends_alike_on_any_mesh_and_after_a_resume(
     finished = [*settings, f"run.dir={tmp_path}/run"]
     assert command("finished", *finished)[0] == 0
     patient = [o.replace("patience=2", "patience=3") for o in settings]
-    with pytest.raises(SystemExit, match="75"):
-        command("finished", *patient, f"run.dir={tmp_path}/run")
+    assert command("finished", *patient, f"run.dir={tmp_path}/run")[0] == 75
     assert run(patient, tmp_path / "run")["steps"] > ended["steps"]
 
 
@@ -165,7 +163,7 @@ def test_scores_of_a_step_of_a_run_and_of_a_plain_model(
     overrides,
     tiny_model,
     tmp_path,
-    command,  # noqa: F811
+    command,
 ):
     summary = run([*overrides, *RISING], tmp_path / "run", "run.steps=6")
     code, out, err = command("evaluate", f"run={tmp_path}/run", "step=best")
@@ -238,7 +236,7 @@ def test_lm_eval_scores_the_run_and_its_folder_alike(
     overrides,
     reviews,
     tmp_path,
-    command,  # noqa: F811
+    command,
     monkeypatch,
 ):
     lm_eval = pytest.importorskip("lm_eval", reason="needs the extra eval")
@@ -265,7 +263,7 @@ def test_lm_eval_scores_the_run_and_its_folder_alike(
 def test_lm_eval_is_asked_for_in_one_line_where_it_is_missing(
     overrides,
     tmp_path,
-    command,  # noqa: F811
+    command,
     monkeypatch,
 ):
     monkeypatch.setitem(__import__("sys").modules, "lm_eval.tasks", None)

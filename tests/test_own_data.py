@@ -1,10 +1,8 @@
 """A user's own data: forms and files, what is cut, the report, and mistakes by file and row."""
 
 import json
-import runpy
 import sys
 from copy import deepcopy
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +11,7 @@ from test_data import CAUSAL, CLASSIFIER, built, write
 from transformers import AutoTokenizer
 
 from zo import Trainer, load_config
+from zo.commands.train import main
 from zo.config import cli
 from zo.config.schema import BatchConfig, DataConfig
 from zo.data import tasks
@@ -290,9 +289,8 @@ def test_mistakes_in_rows(tokenizer, tmp_path, rows, info, settings, said):
 
 @pytest.fixture
 def train(monkeypatch, capsys, tmp_path, overrides):
-    """Run launch/train.py in this process on other data: exit code, stdout, stderr."""
+    """Train in this process on other data: exit code, stdout, stderr."""
     monkeypatch.chdir(tmp_path)
-    main = runpy.run_path(str(Path(__file__).parent.parent / "launch" / "train.py"))["main"]
 
     def run(rows, *arguments):
         data = write(tmp_path / "own.jsonl", rows)

@@ -4,7 +4,6 @@ typed."""
 import time
 
 import pytest
-from test_commands import command  # noqa: F401
 
 from zo.config.redact import without_secrets, without_secrets_in
 
@@ -112,7 +111,7 @@ def test_groups_and_lists_are_gone_through():
     }
 
 
-def test_no_file_of_a_run_holds_a_secret(command, overrides, reviews, tmp_path, monkeypatch):  # noqa: F811
+def test_no_file_of_a_run_holds_a_secret(command, overrides, reviews, tmp_path, monkeypatch):
     """And a run whose stored keys were cleaned is the same run to the command that began it."""
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     data = tmp_path / f"{TOKEN}.jsonl"

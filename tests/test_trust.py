@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import make_tokenizer
-from test_commands import command  # noqa: F401
 
 CODE = """
 from pathlib import Path
@@ -59,7 +58,7 @@ def strange(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def run_folder(command, overrides, strange, tmp_path):  # noqa: F811
+def run_folder(command, overrides, strange, tmp_path):
     """A run of such a model, which its owner trusted; the marker is gone again."""
     folder, marker = strange
     settings = [*overrides[1:], "model.weights=random", "run.steps=1", "eval.every=0"]
@@ -88,7 +87,7 @@ def forget_imports(monkeypatch):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_strangers_run_runs_no_code(command, run_folder, strange, tmp_path, name, monkeypatch):  # noqa: F811
+def test_a_strangers_run_runs_no_code(command, run_folder, strange, tmp_path, name, monkeypatch):
     folder, marker = run_folder[0], strange[1]
     content = yaml.safe_load((folder / "config.yaml").read_text())
     content["config"]["model"]["trust_remote_code"] = True
@@ -108,7 +107,7 @@ def test_a_strangers_run_runs_no_code(command, run_folder, strange, tmp_path, na
 
 
 def test_a_resume_runs_code_only_where_its_own_command_says_so(
-    command,  # noqa: F811
+    command,
     run_folder,
     strange,
     monkeypatch,
@@ -121,6 +120,6 @@ def test_a_resume_runs_code_only_where_its_own_command_says_so(
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_trust_is_true_or_false(command, name):  # noqa: F811
+def test_trust_is_true_or_false(command, name):
     code, _, err = command(name, "run=nowhere", "to=x", "trust_remote_code=yes")
     assert (code, err.count("\n")) == (2, 1)

@@ -20,19 +20,26 @@ COMMANDS = {
 """Subcommands with a line of help; each is the module of its name."""
 
 
+def start(name: str) -> int:
+    """Run a command on the process's arguments, and return its exit code."""
+    end_on_signals()  # Before the imports, which take seconds.
+    from zo.config.cli import run
+
+    return run(import_module(f"zo.commands.{name.replace('-', '_')}").main)
+
+
 def main() -> int:
     """Run the subcommand that the process's arguments name, and return its exit code."""
-    end_on_signals()  # Before the imports, which take seconds.
-    from zo.config.cli import USER_ERROR, run
-
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name in ("--help", "-h"):
         print("usage: zo COMMAND [key=value ...] [--help]\n")
         print(*(f"  {command:<10} {line}" for command, line in COMMANDS.items()), sep="\n")
         return 0
     if name not in COMMANDS:
+        from zo.config.cli import USER_ERROR
+
         wrong = f"{name} is not a command" if name else "no command is given"
         print(f"error: {wrong}; use zo {'|'.join(COMMANDS)}", file=sys.stderr)
         return USER_ERROR
     del sys.argv[1]
-    return run(import_module(f"zo.commands.{name.replace('-', '_')}").main)
+    return start(name)

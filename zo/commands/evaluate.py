@@ -104,6 +104,7 @@ def score(finished: FinishedRun, own: Mapping[str, str]) -> dict[str, Any]:
     """Return the scores on held-out data; every rank calls this."""
     from zo.observe.metrics import finite_or_none
     from zo.run.evaluate import evaluate
+    from zo.run.rewarded import load
 
     problem, mesh, replica = finished.problem, finished.mesh, finished.replica
     if problem.task is None or not problem.dev_batches:
@@ -111,13 +112,8 @@ def score(finished: FinishedRun, own: Mapping[str, str]) -> dict[str, Any]:
             "there is nothing to score on: data.dev_examples is 0, or the data is synthetic; give "
             "data=FILE"
         )
-    if (rewards := problem.task.rewards) is not None:
-        if "run" in own and not rewards.reward.is_ours and own.get("trust_remote_code") != "true":
-            raise UserError(
-                f"run={own['run']} is rewarded by code of {rewards.reward.name}, which is not run "
-                "by default; read it, then set trust_remote_code=true"
-            )
-        rewards.reward.load()
+    is_trusted = "run" not in own or own.get("trust_remote_code") == "true"
+    load(problem.task, "" if is_trusted else f"run={own['run']}")
     found = evaluate(replica, problem.task, problem.dev_batches, mesh, at_once=BATCHES_AT_ONCE)
     fingerprint = replica.fingerprint()
     replica.close()
