@@ -24,8 +24,6 @@ from zo.config.schema import Config
 from zo.data.rows import SYNTHETIC
 from zo.errors import UserError
 from zo.method.entry import Entry
-from zo.method.perturbation import Z
-from zo.method.update import RULES
 from zo.run.export import ROOM_BYTES, whole_or_nothing
 from zo.run.model_card import Card, model_card, one_line
 from zo.run.restore import FinishedRun
@@ -33,13 +31,12 @@ from zo.run.snippet import log_use
 from zo.state import log as logs
 from zo.state.log import Log
 from zo.state.log_file import read_complete
-from zo.state.run_folder import RunFolder, manifest
+from zo.state.replay import Recipe
+from zo.state.run_folder import CONFIG_FILE, LOG_FILE, RunFolder, manifest
 
-FILES = ("config.yaml", "steps.log", "README.md")
+FILES = (CONFIG_FILE, LOG_FILE, "README.md")
 WAIT_S = 10.0
 """Seconds that the hub may take to answer."""
-NEEDED = ("base", "directions", "distribution", "rule", "seed", "weight_decay")
-"""Fields of a log's header without which nothing can be replayed."""
 
 
 @dataclass(frozen=True)
@@ -191,15 +188,14 @@ def _peft_of(header: dict[str, Any], path: Path) -> PeftConfig:
 
 
 def _check_header(header: dict[str, Any], path: Path) -> None:
-    lacking = [key for key in NEEDED if key not in header]
-    if lacking:
-        raise UserError(f"{path} has a header without {lacking[0]}; take another copy of the log")
-    for key, known in (("distribution", Z), ("rule", RULES)):
-        if header[key] not in known:
-            raise UserError(
-                f"{path} has {key}={header[key]}, which this version of zo does not know; install "
-                "the version that wrote it"
-            )
+    """Check that a log's entries can be repeated on the base that it names.
+
+    Raises:
+        UserError: the header lacks something, or has what this version of zo does not know.
+    """
+    if "base" not in header:
+        raise UserError(f"{path} has a header without base; take another copy of the log")
+    Recipe.of(Log(header))
 
 
 def _download(source: str) -> Path:

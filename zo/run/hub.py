@@ -8,9 +8,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 
 from zo.errors import UserError
 from zo.run.model_card import one_line
+from zo.state.run_folder import LOG_FILE
 
-ARTEFACT_LOG = "steps.log"
-"""File of a log artefact, which has no weights (see :mod:`zo.run.artefact`)."""
 COMMIT_MESSAGE = "Weights, card and configuration of a zo run"
 
 
@@ -32,7 +31,8 @@ def push(folder: Path, repo_id: str, private: bool = True) -> str:
         UserError: the folder has no model, the token is missing or wrong, the id is invalid, the
             repository is public, or there is no connection.
     """
-    if not any((folder / name).is_file() for name in ("config.json", ARTEFACT_LOG)):
+    # A log artefact has no weights.
+    if not any((folder / name).is_file() for name in ("config.json", LOG_FILE)):
         raise UserError(
             f"push={repo_id}: {folder} does not hold an exported model; export it first"
         )

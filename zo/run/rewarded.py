@@ -9,20 +9,31 @@ from zo.config.schema import Config
 from zo.data.rewards import Rewards
 from zo.data.tasks import Batch, Task
 from zo.distributed.process_group import Mesh
+from zo.errors import UserError
 from zo.method.table import LossTable
 from zo.streaming.replica import Replica
 from zo.streaming.streamer import UNPERTURBED
 
 
-def load(task: Task | None) -> Rewards | None:
+def load(task: Task | None, untrusted: str = "") -> Rewards | None:
     """Return what rewards a task's completions, if it is rewarded, with its function imported.
 
+    Args:
+        task: of the run.
+        untrusted: whose code is not to be run, such as ``run=DIR``; zo's own rewards are.
+
     Raises:
-        UserError: as :meth:`zo.data.rewards.Reward.load`.
+        UserError: as :meth:`zo.data.rewards.Reward.load`, or the code is not trusted.
     """
     if task is None or task.rewards is None:
         return None
-    task.rewards.reward.load()
+    reward = task.rewards.reward
+    if untrusted and not reward.is_ours:
+        raise UserError(
+            f"{untrusted} is rewarded by code of {reward.name}, which is not run by default; read "
+            "it, then set trust_remote_code=true"
+        )
+    reward.load()
     return task.rewards
 
 

@@ -82,13 +82,9 @@ class Audited(Steps):
         self._phase = Progress(0, 0, True).phase
         with self._phase(f"reading {config.model.name} and {config.data.name or config.task}"):
             self.problem = build_problem(config)
-        rewards = None if self.problem.task is None else self.problem.task.rewards
-        if rewards is not None and not (rewards.reward.is_ours or trust_remote_code):
-            raise UserError(
-                f"{artefact.source} is rewarded by code of {rewards.reward.name}, which is not run "
-                "by default; read it, then set trust_remote_code=true"
-            )
-        self._rewards = rewarded.load(self.problem.task)
+        self._rewards = rewarded.load(
+            self.problem.task, "" if trust_remote_code else artefact.source
+        )
         ours = self.problem, config, self.mesh, Path(), self._phase
         self.replica, self.structure = assemble(*ours, writable=False)
         self._check()
@@ -161,16 +157,20 @@ class Audited(Steps):
         limit = ROUNDINGS * spread(settings.name, table, roundoff)[1] / settings.eps
         return max(map(_apart, logged.scalars, computed.scalars)) <= limit
 
+    @property
+    def _extended(self) -> Sequence[dict[str, int]]:
+        """Where the run was extended, and to how many steps."""
+        return self.artefact.content.get("extended") or []
+
     def _horizon(self, step: int) -> int:
         """Return the steps that a run had before or after it was extended."""
-        extended = self.artefact.content.get("extended") or []
-        known = [one["steps"] for one in extended if one["after"] < step]
+        known = [one["steps"] for one in self._extended if one["after"] < step]
         return known[-1] if known else self.config.run.steps
 
     def _lr(self, step: int) -> float:
         """Return the rate of a step; that of the log where the first horizon is not known."""
-        extended = self.artefact.content.get("extended") or []
-        if extended and step <= extended[0]["after"] and self.config.update.schedule != "constant":
+        first = self._extended[0]["after"] if self._extended else 0
+        if step <= first and self.config.update.schedule != "constant":
             return self.artefact.entries[step - 1].lr
         return super()._lr(step)
 

@@ -47,7 +47,8 @@ SNAPSHOTS_KEPT = 2
 UNFINISHED = {"lock", "blocks", "config.yaml.new", "steps.log.new"}
 """Files that a run may leave if it ended before its first step."""
 OWN_FOLDERS = ("blocks", "snapshots", "model")
-WRITTEN_IN = ("steps.log", "metrics.jsonl", "events.jsonl", "timeline.json", "tensorboard")
+CONFIG_FILE, LOG_FILE = "config.yaml", "steps.log"
+WRITTEN_IN = (LOG_FILE, "metrics.jsonl", "events.jsonl", "timeline.json", "tensorboard")
 """What a run opens to write in it; all else is replaced."""
 RANK_FOLDER, SNAPSHOT = re.compile(r"rank-\d{5,}"), re.compile(r"step-\d{9,}\.safetensors")
 """Names that a run gives: a rank's blocks, a snapshot."""
@@ -122,7 +123,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         """Name the folder; nothing is read or written."""
         self.path = path
-        self.config_file, self.log_file = path / "config.yaml", path / "steps.log"
+        self.config_file, self.log_file = path / CONFIG_FILE, path / LOG_FILE
         self.metrics_file, self.snapshots, self.model = (
             path / "metrics.jsonl",
             path / "snapshots",
