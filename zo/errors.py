@@ -8,6 +8,16 @@ MOST_CHARACTERS = 2000
 """Of a message that a user still reads."""
 
 
+def one_line(what: object, most: int | None = None) -> str:
+    """Return the text of an object, such as an error of a library, as one line.
+
+    Args:
+        what: its runs of white space become one space.
+        most: characters that are kept; all by default.
+    """
+    return " ".join(str(what).split())[:most]
+
+
 class UserError(ValueError):
     """Mistake that a user can correct; a command prints it as one line, exit code 2.
 

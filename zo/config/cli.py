@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from zo.config.recipes import DEFAULT, FOLDER, OWN, header, keys, recipe_names, resolve
 from zo.config.redact import without_secrets
-from zo.errors import RankError, UserError
+from zo.errors import RankError, UserError, one_line
 from zo.io.hardware import name_accelerator
 from zo.io.signals import end_with_agent
 
@@ -74,7 +74,7 @@ def out_of_memory(error: Exception) -> str | None:
 
     torch has a class of its own for a GPU's memory and none for the host's.
     """
-    said = " ".join(str(error).split())[:200]
+    said = one_line(error, 200)
     # A command that fails before it has imported torch has not run out of a GPU's memory.
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(error, torch.OutOfMemoryError):

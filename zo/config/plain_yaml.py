@@ -10,6 +10,8 @@ from typing import Any
 
 import yaml
 
+from zo.errors import one_line
+
 MOST_DEPTH, MOST_INTEGER = 32, 2**1000
 """Of groups in groups, and of a whole number, which is to fit into a float."""
 
@@ -49,7 +51,7 @@ def read_yaml(text: str) -> Any:
         raise ValueError("it is nested too deeply") from error
     # A constructor of PyYAML raises what a value makes it raise.
     except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(" ".join(str(error).split())[:300]) from error
+        raise ValueError(one_line(error, 300)) from error
     check_plain(content)
     return content
 

@@ -18,7 +18,7 @@ from yaml import YAMLError
 
 from zo.config.plain_yaml import check_plain, read_yaml
 from zo.config.schema import Config
-from zo.errors import UserError
+from zo.errors import UserError, one_line
 
 FOLDER = Path(__file__).resolve().parents[1] / "recipes"
 """Package data; in a checkout a link to the folder beside the package."""
@@ -204,7 +204,7 @@ def config_of(tree: Mapping[str, Any]) -> Config:
 
 def _first_line(error: Exception) -> str:
     said = str(error) or type(error).__name__
-    return " ".join(said.split()) if isinstance(error, YAMLError) else said.split("\n")[0]
+    return one_line(said) if isinstance(error, YAMLError) else said.split("\n")[0]
 
 
 def _explain(error: Exception) -> str:

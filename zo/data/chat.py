@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from zo.data.files import Origin
-from zo.errors import UserError
+from zo.errors import UserError, one_line
 
 Turn = dict[str, Any]
 Sample = tuple[list[int], list[bool]]
@@ -117,7 +117,7 @@ class Chat:
             before = [self._render(turns[:k], add_generation_prompt=True) for k in asked]
             through = [self._render(turns[: k + 1]) for k in asked]
         except REJECTIONS as error:
-            reason = " ".join(str(error).split())[:300]
+            reason = one_line(error, 300)
             raise UserError(
                 f"{origin}: the model's chat template rejects the messages: {reason}"
             ) from error

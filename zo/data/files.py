@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from zo.errors import UserError
+from zo.errors import UserError, one_line
 
 Row = dict[str, Any]
 
@@ -182,7 +182,7 @@ def _read_file(key: str, path: Path) -> list[Row]:
         except UserError:
             raise
         except (DatasetGenerationError, *UNREADABLE) as error:
-            reason = _one_line(error.__cause__ or error)
+            reason = one_line(error.__cause__ or error, 300)
             raise UserError(
                 f"{key}={path} cannot be read as {path.suffix[1:]}: {reason}"
             ) from error
@@ -236,7 +236,7 @@ def _is_json(key: str, path: Path, text: Path) -> bool:
     except json.JSONDecodeError:
         return False
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{key}={path} is invalid JSON: {_one_line(error)}") from error
+        raise UserError(f"{key}={path} is invalid JSON: {one_line(error, 300)}") from error
     rows = content if isinstance(content, list) else [content]
     if not rows or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{key}={path} is not a list of JSON objects; give one object for each row")
@@ -251,10 +251,6 @@ def _check_parquet(key: str, path: Path) -> None:
         last = file.read(len(PARQUET))
     if (first, last) != (PARQUET, PARQUET):
         raise UserError(f"{key}={path} is not a Parquet file, or is cut short; give an intact one")
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
 
 
 def _check_lines(key: str, path: Path, text: Path) -> None:
@@ -281,7 +277,7 @@ def _check_lines(key: str, path: Path, text: Path) -> None:
                 ) from error
             except (ValueError, RecursionError) as error:  # Too many digits, too deep.
                 raise UserError(
-                    f"{key}={path} line {number} is invalid JSON: {_one_line(error)}"
+                    f"{key}={path} line {number} is invalid JSON: {one_line(error, 300)}"
                 ) from error
             if not is_object:
                 raise UserError(
@@ -304,7 +300,7 @@ def read_hub(
             name, subset, split=split, revision=revision
         ).to_list()
     except (OSError, ValueError, RuntimeError) as error:
-        reason = _one_line(error)
+        reason = one_line(error, 300)
         raise UserError(
             f"{key}={name} cannot be loaded from the hub: {reason}; check the id, or give a local "
             "file"

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from zo.config.schema import DataConfig
 from zo.data.files import NumberedRow, Origin, Row
 from zo.data.rows import Rows, permutation
-from zo.errors import UserError
+from zo.errors import UserError, one_line
 from zo.method.philox import Purpose
 
 TEST = "test"
@@ -169,7 +169,7 @@ class NamedRows(Rows):
             lacks = "there is no " if isinstance(error, KeyError) else ""
             raise UserError(
                 f"{origin}: {self.named.answer} is not what task={self.task_name} needs ({lacks}"
-                f"{' '.join(str(error).split())}); correct the row, or remove it"
+                f"{one_line(error)}); correct the row, or remove it"
             ) from error
         if not found.texts or not found.right or any(not text.strip() for text in found.texts):
             raise UserError(

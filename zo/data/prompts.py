@@ -20,7 +20,7 @@ from zo.data.report import DataReport, make_report
 from zo.data.rewards import Reward, Rewards
 from zo.data.rows import Rows
 from zo.data.tasks import Batch, Example, Task
-from zo.errors import UserError
+from zo.errors import UserError, one_line
 from zo.model.generate import Decoding, end_tokens
 from zo.model.info import ModelInfo
 
@@ -163,7 +163,7 @@ class Prompter:
                 messages, tokenize=False, add_generation_prompt=True
             )
         except (TemplateError, TypeError, ValueError, KeyError) as error:
-            reason = " ".join(str(error).split())[:300]
+            reason = one_line(error, 300)
             raise UserError(
                 f"{origin}: the model's chat template rejects the prompt: {reason}"
             ) from error

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from zo.config.objective import REWARDS
 from zo.data.files import NumberedRow
-from zo.errors import UserError
+from zo.errors import UserError, one_line
 from zo.model.generate import Decoding, generate, trim
 
 REPEAT_S = 0.1
@@ -136,7 +136,7 @@ class Reward:
 
 
 def _told(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split()).rstrip(": ")[:300]
+    return one_line(f"{type(error).__name__}: {error}").rstrip(": ")[:300]
 
 
 def _line_of(error: BaseException, file: str) -> str:

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
-from zo.errors import RankError
+from zo.errors import RankError, one_line
 
 GRACE_S = 2.0
 """Seconds that a rank whose collective failed leaves the others to answer."""
@@ -65,7 +65,7 @@ class Peers:
 
     def _lost(self, error: RuntimeError) -> str:
         """Report the failure to the other ranks and return a message with those missing."""
-        said = " ".join(str(error).split())[:160]
+        said = one_line(error, 160)
         others = [rank for rank in range(self.ranks) if rank != self.rank]
         dead, late = others, others
         with suppress(RuntimeError):

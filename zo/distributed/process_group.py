@@ -23,7 +23,7 @@ from torch.distributed.rendezvous import rendezvous
 from zo.distributed.failure import Peers
 from zo.distributed.mesh import Shape, places
 from zo.distributed.slices import Slices
-from zo.errors import UserError
+from zo.errors import UserError, one_line
 
 FIRST_PAUSE_S, LAST_PAUSE_S = 0.004, 0.25
 """Seconds between two requests to the store in a barrier; each pause is twice the one before."""
@@ -77,7 +77,7 @@ class Mesh:
             self._store.set(f"host/{self.rank}", socket.gethostname())
             hosts = [self._store.get(f"host/{rank}").decode() for rank in range(self.ranks)]
         except (RuntimeError, ValueError, OSError) as error:
-            said = " ".join(str(error).split())[:200]
+            said = one_line(error, 200)
             raise UserError(
                 f"rank {self.rank} cannot connect to the other {self.ranks - 1} at {where} "
                 f"({said}); start all ranks with torchrun, with an address and a free port that "

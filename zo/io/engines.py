@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from zo.errors import UserError
+from zo.errors import UserError, one_line
 from zo.io import hardware
 
 if TYPE_CHECKING:
@@ -236,7 +236,7 @@ def _deepnvme_handle() -> Callable[..., Any]:
             )
         return _load_alone(builder).aio_handle  # type: ignore[no-any-return]
     except (RuntimeError, OSError, ImportError) as error:
-        said = " ".join(str(error).split())[:300]
+        said = one_line(error, 300)
         raise UserError(f"memory.disk_engine=deepnvme cannot be built: {said}; {remedy}") from error
 
 

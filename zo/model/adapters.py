@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from zo.config.peft import PEFT_KEYS, PeftConfig
-from zo.errors import UserError
+from zo.errors import UserError, one_line
 from zo.model.layout import Block, Layout, Part, Placed, spans
 from zo.model.source import WeightSource
 from zo.model.virtual_tokens import NAME, add_virtual_tokens, save_virtual_tokens
@@ -82,7 +82,7 @@ def add_adapters(
     try:
         peft.inject_adapter_in_model(config, model, NAME, low_cpu_mem_usage=on_meta)
     except (ValueError, TypeError) as error:
-        said = " ".join(str(error).split())[:300]
+        said = one_line(error, 300)
         raise UserError(
             f"peft.type={settings.type} cannot be added to model.name={base}: {said}; set "
             "peft.targets to names of its linear modules, such as [q_proj,v_proj] or [all-linear]"

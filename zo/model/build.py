@@ -24,7 +24,7 @@ from transformers.utils import logging
 
 from zo.config.peft import PEFT_KEYS, PeftConfig
 from zo.config.schema import TASKS, ModelConfig
-from zo.errors import UserError
+from zo.errors import UserError, one_line
 from zo.io import quickstart as assets
 from zo.io.engines import Engine
 from zo.model.adapters import AdaptedSource, add_adapters, initial_adapters
@@ -111,7 +111,7 @@ class ModelLoader:
                     "then set model.trust_remote_code=true for train.py, or trust_remote_code=true "
                     "for evaluate.py or export.py of a run"
                 ) from error
-            raise UserError(f"{key}={path} cannot be loaded: {_first_line(error)}") from error
+            raise UserError(f"{key}={path} cannot be loaded: {one_line(error, 300)}") from error
 
     def _task(self) -> str:
         """Return the task that is asked for, or else that of the checkpoint's class.
@@ -189,7 +189,7 @@ class ModelLoader:
             raise
         except UNREADABLE as error:
             raise UserError(
-                f"model.name={self.config.name} has no {self.task} model: {_first_line(error)}"
+                f"model.name={self.config.name} has no {self.task} model: {one_line(error, 300)}"
             ) from error
 
     def _check_task(self) -> None:
@@ -271,7 +271,7 @@ class ModelLoader:
                 raise
             raise UserError(
                 f"model.attention={asked} does not work for model.name={self.config.name}: "
-                f"{_first_line(error)}; use {' or '.join(self._attentions(hf_config))}"
+                f"{one_line(error, 300)}; use {' or '.join(self._attentions(hf_config))}"
             ) from error
         # Some families keep some parameters in float32 for any dtype; from_config ignores that.
         if plan := model._get_dtype_plan(self.dtype):
@@ -359,8 +359,8 @@ class ModelLoader:
             found = CheckpointSource(skeleton, shard_files(self.path, self.hub), engine, fresh)
         except (OSError, ValueError) as error:
             raise UserError(
-                f"the weights of model.name={name} cannot be loaded: {_first_line(error)}; give a "
-                "folder with intact safetensors files, or set model.weights=random"
+                f"the weights of model.name={name} cannot be loaded: {one_line(error, 300)}; give "
+                "a folder with intact safetensors files, or set model.weights=random"
             ) from error
         if found.missing and self.task != "sequence-classification":
             raise UserError(
@@ -373,8 +373,3 @@ class ModelLoader:
 def _has(auto: Any, hf_config: Any) -> bool:
     """Return True if an auto class has a model for a configuration."""
     return type(hf_config) in auto._model_mapping
-
-
-def _first_line(error: Exception) -> str:
-    """Return an error's message as one line of at most 300 characters."""
-    return " ".join(str(error).split())[:300]

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from zo.config.peft import PeftConfig
-from zo.errors import UserError
+from zo.errors import UserError, one_line
 
 NAME = "default"
 """The name of the adapter in the model; files do not hold it."""
@@ -54,7 +54,7 @@ def add_virtual_tokens(model: Any, settings: PeftConfig, options: Mapping[str, A
     try:
         tokens = peft.get_peft_model(model, config, NAME)
     except (ValueError, TypeError, AttributeError) as error:
-        said = " ".join(str(error).split())[:300]
+        said = one_line(error, 300)
         raise UserError(
             f"peft.type={settings.type} cannot be added to a {type(model).__name__}: {said}; use "
             "peft.type=lora with peft.targets, or choose parameters by model.train"

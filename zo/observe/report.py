@@ -18,7 +18,7 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
 from zo.config.plain_yaml import read_yaml
-from zo.errors import UserError
+from zo.errors import UserError, one_line
 from zo.io.atomic import write_for_readers
 from zo.observe.chart import Series, draw, short
 from zo.observe.curve import Curve, Metrics
@@ -152,7 +152,7 @@ class Report:
         except Exception as error:  # Whatever is in those files, it is not worth a run.
             if not self._has_failed:
                 self._has_failed = True
-                said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+                said = one_line(f"{type(error).__name__}: {error}", 200)
                 self._warn(f"warning: {REPORT} cannot be written ({said}); the run goes on")
 
     def write(self) -> None:

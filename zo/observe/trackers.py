@@ -13,7 +13,7 @@ from accelerate import PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
 from accelerate.utils import LoggerType, patch_environment
 
-from zo.errors import UserError
+from zo.errors import UserError, one_line
 
 PROJECT = "zo"
 DEFAULT = "tensorboard"
@@ -107,7 +107,7 @@ class Trackers:
         try:
             act()
         except Exception as error:  # Of any library, and none is worth a run.
-            said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            said = one_line(f"{type(error).__name__}: {error}", 200)
             self._warn(f"warning: tracker {name} failed and is left out: {said}")
             if tracker in self._trackers:
                 self._trackers.remove(tracker)

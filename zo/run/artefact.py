@@ -22,10 +22,10 @@ from zo.config.plain_yaml import write_yaml
 from zo.config.recipes import OWN, config_of, load_config
 from zo.config.schema import Config
 from zo.data.rows import SYNTHETIC
-from zo.errors import UserError
+from zo.errors import UserError, one_line
 from zo.method.entry import Entry
 from zo.run.export import ROOM_BYTES, whole_or_nothing
-from zo.run.model_card import Card, model_card, one_line
+from zo.run.model_card import Card, model_card
 from zo.run.restore import FinishedRun
 from zo.run.snippet import log_use
 from zo.state import log as logs
@@ -210,7 +210,7 @@ def _download(source: str) -> Path:
         path = Path(snapshot_download(source, allow_patterns=list(FILES), etag_timeout=WAIT_S))
     except (httpx2.HTTPError, OSError, ValueError, RuntimeError, HFValidationError) as error:
         raise UserError(
-            f"{source} is not a folder, and cannot be loaded from the hub: {one_line(error)[:300]}"
+            f"{source} is not a folder, and cannot be loaded from the hub: {one_line(error, 300)}"
         ) from error
     if not (path / FILES[1]).is_file():
         raise UserError(f"{source} holds no log artefact: it has no {FILES[1]}")

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torch.utils.dlpack import from_dlpack
 from transformers.core_model_loading import revert_weight_conversion
 
-from zo.errors import UserError
+from zo.errors import UserError, one_line
 from zo.io.atomic import replacing
 from zo.io.hardware import name_accelerator
 from zo.io.signals import unfinished
 from zo.model.adapters import has_adapters, save_adapters
-from zo.run.model_card import Card, model_card, one_line
+from zo.run.model_card import Card, model_card
 from zo.run.snippet import use_of
 from zo.state.run_folder import check_replaceable, manifest
 

@@ -4,9 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from zo.errors import UserError
+from zo.errors import UserError, one_line
 from zo.model.build import ModelLoader
-from zo.run.model_card import one_line
 from zo.run.restore import FinishedRun
 
 

@@ -6,8 +6,7 @@ import httpx2
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
-from zo.errors import UserError
-from zo.run.model_card import one_line
+from zo.errors import UserError, one_line
 from zo.state.run_folder import LOG_FILE
 
 COMMIT_MESSAGE = "Weights, card and configuration of a zo run"
@@ -62,7 +61,7 @@ def push(folder: Path, repo_id: str, private: bool = True) -> str:
 def _advice(error: BaseException) -> str:
     """Return the cause of a failed push and the remedy, in one line."""
     cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
-    said = one_line(cause)[:300]
+    said = one_line(cause, 300)
     if isinstance(cause, HfHubHTTPError):
         if cause.response.status_code in (401, 403):
             return (

@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from zo.config.recipes import DEFAULT, load_config, recipe_names
 from zo.config.schema import Config
+from zo.errors import one_line
 from zo.run.snippet import Use
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(?<!\.json)(?<!\.jsonl)(?<!\.csv)(?<!\.parquet)")
@@ -191,8 +192,3 @@ def _table(left: str, right: str, rows: Mapping[str, object]) -> str:
 
 def _is_hub_id(name: str) -> bool:
     return bool(HUB_ID.fullmatch(name)) and not Path(name).exists()
-
-
-def one_line(what: object) -> str:
-    """Return the text of an object with every run of white space as one space."""
-    return " ".join(str(what).split())

@@ -30,7 +30,7 @@ from torch import Tensor
 from zo.config.plain_yaml import read_yaml, write_yaml
 from zo.config.redact import without_secrets_in
 from zo.config.schema import AUTO, Config
-from zo.errors import UserError
+from zo.errors import UserError, one_line
 from zo.io.atomic import replacing, write_whole
 from zo.io.block_file import BLOCK_FILE, Header
 from zo.io.engines import PAGE
@@ -145,7 +145,7 @@ class RunFolder:
             content = read_yaml(self.config_file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(
-                f"run.dir={self.path} does not hold a readable run: {' '.join(str(error).split())}"
+                f"run.dir={self.path} does not hold a readable run: {one_line(error)}"
             ) from error
         if (
             not isinstance(content, dict)
