@@ -187,3 +187,23 @@ def test_a_model_whose_forward_changes_its_weights_is_refused(settings, tmp_path
     assert_refused(said, settings, tmp_path / "run")
     AutoConfig.for_model("rwkv", rescale_every=0, **sizes).save_pretrained(tmp_path / "model")
     assert run(settings, tmp_path / "run", *ELSEWHERE)["fingerprint"]
+
+
+UNFIT = {
+    "funnel": {"block_sizes": [4, 4, 4], "d_model": 32, "n_head": 4, "d_head": 8, "d_inner": 32},
+    "ibert": {**SIZES, "max_position_embeddings": 64},
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "said"),
+    [
+        ("funnel", "a copy of its first layers does not run by itself"),
+        ("ibert", "weight_integer of QuantEmbedding is computed from weights"),
+    ],
+)
+def test_a_model_that_cannot_be_checked_is_refused_in_a_line(settings, tmp_path, family, said):
+    AutoConfig.for_model(family, **IDS, **UNFIT[family]).save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    more = ["model.task=sequence-classification", "data.template=null", "data.label_words=null"]
+    assert_refused(said, settings, tmp_path / "run", *more)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from zo.config.schema import MemoryConfig
-from zo.errors import UserError
+from zo.errors import UserError, one_line
 from zo.method.perturbation import Probe
 from zo.model.blocks import callables, find_layout, kind_of, layer_lists, pattern, tied
 from zo.model.held import NOTHING, Held, find_held
@@ -107,7 +107,8 @@ def self_check(
         The blocks to merge, the order of the forward, and the form of the probes.
 
     Raises:
-        UserError: a trainable parameter is read outside its layer, which no visit can serve.
+        UserError: a trainable parameter is read outside its layer, which no visit can serve, or a
+            copy of the first layers does not run.
     """
     for model in models[:-1]:
         try:
@@ -116,7 +117,29 @@ def self_check(
             raise
         except (RuntimeError, ValueError, IndexError):
             continue  # Not every narrow model can run; the full width decides.
-    return _check(miniature(models[-1]), forwards, device, distribution, unit, short, may_hold)
+    try:
+        return _check(miniature(models[-1]), forwards, device, distribution, unit, short, may_hold)
+    except (RuntimeError, ValueError, IndexError):
+        _run_plain(miniature(models[-1]), forwards, device)
+        raise
+
+
+def _run_plain(small: nn.Module, forwards: Sequence[Forward], device: torch.device) -> None:
+    """Run a small copy as it is.
+
+    Raises:
+        UserError: it does not run.
+    """
+    move_resident(small, device, everything=True)
+    try:
+        with torch.no_grad():
+            for forward in forwards:
+                forward(small)
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise UserError(
+            "this model cannot be checked, so it is not trained: a copy of its first layers does "
+            f"not run by itself ({one_line(error)})"
+        ) from error
 
 
 def _check(
@@ -298,6 +321,11 @@ def move_resident(model: nn.Module, device: torch.device, everything: bool = Fal
     """Move buffers, and frozen parameters outside the layers, to the device: no store has them."""
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_meta:
+                raise UserError(
+                    f"buffer {name} of {type(module).__name__} is computed from weights when the "
+                    "model is built, before they are loaded: this model cannot be trained"
+                )
             module._buffers[name] = buffer.to(device)
         for parameter in module.parameters(recurse=False):
             if parameter.device.type != "meta" and (everything or not parameter.requires_grad):
