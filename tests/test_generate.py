@@ -2,10 +2,12 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
 from conftest import make_llama
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from zo.model.generate import Decoding, end_tokens, generate, gumbel, trim
+from zo.model.generate import Decoding, cache_bytes, end_tokens, generate, gumbel, trim
 from zo.model.info import ModelInfo
 
 GREEDY = Decoding(max_new_tokens=6, end=(2,), pad=0)
@@ -64,3 +66,23 @@ def test_the_largest_of_noisy_logits_is_a_sample_of_their_softmax():
 def test_end_tokens_are_those_of_tokenizer_and_model(tokenizer):
     info = ModelInfo("causal-lm", 24, frozenset(), end_tokens=(5,))
     assert end_tokens(tokenizer, info) == (2, 5)
+
+
+SMALL = {"vocab_size": 24, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 3}
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "gemma"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_cache_has_the_bytes_that_were_computed(family, dtype):
+    more = {"head_dim": 16, "num_key_value_heads": 1} if family == "gemma" else {}
+    config = AutoConfig.for_model(family, **SMALL, **more)
+    model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
+    with torch.no_grad():
+        cache = model(**batch_of(PROMPTS), use_cache=True).past_key_values
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert cache_bytes(model, 3 * 5) == held > 0
+
+
+def test_a_model_without_heads_has_no_cache():
+    config = AutoConfig.for_model("mamba", vocab_size=24, hidden_size=8, num_hidden_layers=1)
+    assert cache_bytes(AutoModelForCausalLM.from_config(config), 5) == 0

@@ -82,6 +82,21 @@ def generate(
     return found[:, prompts.shape[1] :]
 
 
+def cache_bytes(model: nn.Module, tokens: int) -> int:
+    """Return the bytes of the keys and values of some tokens.
+
+    By the model's configuration, as if each layer kept all of them; 0 where it has no heads.
+    """
+    config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    heads = getattr(config, "num_attention_heads", None)
+    if not heads:
+        return 0
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kept = getattr(config, "num_key_value_heads", None) or heads
+    itemsize = next(model.parameters()).dtype.itemsize
+    return int(2 * config.num_hidden_layers * kept * width * itemsize * tokens)
+
+
 def trim(tokens: list[int], end: tuple[int, ...]) -> list[int]:
     """Return the tokens of a completion before its end token."""
     return tokens[: next((at for at, token in enumerate(tokens) if token in end), len(tokens))]

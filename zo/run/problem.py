@@ -113,7 +113,9 @@ def _check_rewarded(config: Config, reward: str, loader: ModelLoader) -> None:
         )
     if config.update.lr == AUTO:
         raise UserError(
-            f"{said}, and update.lr={AUTO} tries rates by a loss of given texts; give a number"
+            f"{said}, and update.lr={AUTO} tries rates by a loss of given texts; give a number: "
+            "with estimator.shape=z it is the length of a step, and "
+            "recipe=countdown-smollm2-135m has one to begin with"
         )
     if config.data.name == SYNTHETIC:
         raise UserError(f"{said}, and data.name={SYNTHETIC} has no prompts; give rows with them")

@@ -23,6 +23,7 @@ from zo.observe.progress import Progress, scores_text
 from zo.observe.record import ENDS, Record
 from zo.observe.report import Report
 from zo.observe.trackers import Trackers
+from zo.run.memory import memory_of
 from zo.run.samples import Sample
 from zo.state.log import Log
 from zo.state.run_folder import RunFolder, flatten
@@ -128,12 +129,6 @@ class Reporter:
             self.record.status(phase, self.config.run.steps, left_s, **more)
             self.report.refresh(now=phase in ENDS or phase == "starting")
 
-    def _rows(self, table: LossTable) -> tuple[int, int]:
-        """Return the tokens of this rank's folds, and of one fold, at most."""
-        batch, shape = self.config.batch, self.mesh.shape
-        of_fold = table.fold * batch.micro * batch.max_tokens
-        return len(table.folds(self.mesh.rank, shape.perturb, shape.data)) * of_fold, of_fold
-
     def say_first(self, table: LossTable, data: DataReport | None) -> None:
         """Print the run's data, model, mesh, memory, warnings and first step."""
         for line in data.lines() if data else ():
@@ -145,7 +140,7 @@ class Reporter:
             f"store {config.memory.store}, table {table.rows} x {table.columns}"
             f"{'' if table.is_full else f' ({len(table.cells)} cells)'}, "
             f"mesh {shape.perturb} x {shape.data} x {shape.slice}; "
-            f"{self.replica.budget(self._rows(table))}"
+            f"{memory_of(config, self.mesh, self.replica, table)}"
         )
         if written := self.replica.said_of_probes():
             self.progress.say(written)

@@ -126,6 +126,7 @@ def budget(
     on_host: bool,
     resident_bytes: int,
     rows: tuple[int, int] | None = None,
+    cached: int = 0,
 ) -> Budget:
     """Return what one rank allocates.
 
@@ -138,11 +139,13 @@ def budget(
         resident_bytes: buffers, and frozen parameters outside the layers.
         rows: where probes are corrections, tokens of all its folds and of one, at most; ``None``
             where probes are written.
+        cached: bytes of a key-value cache.
     """
     sizes = [block.size_bytes for block in layout.blocks]
     device = {"scratch": 0 if rows else scratch_bytes(layout.blocks), "buffers": resident_bytes}
     if rows:
         device["activations"] = activation_bytes(layout, *rows)
+    device["key-value cache"] = cached
     host: dict[str, int] = {}
     disk: dict[str, int] = {}
     if store == "device":

@@ -190,11 +190,12 @@ class Replica:
         self._folds = Folds(self.binding, self._lockstep, self._probing, form)
         self._whole: Whole | None = None
 
-    def budget(self, rows: tuple[int, int] = (0, 0)) -> Budget:
+    def budget(self, rows: tuple[int, int] = (0, 0), cached: int = 0) -> Budget:
         """Return the memory that this rank allocates.
 
         Args:
             rows: tokens of all its folds, and of one, at most.
+            cached: bytes of a key-value cache.
         """
         memory = self._memory
         buffers = sum(b.nbytes for b in self.model.buffers()) + sum(
@@ -209,6 +210,7 @@ class Replica:
             on_host,
             buffers,
             rows if self._form.corrects else None,
+            cached,
         )
 
     def said_of_probes(self) -> str | None:
