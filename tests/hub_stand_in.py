@@ -7,13 +7,16 @@ preupload, LFS batch with one part per file, and commit. Weights use LFS if the 
 """
 
 import base64
+import contextlib
 import hashlib
 import json
 import threading
+import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import yaml
+from huggingface_hub import close_session
 
 TOKEN = "hf_good"
 USER = "ann"
@@ -38,6 +41,8 @@ class HubStandIn:
         """HTTP status of every PUT of a large file; 0 for success."""
         self.dies_in_commits = 0
         """Commits that get no answer: the connection ends, and nothing is committed."""
+        self.silent_s = 0.0
+        """Seconds that such a commit waits first."""
         self.weights_mode = weights_mode
         self._server = ThreadingHTTPServer(
             ("127.0.0.1", 0), type("Handler", (Handler,), {"hub": self})
@@ -189,6 +194,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         if self.path.partition("?")[0].endswith("/commit/main") and self.hub.dies_in_commits:
             self.hub.dies_in_commits -= 1
+            time.sleep(self.hub.silent_s)
             self.close_connection = True
             return
         status, content = self._route(self._body())
@@ -203,3 +209,21 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_):
         pass
+
+
+@contextlib.contextmanager
+def hub_in_this_process(monkeypatch, xet=False, token=TOKEN):
+    """Set what HF_ENDPOINT, HF_HUB_DISABLE_XET and HF_TOKEN set; they are read at import only."""
+    with HubStandIn("regular" if xet else "lfs") as hub:
+        files = f"{hub.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        constants = {
+            "ENDPOINT": hub.endpoint,
+            "HUGGINGFACE_CO_URL_TEMPLATE": files,
+            "HF_HUB_DISABLE_XET": not xet,
+            "HF_HUB_OFFLINE": False,
+        }
+        for name, value in constants.items():
+            monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+        monkeypatch.setenv("HF_TOKEN", token)
+        yield hub
+        close_session()  # A connection that is kept alive outlives the server.

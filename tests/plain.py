@@ -41,3 +41,8 @@ def assert_refused(said, overrides, folder, *extra):
         run(overrides, folder, *extra)
     assert "\n" not in str(error.value)
     assert not (folder / "steps.log").exists()
+
+
+def contents(folder):
+    """Return the bytes of each file of a folder by its name."""
+    return {p.name: p.read_bytes() for p in folder.iterdir()}

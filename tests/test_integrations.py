@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_llama
+from hub_stand_in import hub_in_this_process
 from plain import plain_config
+from safetensors.torch import load_file
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import LlamaForCausalLM, TrainingArguments
@@ -239,6 +241,23 @@ def test_a_transformers_trainer_keeps_all_but_the_step(tmp_path, reviews, tokeni
     assert read(tmp_path / "whole" / "steps.log") == (header, entries)
     with pytest.raises(UserError, match="holds the log of another run"):
         trained(tmp_path / "whole", rows)
+
+
+def test_a_trainer_pushes_its_model_to_the_hub(tmp_path, reviews, tokenizer, monkeypatch):
+    with hub_in_this_process(monkeypatch) as hub:
+        trainer = trained(
+            tmp_path / "run",
+            rows_of_reviews(reviews, tokenizer),
+            max_steps=1,
+            push_to_hub=True,
+            hub_model_id="ann/tuned",
+            hub_private_repo=True,
+        )
+        trainer.push_to_hub()
+        pushed = hub.repos["ann/tuned"]
+        (tmp_path / "model.safetensors").write_bytes(pushed.files["model.safetensors"])
+    assert pushed.private and {"README.md", "config.json"} <= set(pushed.files)
+    assert_same(weights(trainer.model), load_file(tmp_path / "model.safetensors"))
 
 
 def test_accumulated_micro_batches_are_columns_of_one_step(tmp_path, reviews, tokenizer):

@@ -1,15 +1,20 @@
 """A folder on the Hugging Face hub."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx2
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, get_session
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
 from zo.errors import UserError, one_line
 from zo.state.run_folder import LOG_FILE
 
 COMMIT_MESSAGE = "Weights, card and configuration of a zo run"
+
+SILENCE_S = 300.0
+"""Seconds without a byte that end a push: a commit of many files is answered after a minute."""
 
 
 def push(folder: Path, repo_id: str, private: bool = True) -> str:
@@ -28,7 +33,7 @@ def push(folder: Path, repo_id: str, private: bool = True) -> str:
 
     Raises:
         UserError: the folder has no model, the token is missing or wrong, the id is invalid, the
-            repository is public, or there is no connection.
+            repository is public, or there is no connection or no answer.
     """
     # A log artefact has no weights.
     if not any((folder / name).is_file() for name in ("config.json", LOG_FILE)):
@@ -36,19 +41,20 @@ def push(folder: Path, repo_id: str, private: bool = True) -> str:
             f"push={repo_id}: {folder} does not hold an exported model; export it first"
         )
     try:
-        api = HfApi()
-        url = api.create_repo(repo_id, private=private, exist_ok=True)
-        if private and not api.model_info(url.repo_id).private:
-            raise UserError(
-                f"push={repo_id} exists and is public; use another name, or ask for a public one"
+        with _impatient():
+            api = HfApi()
+            url = api.create_repo(repo_id, private=private, exist_ok=True)
+            if private and not api.model_info(url.repo_id).private:
+                raise UserError(
+                    f"push={repo_id} exists and is public; use another name, or push a public one"
+                )
+            stale = ["*.safetensors", "*.safetensors.index.json"]
+            api.upload_folder(
+                repo_id=url.repo_id,
+                folder_path=folder,
+                delete_patterns=stale,
+                commit_message=COMMIT_MESSAGE,
             )
-        stale = ["*.safetensors", "*.safetensors.index.json"]
-        api.upload_folder(
-            repo_id=url.repo_id,
-            folder_path=folder,
-            delete_patterns=stale,
-            commit_message=COMMIT_MESSAGE,
-        )
     except UserError:
         raise
     # RuntimeError: huggingface_hub wraps a failed upload of one file in it, and its Rust part
@@ -56,6 +62,18 @@ def push(folder: Path, repo_id: str, private: bool = True) -> str:
     except (httpx2.HTTPError, OSError, ValueError, RuntimeError) as error:
         raise UserError(f"push={repo_id} failed: {_advice(error)}") from error
     return str(url)
+
+
+@contextmanager
+def _impatient() -> Iterator[None]:
+    """Give up on a hub that is silent; its client waits for ever by default."""
+    client = get_session()
+    patience = client.timeout
+    client.timeout = httpx2.Timeout(SILENCE_S)
+    try:
+        yield
+    finally:
+        client.timeout = patience
 
 
 def _advice(error: BaseException) -> str:
