@@ -184,6 +184,15 @@ def test_held_out_rows_are_never_trained_on_and_the_same_for_every_seed(reviews)
     fewer = Rows(DataConfig(name=str(reviews), dev_examples=10, train_examples=5))
     assert [row["text"] for row in fewer.dev] == texts[1]
     assert len(fewer.train) == 5
+    few = Rows(DataConfig(name=str(reviews), per_label=4))
+    for part in few.train, few.dev:
+        assert sorted(row["label"] for row in part) == ["great"] * 4 + ["terrible"] * 4
+
+
+def test_rows_without_a_label_are_not_drawn_by_it(tmp_path):
+    name = write(tmp_path / "pairs.jsonl", [{"prompt": "a", "completion": "b"}])
+    with pytest.raises(UserError, match=r"pairs.jsonl.* 1: data.per_label=4 draws rows by column"):
+        Rows(DataConfig(name=name, per_label=4))
 
 
 def test_what_is_too_long_loses_the_start_of_its_prompt(tokenizer, tmp_path):

@@ -210,6 +210,8 @@ def test_a_task_trains_and_scores_what_the_paper_asks(
     """Under the paper's recipe, but for the sizes of a tiny model and two steps."""
     recipe = {"causal-lm": "mezo-opt-13b", "masked-lm": "mezo-roberta-large"}[kind]
     given = [*settings(language_models[kind], rows_of(name), name), "run.trackers=[]"]
+    if kind == "masked-lm":
+        given.append("data.per_label=1")
     config = load_config(recipe, [*given, f"run.dir={tmp_path}/run"])
     summary = Trainer(config, command="test").train()
     assert summary["steps"] == 2
@@ -312,6 +314,12 @@ def test_splits_are_drawn_by_the_seed_and_the_test_rows_do_not_change_what_is_tr
     tested = drawn(tmp_path, dev="test", dev_examples=10, train_examples=20)
     assert tested[0] == train
     assert sorted(tested[1]) == [f"validation {i}" for i in range(7)]
+    few, held = drawn(tmp_path, per_label=3)
+    assert not {*few} & {*held}
+    for part in few, held:
+        assert sorted(int(text.split()[1]) % 2 for text in part) == [0, 0, 0, 1, 1, 1]
+    # Of a label with too few rows none is held out.
+    assert [len(part) for part in drawn(tmp_path, per_label=15)] == [30, 10]
     config = plain_config(["task=sst2", f"data.name={tmp_path}"])
     assert adapted(config, "test", None, False).data.dev == "test"
 

@@ -93,6 +93,9 @@ class DataConfig:
     """Examples evaluated on, at most; held out of the training data, at most a fifth of it."""
     train_examples: int | None = None
     """Examples trained on, at most; all by default."""
+    per_label: int | None = None
+    """Examples of each label to train on, at most, and as many held out, in place of the two keys
+    above."""
     template: str | None = None
     """Prompt of an example with a label; ``{column}`` stands for the column's text, ``{mask}`` for
     the mask token of a masked language model. A task brings its own."""
@@ -111,8 +114,9 @@ class DataConfig:
                 "data.columns='{text: review, label: sentiment}'"
             )
         at_least("data.dev_examples", self.dev_examples, 0)
-        if self.train_examples is not None:
-            at_least("data.train_examples", self.train_examples, 1)
+        for key in ("train_examples", "per_label"):
+            if (value := getattr(self, key)) is not None:
+                at_least(f"data.{key}", value, 1)
         if self.label_words is not None and len(set(self.label_words)) < max(
             2, len(self.label_words)
         ):

@@ -105,16 +105,15 @@ class NamedRows(Rows):
         order = permutation(seed, 0, len(rows), Purpose.SPLIT)
         count = min(data.dev_examples, self.named.most_dev, len(rows) * 2 // 5)
         # The same rows are trained on whichever are scored.
-        held, held_out, order = rows, order[:count], order[count:]
+        taken, held_out = self._split(rows, order, count, self.named.answer)
+        held = rows
         if data.dev is not None:
             is_test = data.dev == TEST
             source = (data.name, self.named.test) if is_test else self._dev(data.dev)
             held = self._labelled("data.dev", *source)
             count = TEST_EXAMPLES if is_test else data.dev_examples
             held_out = permutation(seed, 0, len(held), Purpose.SPLIT)[:count]
-        self.numbered_train = [
-            self._prepared(rows[i]) for i in sorted(order[: data.train_examples])
-        ]
+        self.numbered_train = [self._prepared(rows[i]) for i in sorted(taken)]
         self.numbered_dev = [self._prepared(held[i]) for i in sorted(held_out)]
 
     def _prompt(self, model_task: str) -> Prompt:

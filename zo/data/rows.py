@@ -71,14 +71,46 @@ class Rows:
             self.template, self.label_words = self.template or template, self.label_words or words
         rows = self._read("data.name", config.name, config.split)
         order = permutation(HOLD_OUT_SEED, 0, len(rows))
+        count = 0 if config.dev is not None else min(config.dev_examples, len(rows) // 5)
+        taken, held_out = self._split(rows, order, count)
+        held = rows
         if config.dev is not None:
             held = self._read("data.dev", *self._dev(config.dev))
             held_out = permutation(HOLD_OUT_SEED, 0, len(held))[: config.dev_examples]
-        else:
-            held, count = rows, min(config.dev_examples, len(rows) // 5)
-            held_out, order = order[:count], order[count:]
-        self.numbered_train = [rows[i] for i in sorted(order[: config.train_examples])]
+        self.numbered_train = [rows[i] for i in sorted(taken)]
         self.numbered_dev = [held[i] for i in sorted(held_out)]
+
+    def _split(
+        self, rows: Sequence[NumberedRow], order: list[int], count: int, label: str = "label"
+    ) -> tuple[list[int], list[int]]:
+        """Return the numbers of rows to train on, and of rows that are held out.
+
+        Args:
+            rows: all of them.
+            order: their numbers, in the order in which they are drawn.
+            count: rows to hold out; with ``data.per_label`` that many of each label instead.
+            label: column of the label.
+
+        Raises:
+            UserError: a row has no label to draw by.
+        """
+        each = self.config.per_label
+        if each is None:
+            return order[count:][: self.config.train_examples], order[:count]
+        of_label: dict[str, list[int]] = {}
+        for i in order:
+            origin, row = rows[i]
+            if row.get(label) is None:
+                raise UserError(
+                    f"{origin}: data.per_label={each} draws rows by column {label}, which is "
+                    "missing or empty; give it, or use data.train_examples"
+                )
+            of_label.setdefault(str(row[label]), []).append(i)
+        found = of_label.values()
+        return (
+            [i for some in found for i in some[:each]],
+            [i for some in found for i in some[each : 2 * each]],
+        )
 
     def _read(self, key: str, name: str, split: str) -> list[NumberedRow]:
         """Return the rows of ``data.name`` or ``data.dev``, their columns renamed."""
