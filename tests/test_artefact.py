@@ -110,6 +110,30 @@ def test_a_log_of_preferences_is_verified(made, tmp_path):
     assert verify(Audited(open_artefact(str(artefact))), [2], print)["same_bits"] == 1
 
 
+REWARD = """
+def reward(prompt, completion, row):
+    return completion.count("e") / 10
+"""
+
+
+def test_a_log_of_rewards_is_verified_where_its_code_is_trusted(made, tmp_path):
+    (tmp_path / "mine.py").write_text(REWARD)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "the film was"}\n' * 20)
+    own = ["data.template=null", "data.label_words=null", "eval.every=0", "run.steps=2"]
+    own += [f"objective.name={tmp_path}/mine.py:reward", "estimator.shape=z"]
+    own += ["generation.max_new_tokens=3", "generation.temperature=1"]
+    own += ["estimator.directions=4", "estimator.eps=0.1", "batch.max_tokens=32"]
+    _, artefact, _ = made(f"data.name={tmp_path}/prompts.jsonl", *own)
+    found = open_artefact(str(artefact))
+    with pytest.raises(UserError, match="not run by default; read it, then set trust_remote_code"):
+        Audited(found)
+    assert verify(Audited(found, trust_remote_code=True), [2], print)["same_bits"] == 1
+    # An invented scalar of the entry before changes what the model writes or how it is rated.
+    relog(artefact, lambda e: [replace(e[0], scalars=tuple(9 * s for s in e[0].scalars)), e[1]])
+    forged = verify(Audited(open_artefact(str(artefact)), trust_remote_code=True), [1], print)
+    assert not forged["true"]
+
+
 def test_what_is_wrong_is_said_in_one_line_and_nothing_is_written(
     made, command, tmp_path, tiny_model
 ):
