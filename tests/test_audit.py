@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_llama
+from logs import HEADER
 
 from zo.config.schema import MemoryConfig
 from zo.distributed.process_group import Mesh
@@ -17,14 +18,6 @@ from zo.run.audit import HELD, Audit, _judge
 from zo.state import replay
 from zo.state.log import Log
 from zo.streaming.replica import Replica
-
-HEADER = {
-    "directions": 1,
-    "seed": 1,
-    "distribution": "rademacher",
-    "rule": "sgd",
-    "weight_decay": 0.0,
-}
 
 
 def started(store, steps=0, **memory):

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_llama
+from logs import HEADER
 from plain import plain_config
 
 from zo import Trainer
@@ -18,14 +19,6 @@ from zo.streaming import device as devices
 from zo.streaming.budget import Budget, budget, disk_bytes, stored_bytes
 from zo.streaming.device import HostDevice
 from zo.streaming.replica import Replica
-
-HEADER = {
-    "directions": 1,
-    "seed": 1,
-    "distribution": "rademacher",
-    "rule": "sgd",
-    "weight_decay": 0.0,
-}
 
 
 class OtherDevice(HostDevice):
