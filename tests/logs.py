@@ -1,6 +1,14 @@
-"""Logs of two runs, compared: they may differ in the run's identity alone."""
+"""The header of a log, and logs of two runs, compared."""
 
 from zo.state.log import read
+
+HEADER = {
+    "directions": 1,
+    "seed": 1,
+    "distribution": "rademacher",
+    "rule": "sgd",
+    "weight_decay": 0.0,
+}
 
 
 def same_log(one, other):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as t
+from logs import HEADER
 from torch import nn
 
 from zo.config.schema import MemoryConfig
@@ -81,13 +82,6 @@ def forwards(model):
     return cells
 
 
-HEADER = {
-    "directions": 1,
-    "seed": 1,
-    "distribution": "rademacher",
-    "rule": "sgd",
-    "weight_decay": 0.0,
-}
 CPU = torch.device("cpu")
 
 

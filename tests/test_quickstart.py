@@ -40,7 +40,7 @@ def test_the_model_is_whole_and_loads_as_any_other():
 
 @pytest.mark.parametrize("ranks", [2])
 def test_real_weights_train_to_the_same_bits_on_two_ranks(tmp_path, ranks):
-    settings = [RECIPE, "run.steps=2", "eval.every=2", "data.dev_examples=8"]
+    settings = [RECIPE, "run.steps=2", "eval.every=2", "data.dev_examples=8", "batch.sequences=4"]
     settings.append("export.at_end=false")
     alone = train([*settings, f"run.dir={tmp_path}/alone"])
     shared = train([*settings, f"run.dir={tmp_path}/shared"], ranks=ranks)

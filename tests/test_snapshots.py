@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_llama
+from logs import HEADER
 from ranks import server, train
 from safetensors.torch import load_file
 
@@ -26,13 +27,6 @@ from zo.streaming.replica import Replica
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parent.parent
-HEADER = {
-    "directions": 1,
-    "seed": 1,
-    "distribution": "rademacher",
-    "rule": "sgd",
-    "weight_decay": 0.0,
-}
 
 
 def held_bytes(name="RssAnon"):
