@@ -19,14 +19,17 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """A folder with the built wheel's files."""
+    """A folder with the files of the wheel that the source archive gives."""
     folder = tmp_path_factory.mktemp("wheel")
-    build = ["wheel", "--no-deps", "--no-build-isolation", "-w", folder]
     source = folder / "source"
     source.mkdir()
-    for name in ("zo", "recipes", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("zo", "recipes", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         subprocess.run(["cp", "-a", ROOT / name, source], check=True)
-    subprocess.run([*PIP, *build, source], check=True)
+    pack = "from setuptools.build_meta import build_sdist; build_sdist('..')"
+    subprocess.run([sys.executable, "-c", pack], cwd=source, stdout=subprocess.PIPE, check=True)
+    (archive,) = folder.glob("*.tar.gz")
+    build = ["wheel", "--no-deps", "--no-build-isolation", "-w", folder, archive]
+    subprocess.run([*PIP, *build], check=True)
     (wheel,) = folder.glob("*.whl")
     subprocess.run([*PIP, "install", "--no-deps", "--target", folder / "site", wheel], check=True)
     return folder / "site"
