@@ -70,7 +70,7 @@ def test_the_newcomers_path(zo, installed, tiny_model, reviews, tmp_path):
     own = [f"model.name={tiny_model}", f"data.name={reviews}", "data.template='{text} It was'"]
     own += ["data.label_words=[' terrible',' great']", "batch.sequences=4", "batch.micro=4"]
     small = ["run.steps=2", "run.dir=run", "update.lr=1e-3", "data.dev_examples=4"]
-    small += ["batch.max_tokens=48"]
+    small += ["batch.max_tokens=48", "batch.fold=8"]  # which two ranks can share
     out = step("train", "recipe=my.yaml", *own, *small)
     assert json.loads(out.splitlines()[-1])["steps"] == 2
     assert (tmp_path / "run" / "report.html").exists()
@@ -85,15 +85,7 @@ def test_the_newcomers_path(zo, installed, tiny_model, reviews, tmp_path):
     assert json.loads(step("verify", "artefact", "entries=1").splitlines()[-1])["true"]
     step("diff", "run", "artefact")
     # Two ranks, with neither the console script nor a checkout.
-    ranks = [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "zo.train",
-    ]
+    ranks = "-m torch.distributed.run --standalone --nproc-per-node 2 -m zo.train".split()
     again = ["recipe=my.yaml", *own, *small, "run.dir=ranks"]
     done = subprocess.run(
         [sys.executable, *ranks, *again], cwd=tmp_path, env=env, capture_output=True, text=True
