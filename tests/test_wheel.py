@@ -85,10 +85,14 @@ def test_the_newcomers_path(zo, installed, tiny_model, reviews, tmp_path):
     assert json.loads(step("verify", "artefact", "entries=1").splitlines()[-1])["true"]
     step("diff", "run", "artefact")
     # Two ranks, with neither the console script nor a checkout.
-    ranks = "-m torch.distributed.run --standalone --nproc-per-node 2 -m zo.train".split()
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     again = ["recipe=my.yaml", *own, *small, "run.dir=ranks"]
     done = subprocess.run(
-        [sys.executable, *ranks, *again], cwd=tmp_path, env=env, capture_output=True, text=True
+        [sys.executable, *torchrun, "-m", "zo.train", *again],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["fingerprint"] == fingerprint
