@@ -26,6 +26,7 @@ def test_a_run_on_cpu_does_not_depend_on_the_gpus_of_its_nodes(monkeypatch):
     """Two nodes with unlike GPUs would be refused for a run that uses neither."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     gpu = SimpleNamespace(name="A", major=8, minor=0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
     assert not versions(CPU).keys() & {"gpu", "cuda", "cudnn", "cublas"}

@@ -36,7 +36,13 @@ def ran(*words, **options):
 
 
 @pytest.mark.parametrize(
-    "command", [("shellcheck", BATCH), ("shellcheck", NODE), ("hadolint", DOCKERFILE)]
+    "command",
+    [
+        ("shellcheck", BATCH),
+        ("shellcheck", NODE),
+        ("shellcheck", ROOT / ".ci" / "release"),
+        ("hadolint", DOCKERFILE),
+    ],
 )
 def test_linters_have_nothing_to_say(command):
     done = ran(BIN / command[0], command[1])

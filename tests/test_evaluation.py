@@ -270,4 +270,4 @@ def test_lm_eval_is_asked_for_in_one_line_where_it_is_missing(
     run(overrides, tmp_path / "run")
     code, _, err = command("evaluate", f"run={tmp_path}/run", "lm_eval=films")
     assert (code, err.count("\n")) == (2, 1)
-    assert "pip install 'zo[eval]'" in err
+    assert "needs the extra eval" in err

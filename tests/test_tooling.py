@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -37,3 +38,31 @@ def test_every_recipe_says_how_where_and_what_to_expect():
         header = path.read_text().split("defaults:")[0]
         assert all(f"# {word}:" in header for word in ("Command", "Machine", "Expected")), path
         assert "easured" in header or "measured" in header, path
+
+
+def extras():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return project["optional-dependencies"]
+
+
+def test_every_extra_that_is_named_is_there():
+    found = {"nvme", "peft", "eval", "track", "report", "dev"}
+    pages = [ROOT / "README.md", ROOT / "docker" / "Dockerfile", *(ROOT / "docs").rglob("*.md")]
+    for path in [*pages, *(ROOT / "zo").rglob("*.py")]:
+        text = path.read_text()
+        found.update(re.findall(r"\bextra (?:is )?`*(?!and\b)([a-z]+)", text))
+        found.update(*(names.split(",") for names in re.findall(r"'\.\[([a-z,]+)\]'", text)))
+    assert found <= set(extras())
+
+
+def test_a_remedy_installs_packages_of_an_extra():
+    """Never ``zo[...]`` nor ``.[...]``: a wheel has no checkout, and the index has another zo."""
+    packages = {package for each in extras().values() for package in each}
+    remedies = [
+        remedy
+        for path in (ROOT / "zo").rglob("*.py")
+        for remedy in re.findall(r"pip install (?:-e )?('.+?)(?:,|;|\"| or)", path.read_text())
+    ]
+    assert len(remedies) >= 5
+    for remedy in remedies:
+        assert set(remedy.replace("'", "").split()) <= packages, remedy

@@ -19,14 +19,17 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """A folder with the built wheel's files."""
+    """A folder with the files of the wheel that the source archive gives."""
     folder = tmp_path_factory.mktemp("wheel")
-    build = ["wheel", "--no-deps", "--no-build-isolation", "-w", folder]
     source = folder / "source"
     source.mkdir()
-    for name in ("zo", "recipes", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("zo", "recipes", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         subprocess.run(["cp", "-a", ROOT / name, source], check=True)
-    subprocess.run([*PIP, *build, source], check=True)
+    pack = "from setuptools.build_meta import build_sdist; build_sdist('..')"
+    subprocess.run([sys.executable, "-c", pack], cwd=source, stdout=subprocess.PIPE, check=True)
+    (archive,) = folder.glob("*.tar.gz")
+    build = ["wheel", "--no-deps", "--no-build-isolation", "-w", folder, archive]
+    subprocess.run([*PIP, *build], check=True)
     (wheel,) = folder.glob("*.whl")
     subprocess.run([*PIP, "install", "--no-deps", "--target", folder / "site", wheel], check=True)
     return folder / "site"
@@ -67,7 +70,7 @@ def test_the_newcomers_path(zo, installed, tiny_model, reviews, tmp_path):
     own = [f"model.name={tiny_model}", f"data.name={reviews}", "data.template='{text} It was'"]
     own += ["data.label_words=[' terrible',' great']", "batch.sequences=4", "batch.micro=4"]
     small = ["run.steps=2", "run.dir=run", "update.lr=1e-3", "data.dev_examples=4"]
-    small += ["batch.max_tokens=48"]
+    small += ["batch.max_tokens=48", "batch.fold=8"]  # which two ranks can share
     out = step("train", "recipe=my.yaml", *own, *small)
     assert json.loads(out.splitlines()[-1])["steps"] == 2
     assert (tmp_path / "run" / "report.html").exists()
@@ -81,6 +84,18 @@ def test_the_newcomers_path(zo, installed, tiny_model, reviews, tmp_path):
     assert step("replay", "log=artefact", "to=again").splitlines()[-1] == fingerprint
     assert json.loads(step("verify", "artefact", "entries=1").splitlines()[-1])["true"]
     step("diff", "run", "artefact")
+    # Two ranks, with neither the console script nor a checkout.
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    again = ["recipe=my.yaml", *own, *small, "run.dir=ranks"]
+    done = subprocess.run(
+        [sys.executable, *torchrun, "-m", "zo.train", *again],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["fingerprint"] == fingerprint
 
 
 def test_the_wheel_has_every_recipe(zo):

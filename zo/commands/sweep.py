@@ -51,7 +51,8 @@ def main(arguments: list[str]) -> None:
     try:
         draw(results, folder / "sweep.png")
     except ImportError:
-        print("no picture: pip install 'zo[profile]' brings matplotlib", file=sys.stderr)
+        remedy = "pip install 'matplotlib>=3.10'"
+        print(f"no picture, for want of the extra report; {remedy}", file=sys.stderr)
     print(text)
     if failed := sum(result.code != 0 for result in results):
         raise UserError(f"{failed} of {len(results)} runs failed; the table says why")

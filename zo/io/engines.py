@@ -213,8 +213,8 @@ def _reserve(descriptor: int, size_bytes: int) -> None:
 
 def _deepnvme_handle() -> Callable[..., Any]:
     remedy = (
-        "install it with: apt install libaio-dev g++ && pip install -e '.[nvme]', or use "
-        "memory.disk_engine=mmap"
+        "install it with: apt install libaio-dev g++ && pip install 'deepspeed>=0.19' ninja, "
+        "or use memory.disk_engine=mmap"
     )
     hardware.name_accelerator()
     try:

@@ -61,7 +61,7 @@ def add_adapters(
     except ImportError as error:
         raise UserError(
             f"peft.type={settings.type} needs the extra peft ({error}); install it with: "
-            "pip install -e '.[peft]', or choose parameters by model.train"
+            "pip install 'peft>=0.21', or choose parameters by model.train"
         ) from error
     options: dict[str, Any] = {"base_model_name_or_path": base, "revision": revision}
     options |= {"task_type": "CAUSAL_LM" if task == "causal-lm" else "SEQ_CLS"}

@@ -164,8 +164,8 @@ def check_drawable() -> None:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise UserError(
-            "profile.steps needs matplotlib, which is not installed; pip install -e '.[profile]', "
-            "or unset profile.steps"
+            "profile.steps needs the extra report, which is not installed; "
+            "pip install 'matplotlib>=3.10', or unset profile.steps"
         ) from error
 
 

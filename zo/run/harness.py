@@ -23,8 +23,8 @@ def check_harness(tasks: Sequence[str], own_tasks: Path | None) -> Any:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise UserError(
-            f"lm_eval={','.join(tasks)} needs the package lm-eval ({one_line(error)}); "
-            "pip install 'zo[eval]'"
+            f"lm_eval={','.join(tasks)} needs the extra eval ({one_line(error)}); "
+            "pip install 'lm-eval>=0.4.13'"
         ) from error
     if own_tasks is not None and not own_tasks.is_dir():
         raise UserError(f"lm_eval_tasks={own_tasks} is not a folder; give one with tasks as YAML")

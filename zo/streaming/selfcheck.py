@@ -15,6 +15,7 @@ from torch import nn
 
 from zo.config.schema import MemoryConfig
 from zo.errors import UserError, one_line
+from zo.io.determinism import explain_nondeterminism
 from zo.method.perturbation import Probe
 from zo.model.blocks import callables, find_layout, kind_of, layer_lists, pattern, tied
 from zo.model.held import NOTHING, Held, find_held
@@ -128,13 +129,15 @@ def _run_plain(small: nn.Module, forwards: Sequence[Forward], device: torch.devi
     """Run a small copy as it is.
 
     Raises:
-        UserError: it does not run.
+        UserError: it does not run, or calls an operation that has no deterministic form.
     """
     move_resident(small, device, everything=True)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), explain_nondeterminism():
             for forward in forwards:
                 forward(small)
+    except UserError:
+        raise
     except (RuntimeError, ValueError, IndexError) as error:
         raise UserError(
             "this model cannot be checked, so it is not trained: a copy of its first layers does "
