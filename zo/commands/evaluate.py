@@ -1,6 +1,6 @@
 """Score a run or a plain model.
 
-launch/evaluate.py run=DIR [step=N|best] [data=...], or launch/evaluate.py model.name=... [key=...]
+zo evaluate run=DIR [step=N|best] [data=...], or zo evaluate model.name=... [key=...]
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zo.config.cli import asked_for_text, existing_run, flag, split, step_of
+from zo.config.invocation import usage
 from zo.config.recipes import load_config, recipe_for
 from zo.errors import UserError
 
 if TYPE_CHECKING:
     from zo.run.restore import FinishedRun
 
-USAGE = (
-    "usage: launch/evaluate.py run=DIR [step=N|best] [data=FILE_OR_ID] [run.device=cpu|cuda] "
+ARGUMENTS = (
+    "run=DIR [step=N|best] [data=FILE_OR_ID] [run.device=cpu|cuda] "
     "[trust_remote_code=true], or [recipe=NAME] model.name=... [key=value ...]; either with "
     "lm_eval=TASK,... [lm_eval_tasks=FOLDER] for scores by lm-eval"
 )
@@ -43,7 +44,7 @@ def main(arguments: list[str]) -> None:
     recipe = own.get("recipe") or recipe_for(overrides)
     if "run" not in own and "lm_eval" in own:
         overrides.insert(0, "data.name=synthetic")  # Its tasks bring theirs.
-    if text := asked_for_text(arguments, recipe, overrides, USAGE):
+    if text := asked_for_text(arguments, recipe, overrides, usage("evaluate", ARGUMENTS)):
         print(text)
         return
     if "run" in own and overrides:

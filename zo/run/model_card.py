@@ -9,6 +9,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from zo.config.invocation import typed
 from zo.config.recipes import DEFAULT, load_config, recipe_names
 from zo.config.schema import Config
 from zo.errors import one_line
@@ -128,7 +129,7 @@ def _proof(card: Card) -> str:
     """Return the sentence on where a repeated run shows its fingerprint."""
     if card.last_step not in (None, card.steps):
         return (
-            f"`python launch/evaluate.py run=DIR step={card.steps}`, with DIR that run's folder, "
+            f"`{typed('evaluate')} run=DIR step={card.steps}`, with DIR that run's folder, "
             "prints the same `fingerprint`."
         )
     if card.command.startswith(PYTHON):
@@ -145,7 +146,8 @@ def python_of(config: Config, is_own: bool) -> str:
     """
     recipe = config.recipe if config.recipe in recipe_names() else DEFAULT
     before, now = (
-        {
+        {"task": one.task}
+        | {
             f"{group}.{key}": value
             for group, keys in asdict(one).items()
             if isinstance(keys, dict)
