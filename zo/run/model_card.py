@@ -145,18 +145,19 @@ def python_of(config: Config, is_own: bool) -> str:
         is_own: True for a model, an objective and batches of the user's.
     """
     recipe = config.recipe if config.recipe in recipe_names() else DEFAULT
+    # A task on the command line also takes the recipe's data away.
+    named = [f"task={_hydra(config.task)}"] if config.task != load_config(recipe).task else []
     before, now = (
-        {"task": one.task}
-        | {
+        {
             f"{group}.{key}": value
             for group, keys in asdict(one).items()
             if isinstance(keys, dict)
             for key, value in keys.items()
         }
-        for one in (load_config(recipe), config)
+        for one in (load_config(recipe, named), config)
     )
     keys = [key for key in now if before[key] != now[key] and key != "run.dir"]
-    overrides = [f"{key}={_hydra(now[key])}" for key in keys]
+    overrides = [*named, *(f"{key}={_hydra(now[key])}" for key in keys)]
     own = ", model=model, objective=objective, batches=batches" if is_own else ""
     note = "# with your own model, objective and batches\n" if is_own else ""
     listed = "".join(f"    {override!r},\n" for override in overrides)

@@ -110,11 +110,13 @@ def run_points(
 
 
 def _run(recipe: str, point: Point, processes: int) -> Result:
-    ranks = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    # Of this environment, whatever PATH says.
+    torchrun = str(Path(sys.executable).with_name("torchrun"))
+    start = [torchrun, "--nproc-per-node", str(processes)] if processes > 1 else [sys.executable]
     arguments = [f"recipe={recipe}", *point.fixed, *point.chosen, f"run.dir={point.folder}"]
     path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     with subprocess.Popen(
-        [sys.executable, *(ranks if processes > 1 else []), "-m", "zo.train", *arguments],
+        [*start, "-m", "zo.train", *arguments],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(path)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
