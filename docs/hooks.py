@@ -11,7 +11,7 @@ from zo.config.schema import Config
 
 HEAD = """# Every key
 
-A recipe sets keys, the command line overrides them: `launch/train.py recipe=NAME key=value ...`.
+A recipe sets keys, the command line overrides them: `python launch/train.py recipe=NAME key=value ...`.
 Defaults here are those of the schema; `--help` lists the values of a recipe, and `--cfg job` shows
 the resolved configuration. This page is made from `zo/config/` at every build.
 """

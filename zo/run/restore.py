@@ -11,6 +11,7 @@ from zo.config.objective import reward_name
 from zo.config.recipes import config_of
 from zo.config.schema import Config
 from zo.data.named import TEST
+from zo.data.rows import TASKS as ROW_TASKS
 from zo.data.tasks import Task
 from zo.distributed.process_group import Mesh
 from zo.errors import UserError
@@ -201,6 +202,12 @@ def adapted(
     if data == TEST and config.task is not None:
         config = replace(config, data=replace(config.data, dev=TEST))
     elif data is not None:
+        _, template, words = ROW_TASKS.get(config.data.name, (None, None, None))
+        if words and config.data.template is None and config.data.label_words is None:
+            # The prompt of a task's data is that of the run, too.
+            config = replace(
+                config, data=replace(config.data, template=template, label_words=words)
+            )
         config = replace(config, data=replace(config.data, name=data, dev=data, dev_examples=10**9))
     if device is not None:
         config = replace(config, run=replace(config.run, device=device))
