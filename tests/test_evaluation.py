@@ -18,7 +18,7 @@ from zo.errors import UserError
 from zo.model.info import ModelInfo
 from zo.observe.history import Evaluation, History
 from zo.observe.report import Report
-from zo.run.restore import adapted, load_run
+from zo.run.restore import adapted, load_run, with_prompt
 
 INFO = ModelInfo("causal-lm", 24, frozenset())
 CHOICE = tasks.choice(INFO, 0, [1, 2])
@@ -275,6 +275,7 @@ def test_lm_eval_is_asked_for_in_one_line_where_it_is_missing(
 
 
 def test_other_data_is_scored_with_the_prompt_of_the_runs_task():
-    data = adapted(load_config("quickstart"), "mine.jsonl", None, trust_remote_code=False).data
+    config = with_prompt(load_config("quickstart"))
+    data = adapted(config, "mine.jsonl", None, trust_remote_code=False).data
     assert (data.name, data.label_words) == ("mine.jsonl", [" negative", " positive"])
     assert data.template == "Review: {text}\nSentiment:"

@@ -64,11 +64,11 @@ def main(arguments: list[str]) -> None:
     given = load_config(OWN if path else recipe, overrides)
     manager = harness(own)
 
-    from zo.run.restore import adapted, load_plain, load_run
+    from zo.run.restore import adapted, load_plain, load_run, with_prompt
 
     if path is not None:
         change = lambda config: read_as(  # noqa: E731
-            adapted(config, own.get("data"), device, trust), given, overrides
+            adapted(with_prompt(config), own.get("data"), device, trust), given, overrides
         )
         finished = load_run(path, change, step)
     else:

@@ -184,6 +184,14 @@ def _load(
     return problem, mesh, replica, list(structure.held)
 
 
+def with_prompt(config: Config) -> Config:
+    """Return a run's configuration with its task's prompt and label words, for other data, too."""
+    _, template, words = ROW_TASKS.get(config.data.name, (None, None, None))
+    if not words or config.data.template is not None or config.data.label_words is not None:
+        return config
+    return replace(config, data=replace(config.data, template=template, label_words=words))
+
+
 def adapted(
     config: Config, data: str | None, device: str | None, trust_remote_code: bool
 ) -> Config:
@@ -202,12 +210,6 @@ def adapted(
     if data == TEST and config.task is not None:
         config = replace(config, data=replace(config.data, dev=TEST))
     elif data is not None:
-        _, template, words = ROW_TASKS.get(config.data.name, (None, None, None))
-        if words and config.data.template is None and config.data.label_words is None:
-            # The prompt of a task's data is that of the run, too.
-            config = replace(
-                config, data=replace(config.data, template=template, label_words=words)
-            )
         config = replace(config, data=replace(config.data, name=data, dev=data, dev_examples=10**9))
     if device is not None:
         config = replace(config, run=replace(config.run, device=device))
