@@ -11,9 +11,10 @@ from zo.config.schema import Config
 
 HEAD = """# Every key
 
-A recipe sets keys, the command line overrides them: `launch/train.py recipe=NAME key=value ...`.
-Defaults here are those of the schema; `--help` lists the values of a recipe, and `--cfg job` shows
-the resolved configuration. This page is made from `zo/config/` at every build.
+A recipe sets keys, and the command line overrides them:
+`python launch/train.py recipe=NAME key=value ...`. Defaults here are those of the schema; `--help`
+lists the values of a recipe, and `--cfg job` shows the resolved configuration. This page is made
+from `zo/config/` at every build.
 """
 
 

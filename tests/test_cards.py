@@ -150,18 +150,19 @@ def test_what_repeats_a_run_from_python_repeats_it(overrides, tmp_path, monkeypa
     assert repeated["config"].update == config.update
 
 
-def test_any_value_of_a_configuration_is_repeated():
-    config = load_config(
-        "quickstart",
-        [
-            r"data.template='it\'s {text}: \\ \"so\" [x]'",
-            "data.label_words=[' a',' b, c']",
-            "data.columns={text: review}",
-            "update.lr=1e-7",
-            "run.trackers=[]",
-            "mesh.perturb=2",
-        ],
-    )
+ANY = [
+    r"data.template='it\'s {text}: \\ \"so\" [x]'",
+    "data.label_words=[' a',' b, c']",
+    "data.columns={text: review}",
+    "update.lr=1e-7",
+    "run.trackers=[]",
+    "mesh.perturb=2",
+]
+
+
+@pytest.mark.parametrize("settings", [ANY, ["task=sst2"], ["task=sst2", "data.name=movie-reviews"]])
+def test_any_value_of_a_configuration_is_repeated(settings):
+    config = load_config("quickstart", settings)
     names = {}
     code = python_of(config, is_own=False).replace("Trainer(config).train()", "")
     exec(code, names)

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,10 @@ from transformers import (
     BertConfig,
     BertModel,
 )
+
+from zo.errors import UserError
+from zo.io.signals import end_with_reader
+from zo.run.sweep import command_line, expand
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -468,10 +473,12 @@ def test_a_sequence_classifier_from_rows_to_folder(command, reviews, tmp_path, t
         ("evaluate", [], "nothing to score"),
         ("evaluate", ["run=nowhere"], "run=nowhere does not hold a run"),
         ("evaluate", ["run=nowhere", "update.lr=1"], "cannot be changed for a run"),
+        ("evaluate", ["run=a", "data.columns={text: a}"], "cannot be changed for a run"),
+        ("evaluate", ["run=a", "data=b", "data.name=c"], "cannot be changed for a run"),
         ("evaluate", ["model.name=a", "step=1"], "step=1 is a step of a run"),
         ("export", ["run=README.md", "to=x", "step=-1"], "does not hold a run"),
         ("export", ["run=nowhere", "to=x"], "run=nowhere does not hold a run"),
-        ("export", ["run=nowhere"], "usage: launch/export.py"),
+        ("export", ["run=nowhere"], "usage: zo export run=DIR"),
         ("export", ["run=a", "to=b", "pull=c"], "pull=c is no argument"),
         (
             "export",
@@ -516,11 +523,71 @@ def test_cfg_job_is_the_resolved_configuration(command):
 def test_a_grid_is_another_command(command):
     code, _, err = command("train", "-m", "update.lr=1e-4,1e-5")
     assert (code, err.count("\n")) == (2, 1)
-    assert "launch/sweep.py" in err
+    assert "zo sweep recipe=NAME" in err
 
 
 def test_a_sweep_under_torchrun_is_refused(command, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     code, _, err = command("sweep", "update.lr=1e-4,1e-5")
     assert (code, err.count("\n")) == (2, 1)
-    assert "start it with python" in err
+    assert "start it with zo sweep" in err
+
+
+@pytest.mark.parametrize(
+    ("program", "export", "train", "ranks"),
+    [
+        ("/venv/bin/zo", "zo export", "zo train", "torchrun --nproc-per-node 2 -m zo.train"),
+        (
+            ROOT / "launch" / "export.py",
+            "python launch/export.py",
+            "python launch/train.py",
+            "torchrun --nproc-per-node 2 launch/train.py",
+        ),
+        ("/mine/launch/own.py", "zo export", "zo train", "torchrun --nproc-per-node 2 -m zo.train"),
+    ],
+)
+def test_commands_are_shown_as_this_one_was_started(
+    program, export, train, ranks, monkeypatch, tmp_path
+):
+    """A user of the wheel has no launch/."""
+    monkeypatch.setattr(sys, "argv", [str(program)])
+    with pytest.raises(UserError, match=f"^usage: {export} run=DIR"):
+        import_module("zo.commands.export").main([])
+    (point,) = expand("quickstart", ["run.steps=2"], tmp_path)
+    assert command_line("quickstart", point, 1) == f"{train} recipe=quickstart run.steps=2"
+    assert command_line("quickstart", point, 2) == f"{ranks} recipe=quickstart run.steps=2"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("argument", ["recipes", "--help"])
+def test_a_reader_that_is_gone_ends_a_command_without_a_traceback(argument):
+    """As in ``zo recipes | head -1``."""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    start = "import sys; from zo.commands import main; sys.exit(main())"
+    run = subprocess.run(
+        [sys.executable, "-c", start, argument], stdout=write_end, stderr=subprocess.PIPE
+    )
+    os.close(write_end)
+    assert (run.returncode, run.stderr) == (141, b"")
+
+
+def test_a_connection_that_is_closed_stays_an_error():
+    with pytest.raises(BrokenPipeError), end_with_reader():
+        raise BrokenPipeError
+
+
+def test_other_data_with_other_columns_is_scored(overrides, reviews, tmp_path, command):
+    settings = ["run.steps=1", "eval.every=0", f"run.dir={tmp_path}/run"]
+    code, _, err = command("train", *overrides, *settings)
+    assert code == 0, err
+    scores = []
+    other = tmp_path / "other.jsonl"
+    other.write_text(reviews.read_text().replace('"text"', '"review"'))
+    code, _, err = command("evaluate", f"run={tmp_path}/run", f"data={other}")
+    assert (code, err.count("\n")) == (2, 1) and "name them with data.columns" in err
+    for data in ([f"data={reviews}"], [f"data={other}", "data.columns={text: review}"]):
+        code, out, err = command("evaluate", f"run={tmp_path}/run", *data)
+        assert code == 0, err
+        scores.append(json.loads(out)["eval"])
+    assert scores[0] == scores[1]

@@ -11,13 +11,14 @@ from ranks import train
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from zo.config.recipes import load_config
 from zo.data import tasks
 from zo.data.scores import by_class, evaluation
 from zo.errors import UserError
 from zo.model.info import ModelInfo
 from zo.observe.history import Evaluation, History
 from zo.observe.report import Report
-from zo.run.restore import load_run
+from zo.run.restore import adapted, load_run, with_prompt
 
 INFO = ModelInfo("causal-lm", 24, frozenset())
 CHOICE = tasks.choice(INFO, 0, [1, 2])
@@ -271,3 +272,10 @@ def test_lm_eval_is_asked_for_in_one_line_where_it_is_missing(
     code, _, err = command("evaluate", f"run={tmp_path}/run", "lm_eval=films")
     assert (code, err.count("\n")) == (2, 1)
     assert "needs the extra eval" in err
+
+
+def test_other_data_is_scored_with_the_prompt_of_the_runs_task():
+    config = with_prompt(load_config("quickstart"))
+    data = adapted(config, "mine.jsonl", None, trust_remote_code=False).data
+    assert (data.name, data.label_words) == ("mine.jsonl", [" negative", " positive"])
+    assert data.template == "Review: {text}\nSentiment:"

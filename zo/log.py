@@ -2,7 +2,9 @@
 
 import sys
 
+from zo.io.signals import end_with_reader
 from zo.state.log import main
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    with end_with_reader():
+        sys.exit(main(sys.argv[1:]))

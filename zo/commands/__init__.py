@@ -3,7 +3,7 @@
 import sys
 from importlib import import_module
 
-from zo.io.signals import end_on_signals
+from zo.io.signals import end_on_signals, end_with_reader
 
 COMMANDS = {
     "train": "fine-tune, or continue a run",
@@ -20,6 +20,7 @@ COMMANDS = {
 """Subcommands with a line of help; each is the module of its name."""
 
 
+@end_with_reader()
 def start(name: str) -> int:
     """Run a command on the process's arguments, and return its exit code."""
     end_on_signals()  # Before the imports, which take seconds.
@@ -28,6 +29,7 @@ def start(name: str) -> int:
     return run(import_module(f"zo.commands.{name.replace('-', '_')}").main)
 
 
+@end_with_reader()
 def main() -> int:
     """Run the subcommand that the process's arguments name, and return its exit code."""
     name = sys.argv[1] if len(sys.argv) > 1 else ""

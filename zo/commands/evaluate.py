@@ -1,25 +1,28 @@
 """Score a run or a plain model.
 
-launch/evaluate.py run=DIR [step=N|best] [data=...], or launch/evaluate.py model.name=... [key=...]
+zo evaluate run=DIR [step=N|best] [data=...], or zo evaluate model.name=... [key=...]
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zo.config.cli import asked_for_text, existing_run, flag, split, step_of
-from zo.config.recipes import load_config, recipe_for
+from zo.config.invocation import usage
+from zo.config.recipes import OWN, load_config, recipe_for
+from zo.config.schema import Config
 from zo.errors import UserError
 
 if TYPE_CHECKING:
     from zo.run.restore import FinishedRun
 
-USAGE = (
-    "usage: launch/evaluate.py run=DIR [step=N|best] [data=FILE_OR_ID] [run.device=cpu|cuda] "
+ARGUMENTS = (
+    "run=DIR [step=N|best] [data=FILE_OR_ID [data.columns=...]] [run.device=cpu|cuda] "
     "[trust_remote_code=true], or [recipe=NAME] model.name=... [key=value ...]; either with "
     "lm_eval=TASK,... [lm_eval_tasks=FOLDER] for scores by lm-eval"
 )
@@ -43,13 +46,13 @@ def main(arguments: list[str]) -> None:
     recipe = own.get("recipe") or recipe_for(overrides)
     if "run" not in own and "lm_eval" in own:
         overrides.insert(0, "data.name=synthetic")  # Its tasks bring theirs.
-    if text := asked_for_text(arguments, recipe, overrides, USAGE):
+    if text := asked_for_text(arguments, recipe, overrides, usage("evaluate", ARGUMENTS)):
         print(text)
         return
-    if "run" in own and overrides:
+    if "run" in own and (wrong := [o for o in overrides if "data" not in own or not is_reading(o)]):
         raise UserError(
-            f"{overrides[0]} cannot be changed for a run; give run=DIR and, for other data, "
-            "data=FILE_OR_ID"
+            f"{wrong[0]} cannot be changed for a run; give run=DIR and, for other data, "
+            "data=FILE_OR_ID with the keys of data that read it, such as data.columns"
         )
     if "run" not in own and not any(o.startswith("model.name=") for o in overrides):
         raise UserError("nothing to score; give run=DIR, or model.name=HUB_ID_OR_FOLDER")
@@ -58,24 +61,37 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"step={step} is a step of a run; give run=DIR with it")
     trust = flag(own, "trust_remote_code", "without it no code of the model's own is run")
     path = existing_run(own["run"]) if "run" in own else None
-    plain = None if path else load_config(recipe, overrides)
+    given = load_config(OWN if path else recipe, overrides)
     manager = harness(own)
 
-    from zo.run.restore import adapted, load_plain, load_run
+    from zo.run.restore import adapted, load_plain, load_run, with_prompt
 
     if path is not None:
-        change = lambda config: adapted(config, own.get("data"), device, trust)  # noqa: E731
+        change = lambda config: read_as(  # noqa: E731
+            adapted(with_prompt(config), own.get("data"), device, trust), given, overrides
+        )
         finished = load_run(path, change, step)
     else:
-        assert plain is not None
         finished = load_plain(
-            adapted(plain, own.get("data"), device, trust or plain.model.trust_remote_code)
+            adapted(given, own.get("data"), device, trust or given.model.trust_remote_code)
         )
     found = {"run": own.get("run"), "steps": finished.steps}
     found |= score(finished, own) if manager is None else score_tasks(finished, own, manager)
     if finished.mesh.rank == 0:
         print(json.dumps(found))
     finished.mesh.close()
+
+
+def is_reading(override: str) -> bool:
+    """Return True for a key of data that says how other data is read."""
+    key = override.partition("=")[0]
+    return key.startswith("data.") and key not in ("data.name", "data.dev")
+
+
+def read_as(config: Config, given: Config, overrides: Sequence[str]) -> Config:
+    """Return a run's configuration with the keys of data that were given."""
+    keys = [override.partition("=")[0].removeprefix("data.") for override in overrides]
+    return replace(config, data=replace(config.data, **{k: getattr(given.data, k) for k in keys}))
 
 
 def harness(own: Mapping[str, str]) -> Any:

@@ -1,16 +1,17 @@
 """Write a run's model as a Hugging Face folder, or as a log artefact of a few kilobytes.
 
-launch/export.py run=DIR to=DIR [artefact=full|log] [step=N|best] [push=USER/NAME] [public=true]
+zo export run=DIR to=DIR [artefact=full|log] [step=N|best] [push=USER/NAME] [public=true]
 """
 
 import os
 from pathlib import Path
 
 from zo.config.cli import existing_run, flag, split, step_of
+from zo.config.invocation import typed, usage
 from zo.errors import UserError
 
-USAGE = (
-    "usage: launch/export.py run=DIR to=DIR [artefact=full|log] [step=N|best] [push=USER/NAME] "
+ARGUMENTS = (
+    "run=DIR to=DIR [artefact=full|log] [step=N|best] [push=USER/NAME] "
     "[public=true|false] [run.device=cpu|cuda] [trust_remote_code=true]"
 )
 
@@ -20,16 +21,16 @@ def main(arguments: list[str]) -> None:
     keys = ("run", "to", "artefact", "step", "push", "public", "run.device", "trust_remote_code")
     own, rest = split(arguments, keys)
     if "--help" in rest or "-h" in rest:
-        print(USAGE)
+        print(usage("export", ARGUMENTS))
         return
     if rest or "run" not in own or "to" not in own:
-        raise UserError(f"{rest[0] + ' is no argument; ' if rest else ''}{USAGE}")
+        wrong = f"{rest[0]} is no argument; " if rest else ""
+        raise UserError(wrong + usage("export", ARGUMENTS))
     public = flag(own, "public", "without it a pushed repository is private")
     trust = flag(own, "trust_remote_code", "without it no code of the model's own is run")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError(
-            "a model is exported by one process; start it with python launch/export.py, without "
-            "torchrun"
+            f"a model is exported by one process; start it with {typed('export')}, without torchrun"
         )
     artefact = own.get("artefact", "full")
     if artefact not in ("full", "log"):

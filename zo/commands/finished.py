@@ -1,4 +1,4 @@
-"""Report if a run is finished: launch/finished.py, with the arguments of launch/train.py.
+"""Report if a run is finished: launch/finished.py, with the arguments of training.
 
 Exit code 0: finished; 75: not yet, and the same command resumes the run. For schedulers, because a
 run that SIGTERM ended also exits with 0.

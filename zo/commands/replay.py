@@ -1,6 +1,6 @@
 """Rebuild the weights that a log describes as a Hugging Face folder, on any machine.
 
-launch/replay.py log=ARTEFACT_OR_RUN_OR_FILE to=DIR [base=HUB_ID_OR_FOLDER]
+zo replay log=ARTEFACT_OR_RUN_OR_FILE to=DIR [base=HUB_ID_OR_FOLDER]
 """
 
 import os
@@ -8,11 +8,12 @@ import sys
 from pathlib import Path
 
 from zo.config.cli import flag, split
+from zo.config.invocation import typed, usage
 from zo.config.schema import STORES
 from zo.errors import UserError
 
-USAGE = (
-    "usage: launch/replay.py log=ARTEFACT_OR_RUN_OR_FILE to=DIR [base=HUB_ID_OR_FOLDER] "
+ARGUMENTS = (
+    "log=ARTEFACT_OR_RUN_OR_FILE to=DIR [base=HUB_ID_OR_FOLDER] "
     "[memory.store=device|host|disk] [run.device=cpu|cuda] [trust_remote_code=true]; a log file "
     "without its config.yaml takes base= and keys of its model, such as model.dtype=bfloat16"
 )
@@ -23,17 +24,20 @@ def main(arguments: list[str]) -> None:
     """Check base and log, replay, and write the folder; the last line is its fingerprint."""
     own, rest = split(arguments, KEYS)
     if "--help" in rest or "-h" in rest:
-        print(USAGE)
+        print(usage("replay", ARGUMENTS))
         return
     unknown = [argument for argument in rest if not argument.startswith("model.")]
     if unknown or "log" not in own or "to" not in own:
-        raise UserError(f"{unknown[0] + ' is no argument; ' if unknown else ''}{USAGE}")
+        wrong = f"{unknown[0]} is no argument; " if unknown else ""
+        raise UserError(wrong + usage("replay", ARGUMENTS))
     trust = flag(own, "trust_remote_code", "without it no code of the base's own is run")
     store, to = own.get("memory.store", STORES[0]), Path(own["to"]).expanduser()
     if store not in STORES:
         raise UserError(f"memory.store={store} is not known; use one of {', '.join(STORES)}")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError("a log is replayed by one process; start it with python, without torchrun")
+        raise UserError(
+            f"a log is replayed by one process; start it with {typed('replay')}, without torchrun"
+        )
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise UserError(f"to={to} exists and is not an empty folder; choose a new one")
 

@@ -1,4 +1,4 @@
-"""Train each point of a grid: launch/sweep.py recipe=NAME key=a,b [key=value ...]."""
+"""Train each point of a grid: zo sweep recipe=NAME key=a,b [key=value ...]."""
 
 import os
 import sys
@@ -6,12 +6,11 @@ from datetime import datetime
 from pathlib import Path
 
 from zo.config.cli import asked_for_text, split
+from zo.config.invocation import typed, usage
 from zo.config.recipes import recipe_file, recipe_for
 from zo.errors import UserError
 
-USAGE = (
-    "usage: launch/sweep.py [recipe=NAME] [nproc=RANKS_A_RUN] [dir=FOLDER] key=a,b [key=value ...]"
-)
+ARGUMENTS = "[recipe=NAME] [nproc=RANKS_A_RUN] [dir=FOLDER] key=a,b [key=value ...]"
 
 
 def main(arguments: list[str]) -> None:
@@ -21,14 +20,15 @@ def main(arguments: list[str]) -> None:
     """
     own, overrides = split(arguments, ("recipe", "nproc", "dir"))
     recipe, nproc = own.get("recipe") or recipe_for(overrides), own.get("nproc", "1")
-    if text := asked_for_text(arguments, recipe, overrides, USAGE):
+    if text := asked_for_text(arguments, recipe, overrides, usage("sweep", ARGUMENTS)):
         print(text)
         return
     if not nproc.isdecimal() or int(nproc) < 1:
         raise UserError(f"nproc={nproc} is not a number of ranks; give 1 or more")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError(
-            "a sweep starts the ranks of its runs; start it with python, and nproc=RANKS_A_RUN"
+            "a sweep starts the ranks of its runs; start it with "
+            f"{typed('sweep')}, and nproc=RANKS_A_RUN"
         )
     by_default = f"runs/sweep-{recipe_file(recipe).stem}-{datetime.now():%Y%m%d-%H%M%S}"
     folder = Path(own.get("dir") or by_default).expanduser()

@@ -1,4 +1,4 @@
-"""Fine-tune: torchrun [--nproc-per-node N] launch/train.py recipe=NAME [key=value ...]."""
+"""Fine-tune: zo train recipe=NAME [key=value ...]."""
 
 import json
 import os
@@ -7,28 +7,27 @@ import sys
 from dataclasses import asdict
 
 from zo.config.cli import asked_for_text, split
+from zo.config.invocation import typed, usage, words
 from zo.config.recipes import load_config, recipe_for, recipe_names
 from zo.config.schema import Config
 from zo.errors import UserError
 
-USAGE = (
-    "usage: [torchrun --nproc-per-node N] launch/train.py [recipe=NAME] [key=value ...] "
-    "[--check | --help | --cfg job]"
-)
+ARGUMENTS = "[recipe=NAME] [key=value ...] [--check | --help | --cfg job]"
 
 
 def main(arguments: list[str]) -> None:
     """Run the command; the last line on stdout is the summary of the run."""
     own, overrides = split(arguments, ("recipe",))
     recipe = own.get("recipe") or recipe_for(overrides)
-    if text := asked_for_text(arguments, recipe, overrides, USAGE):
+    shown = f"{usage('train', ARGUMENTS)}; several ranks: {typed('train', 'N')} ..."
+    if text := asked_for_text(arguments, recipe, overrides, shown):
         print(text)
     elif "--check" in arguments:
         check(load_config(recipe, [o for o in overrides if o != "--check"]))
     elif "-m" in arguments or "--multirun" in arguments:
-        raise UserError("a grid of runs is started by launch/sweep.py recipe=NAME key=a,b")
+        raise UserError(f"a grid of runs is started by {typed('sweep')} recipe=NAME key=a,b")
     else:
-        command = shlex.join(["python", "launch/train.py", f"recipe={recipe}", *overrides])
+        command = shlex.join([*words("train"), f"recipe={recipe}", *overrides])
         if recipe not in recipe_names():
             command = ""  # Nobody else has the file; the card has every key in its place.
         train(load_config(recipe, overrides), command)

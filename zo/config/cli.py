@@ -1,4 +1,4 @@
-"""Arguments, ``--help`` and error handling that the commands of ``launch/`` share."""
+"""Arguments, ``--help`` and error handling that the commands share."""
 
 import errno
 import json

@@ -145,7 +145,7 @@ class Rows:
         if missing := [theirs for theirs in names.values() if theirs not in row]:
             raise UserError(
                 f"data.columns: {origin.source} has no column {missing[0]}; its columns are "
-                f"{', '.join(row)}"
+                f"{', '.join(row)}; give data.columns names that it has"
             )
         kept = {k: v for k, v in row.items() if k not in names and k not in names.values()}
         return kept | {ours: row[theirs] for ours, theirs in names.items()}

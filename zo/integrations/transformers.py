@@ -80,14 +80,14 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     ),
     "deepspeed": (
         (None,),
-        "its engine owns the step; for many ranks use launch/train.py with mesh.data",
+        "its engine owns the step; for many ranks use zo train with mesh.data",
     ),
     "fsdp": (
         (None, "", [], False),
-        "it shards gradients and weights; for large models use launch/train.py with "
+        "it shards gradients and weights; for large models use zo train with "
         "memory.store=host and mesh.slice",
     ),
-    "parallelism_config": ((None,), "use launch/train.py with the keys of mesh"),
+    "parallelism_config": ((None,), "use zo train with the keys of mesh"),
 }
 """For each training argument that has no meaning without gradients, the values that leave it off,
 and what to do."""
@@ -107,7 +107,7 @@ def check_arguments(args: TrainingArguments) -> None:
         count = max(args.world_size, args.n_gpu)
         raise UserError(
             f"{count} processes or GPUs: this step runs on one; set CUDA_VISIBLE_DEVICES to one "
-            "GPU, or use torchrun launch/train.py, which gives the same bits on any mesh"
+            "GPU, or use torchrun -m zo.train, which gives the same bits on any mesh"
         )
 
 

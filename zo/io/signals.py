@@ -153,6 +153,27 @@ def _forget() -> None:
     _last_acts.clear()
 
 
+@contextmanager
+def end_with_reader() -> Iterator[None]:
+    """End this process without a traceback, exit code 141, where the reader of its output is gone.
+
+    As SIGPIPE does to other commands, for ``zo recipes | head -1``. The signal itself stays
+    ignored, as Python has it: it would also end a run whose tracker closes a connection.
+    """
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        poll = select.poll()
+        for descriptor in (1, 2):
+            poll.register(descriptor, 0)  # Reports POLLERR in any case.
+        if not poll.poll(0):
+            raise
+        os._exit(128 + signal.SIGPIPE)
+
+
 PR_SET_PDEATHSIG = 1
 """From linux/prctl.h."""
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from zo.config.invocation import typed
 from zo.config.recipes import DEFAULT, load_config, recipe_names
 from zo.config.schema import Config
 from zo.errors import one_line
@@ -128,7 +129,7 @@ def _proof(card: Card) -> str:
     """Return the sentence on where a repeated run shows its fingerprint."""
     if card.last_step not in (None, card.steps):
         return (
-            f"`python launch/evaluate.py run=DIR step={card.steps}`, with DIR that run's folder, "
+            f"`{typed('evaluate')} run=DIR step={card.steps}`, with DIR that run's folder, "
             "prints the same `fingerprint`."
         )
     if card.command.startswith(PYTHON):
@@ -144,6 +145,8 @@ def python_of(config: Config, is_own: bool) -> str:
         is_own: True for a model, an objective and batches of the user's.
     """
     recipe = config.recipe if config.recipe in recipe_names() else DEFAULT
+    # A task on the command line also takes the recipe's data away.
+    named = [f"task={_hydra(config.task)}"] if config.task != load_config(recipe).task else []
     before, now = (
         {
             f"{group}.{key}": value
@@ -151,10 +154,10 @@ def python_of(config: Config, is_own: bool) -> str:
             if isinstance(keys, dict)
             for key, value in keys.items()
         }
-        for one in (load_config(recipe), config)
+        for one in (load_config(recipe, named), config)
     )
     keys = [key for key in now if before[key] != now[key] and key != "run.dir"]
-    overrides = [f"{key}={_hydra(now[key])}" for key in keys]
+    overrides = [*named, *(f"{key}={_hydra(now[key])}" for key in keys)]
     own = ", model=model, objective=objective, batches=batches" if is_own else ""
     note = "# with your own model, objective and batches\n" if is_own else ""
     listed = "".join(f"    {override!r},\n" for override in overrides)

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from zo.config.invocation import typed
 from zo.config.schema import AUTO, Config
 from zo.data.tasks import Batch
 from zo.distributed.process_group import Mesh
@@ -84,7 +85,7 @@ def check_store(config: Config) -> None:
     if config.update.lr == AUTO and config.memory.store == "disk":
         raise UserError(
             f"update.lr={AUTO} tries rates on weights in memory, and memory.store=disk has them on "
-            "disk; give a number, or find one with launch/lr_probe.py memory.store=host"
+            f"disk; give a number, or find one with {typed('lr-probe')} memory.store=host"
         )
 
 

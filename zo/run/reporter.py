@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from zo.config.invocation import typed
 from zo.config.redact import without_secrets_in
 from zo.config.schema import AUTO, Config
 from zo.data.report import DataReport
@@ -356,7 +357,7 @@ class Reporter:
         if best is not None and best.step < self.log.version:
             where = "in model/"
             if export.step != "best" or not export.at_end:
-                where = f"launch/export.py run={self.folder.path} step=best to=FOLDER writes it"
+                where = f"{typed('export')} run={self.folder.path} step=best to=FOLDER writes it"
             self.progress.say(
                 f"the best {best.metric}, {best.value:.4g}, is of the model after step "
                 f"{best.step}: {where}"

@@ -11,6 +11,7 @@ from zo.config.objective import reward_name
 from zo.config.recipes import config_of
 from zo.config.schema import Config
 from zo.data.named import TEST
+from zo.data.rows import TASKS as ROW_TASKS
 from zo.data.tasks import Task
 from zo.distributed.process_group import Mesh
 from zo.errors import UserError
@@ -181,6 +182,14 @@ def _load(
         replica, structure = assemble(problem, config, mesh, blocks, phase, writable=False)
     find_reference(problem.reference, replica, mesh, phase, config, folder, steps=0)
     return problem, mesh, replica, list(structure.held)
+
+
+def with_prompt(config: Config) -> Config:
+    """Return a run's configuration with its task's prompt and label words, for other data, too."""
+    _, template, words = ROW_TASKS.get(config.data.name, (None, None, None))
+    if not words or config.data.template is not None or config.data.label_words is not None:
+        return config
+    return replace(config, data=replace(config.data, template=template, label_words=words))
 
 
 def adapted(

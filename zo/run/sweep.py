@@ -16,6 +16,7 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import OverrideParseException
 
+from zo.config.invocation import words
 from zo.config.recipes import load_config, recipe_file
 from zo.config.redact import without_secrets
 from zo.errors import UserError
@@ -87,12 +88,6 @@ def expand(recipe: str, overrides: Sequence[str], folder: Path) -> list[Point]:
     return points
 
 
-def command_of(recipe: str, point: Point, processes: int) -> list[str]:
-    """Return the command that runs a point, without its folder."""
-    start = ["python"] if processes == 1 else ["torchrun", "--nproc-per-node", str(processes)]
-    return [*start, "launch/train.py", f"recipe={recipe}", *point.fixed, *point.chosen]
-
-
 def run_points(
     recipe: str, points: Sequence[Point], folder: Path, processes: int = 1
 ) -> Iterator[Result]:
@@ -115,13 +110,13 @@ def run_points(
 
 
 def _run(recipe: str, point: Point, processes: int) -> Result:
-    command = command_of(recipe, point, processes)
-    at = command.index("launch/train.py")
-    path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     # Of this environment, whatever PATH says.
-    program = str(Path(sys.executable).with_name(command[0]))
+    torchrun = str(Path(sys.executable).with_name("torchrun"))
+    start = [torchrun, "--nproc-per-node", str(processes)] if processes > 1 else [sys.executable]
+    arguments = [f"recipe={recipe}", *point.fixed, *point.chosen, f"run.dir={point.folder}"]
+    path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     with subprocess.Popen(
-        [program, *command[1:at], "-m", "zo.train", *command[at + 1 :], f"run.dir={point.folder}"],
+        [*start, "-m", "zo.train", *arguments],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(path)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -219,5 +214,6 @@ def draw(results: Sequence[Result], path: Path) -> None:
 
 
 def command_line(recipe: str, point: Point, processes: int) -> str:
-    """Return the command that repeats a point, without secrets."""
-    return without_secrets(shlex.join(command_of(recipe, point, processes)))
+    """Return the command that repeats a point in a folder of its own, without secrets."""
+    start = words("train", processes)
+    return without_secrets(shlex.join([*start, f"recipe={recipe}", *point.fixed, *point.chosen]))

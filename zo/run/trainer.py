@@ -50,7 +50,7 @@ from zo.state.versions import versions
 class Trainer:
     """One run, from a configuration or around a user's own model.
 
-    ``Trainer(config).train()`` is what ``launch/train.py`` does. A user's own model, any
+    ``Trainer(config).train()`` is what ``zo train`` does. A user's own model, any
     ``nn.Module``, comes with an objective and batches::
 
         Trainer(
