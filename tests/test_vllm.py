@@ -86,7 +86,13 @@ def test_vllm_writes_what_zo_does_at_each_version_and_probe(overrides, tmp_path,
     base, folder = tmp_path / "base", tmp_path / "run"
     make_llama(hidden_size=128, intermediate_size=256).save_pretrained(base)
     make_tokenizer().save_pretrained(base)
-    settings = [*overrides, f"model.name={base}", "update.lr=0.1", "eval.every=0"]
+    settings = [
+        *overrides,
+        f"model.name={base}",
+        "update.lr=0.1",
+        "run.divergence=warn",
+        "eval.every=0",
+    ]
     run(settings, folder, "run.steps=2")
     llm = vllm.LLM(
         str(base),
