@@ -263,7 +263,7 @@ def main():
     trials = records_of(arguments.rates)
     rates = best_rates(trials)
     if arguments.table:
-        records = [r for r in records_of(arguments.table) if r["lr"] == rates[r["method"]]]
+        records = [r for r in records_of(arguments.table) if r["lr"] == rates.get(r["method"], 0)]
         tables = [table(records, budget) for budget in ("seconds", "forwards")]
         print(trial_table(trials), *tables, recipes(rates), sep="\n\n")
         return

@@ -370,11 +370,11 @@ class Encoder:
     def _text(self, origin: Origin, row: Row, column: str) -> str:
         text, shown = row.get(column), self._shown(column)
         if text is None:
-            raise UserError(
-                f"{origin}: column {shown} is empty or missing; give its text, or remove the row"
-            )
+            wrong = f"{origin}: column {shown} is empty or missing"
+            raise UserError(f"{wrong}; give its text, or remove the row")
         if not isinstance(text, str):
-            raise UserError(f"{origin}: column {shown} holds {type(text).__name__}, not text")
+            kind = type(text).__name__
+            raise UserError(f"{origin}: column {shown} holds {kind}, not text; quote it in .jsonl")
         return text
 
     def _answer(self, origin: Origin, row: Row, column: str) -> str:
