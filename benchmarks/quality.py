@@ -272,7 +272,7 @@ def main():
         runs = [(TRIAL, s, n, lr) for s in TRIAL_SEEDS for n in names for lr in METHODS[n].rates]
     else:
         seeds = map(int, arguments.seeds.split(","))
-        runs = [(d, seed, n, rates[n]) for seed in seeds for d in TEMPLATES for n in names]
+        runs = [(d, seed, n, rates.get(n, 0)) for seed in seeds for d in TEMPLATES for n in names]
     done = {(r["data"], r["seed"], r["method"], r["lr"]) for r in records_of(arguments.out)}
     for data, seed, name, lr in runs:
         if (data, seed, name, lr) in done:
