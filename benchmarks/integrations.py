@@ -28,7 +28,7 @@ FOLDER = model_folder("smollm2-135m-instruct")
 WORDS = (" negative", " positive")
 BATCH, HELD_OUT, LONGEST = 16, 128, 100
 ZO = {"eps": 1e-3, "directions": 1, "distribution": "gaussian"}
-RATE = 1e-4
+RATE = 1e-5
 
 
 @cache

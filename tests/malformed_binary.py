@@ -95,7 +95,8 @@ def read_log(data):
     try:
         header, entries = read(path)
     except UserError:
-        repair(path)
+        if (repaired := repair(path)) is not None:
+            repaired[2].unlink()
         header, entries = read(path)
     log = Log.open(path)
     assert log.entries == entries

@@ -1,5 +1,6 @@
 """Log file format: header, entries, torn tails, damage, repair."""
 
+import itertools
 import json
 import os
 import re
@@ -253,10 +254,9 @@ def repair(path: Path) -> tuple[int, int, Path] | None:
     found = _scan(data, path)
     if not found.damage:
         return None
-    names = (
-        path.with_name(f"{path.name}.damaged{n}") for n in ("", *(f".{i}" for i in range(2, 1000)))
-    )
-    copy = next(name for name in names if not name.exists())
+    names = itertools.chain([""], (f".{number}" for number in itertools.count(2)))
+    copies = (path.with_name(f"{path.name}.damaged{name}") for name in names)
+    copy = next(copy for copy in copies if not copy.exists())
     try:
         write_whole(copy, data)
         with open(path, "rb+") as file:
