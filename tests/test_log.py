@@ -18,7 +18,7 @@ import pytest
 from zo.errors import UserError
 from zo.method.entry import Entry
 from zo.state.log import Log, main, read
-from zo.state.log_file import _header_bytes
+from zo.state.log_file import _header_bytes, repair
 
 HEADER = {"directions": 2, "seed": 1, "base": "abc"}
 
@@ -99,6 +99,11 @@ def test_repair_keeps_a_copy_and_cuts_before_the_damage(tmp_path, capsys):
     assert path.read_bytes() == data[: start + 2 * size]
     assert (tmp_path / "steps.log.damaged").read_bytes() == damaged
     assert len(Log.open(path).entries) == 2
+    # However many copies there are, none is written over.
+    for number in range(2, 1000):
+        (tmp_path / f"steps.log.damaged.{number}").touch()
+    path.write_bytes(damaged)
+    assert repair(path)[2].name == "steps.log.damaged.1000"
 
 
 @pytest.mark.parametrize("tail", [b"\0" * 200, bytes(range(1, 200)), b"\xff" * 150])
