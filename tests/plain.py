@@ -1,9 +1,10 @@
-"""The plainest run: one dense direction a step that every micro-batch sees."""
+"""The plainest run, one dense direction a step that every micro-batch sees, and a model card."""
 
 import pytest
 
 from zo import Trainer, load_config
 from zo.errors import UserError
+from zo.run.model_card import Card
 
 PLAIN = [
     "batch.sequences=16",
@@ -22,6 +23,22 @@ PLAIN = [
     "update.schedule=linear",
     "run.trackers=[]",
 ]
+
+CARD = Card(
+    base="HuggingFaceTB/SmolLM2-135M-Instruct",
+    base_fingerprint="b" * 64,
+    data="movie-reviews",
+    data_checksum="d" * 64,
+    recipe="quickstart",
+    command="torchrun --nproc-per-node 2 launch/train.py recipe=quickstart run.steps=7 "
+    "'data.template=\"{text} so\"'",
+    seed=3,
+    steps=7,
+    method="spsa, 1 direction, rademacher, eps 0.001; sgd, lr 0.0001",
+    metrics={"accuracy": 0.75390625, "loss": 0.5},
+    versions={"torch": "2.13.0", "transformers": "5.23.0"},
+    fingerprint="f" * 64,
+)
 
 
 def plain_config(overrides=()):

@@ -16,7 +16,7 @@ import pytest
 import torch
 import transformers as tf
 import yaml
-from plain import contents
+from plain import CARD, contents
 from safetensors import safe_open
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -30,21 +30,6 @@ from zo.run.model_card import Card, model_card
 
 pytestmark = pytest.mark.slow  # Whole runs, most of them in processes of their own.
 
-CARD = Card(
-    base="HuggingFaceTB/SmolLM2-135M-Instruct",
-    base_fingerprint="b" * 64,
-    data="movie-reviews",
-    data_checksum="d" * 64,
-    recipe="quickstart",
-    command="torchrun --nproc-per-node 2 launch/train.py recipe=quickstart run.steps=7 "
-    "'data.template=\"{text} so\"'",
-    seed=3,
-    steps=7,
-    method="spsa, 1 direction, rademacher, eps 0.001; sgd, lr 0.0001",
-    metrics={"accuracy": 0.75390625, "loss": 0.5},
-    versions={"torch": "2.13.0", "transformers": "5.23.0"},
-    fingerprint="f" * 64,
-)
 SMALL = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 MODELS = {
     "llama-tied": lambda: tf.LlamaForCausalLM(

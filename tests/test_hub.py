@@ -8,29 +8,13 @@ from pathlib import Path
 import pytest
 from conftest import make_llama, make_tokenizer
 from hub_stand_in import TOKEN, HubStandIn, hub_in_this_process
-from plain import contents
+from plain import CARD, contents
 
 from zo.errors import UserError
 from zo.run.export import write_folder
 from zo.run.hub import push
-from zo.run.model_card import Card
 
 pytestmark = pytest.mark.slow  # One starts a process.
-
-CARD = Card(
-    base="HuggingFaceTB/SmolLM2-135M-Instruct",
-    base_fingerprint="b" * 64,
-    data="movie-reviews",
-    data_checksum="d" * 64,
-    recipe="quickstart",
-    command="torchrun --nproc-per-node 2 launch/train.py recipe=quickstart",
-    seed=3,
-    steps=7,
-    method="spsa",
-    metrics={"loss": 0.5},
-    versions={"torch": "2.13.0"},
-    fingerprint="f" * 64,
-)
 
 
 @pytest.fixture(scope="module")

@@ -247,10 +247,21 @@ class Rewards:
         values = []
         for tokens, number, length in zip(written, numbers_of_prompts, lengths, strict=True):
             kept = trim(tokens, decoding.end)
-            text = self.tokenizer.decode(kept, skip_special_tokens=True)
-            reward = self.reward(self.prompts[number], text, self.rows[number])
-            values.append((-reward, _number_of(kept), length + len(kept)))
+            values.append((-self.rate(number, kept), _number_of(kept), length + len(kept)))
         return [_cell(some, padded) for some in _cut(values, len(batches))]
+
+    def rate(self, number: int, tokens: Sequence[int]) -> float:
+        """Return the reward of a completion.
+
+        Args:
+            number: of its prompt.
+            tokens: of the completion, before its end token.
+
+        Raises:
+            UserError: as :class:`Reward`.
+        """
+        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        return self.reward(self.prompts[number], text, self.rows[number])
 
 
 def _cut(values: Sequence[Any], count: int) -> list[Sequence[Any]]:

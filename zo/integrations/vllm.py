@@ -261,11 +261,8 @@ def reward(
     Raises:
         UserError: as :class:`zo.data.rewards.Reward`.
     """
-    found = []
-    for example, tokens in zip(examples, completions, strict=True):
-        text, number = rewards.tokenizer.decode(tokens, skip_special_tokens=True), example.target
-        found.append(rewards.reward(rewards.prompts[number], text, rewards.rows[number]))
-    return found
+    pairs = zip(examples, completions, strict=True)
+    return [rewards.rate(example.target, tokens) for example, tokens in pairs]
 
 
 def _on_all(llm: Any, method: str, *arguments: Any) -> dict[str, Any]:

@@ -42,25 +42,29 @@ def push(folder: Path, repo_id: str, private: bool = True) -> str:
         )
     try:
         with _impatient():
-            api = HfApi()
-            url = api.create_repo(repo_id, private=private, exist_ok=True)
-            if private and not api.model_info(url.repo_id).private:
-                raise UserError(
-                    f"push={repo_id} exists and is public; use another name, or push a public one"
-                )
-            stale = ["*.safetensors", "*.safetensors.index.json"]
-            api.upload_folder(
-                repo_id=url.repo_id,
-                folder_path=folder,
-                delete_patterns=stale,
-                commit_message=COMMIT_MESSAGE,
-            )
+            return _upload(folder, repo_id, private)
     except UserError:
         raise
     # RuntimeError: huggingface_hub wraps a failed upload of one file in it, and its Rust part
     # raises it.
     except (httpx2.HTTPError, OSError, ValueError, RuntimeError) as error:
         raise UserError(f"push={repo_id} failed: {_advice(error)}") from error
+
+
+def _upload(folder: Path, repo_id: str, private: bool) -> str:
+    """Create the repository if it is missing, upload the folder, and return the URL."""
+    api = HfApi()
+    url = api.create_repo(repo_id, private=private, exist_ok=True)
+    if private and not api.model_info(url.repo_id).private:
+        raise UserError(
+            f"push={repo_id} exists and is public; use another name, or push a public one"
+        )
+    api.upload_folder(
+        repo_id=url.repo_id,
+        folder_path=folder,
+        delete_patterns=["*.safetensors", "*.safetensors.index.json"],
+        commit_message=COMMIT_MESSAGE,
+    )
     return str(url)
 
 
