@@ -70,7 +70,7 @@ def test_the_newcomers_path(zo, installed, tiny_model, reviews, tmp_path):
     own = [f"model.name={tiny_model}", f"data.name={reviews}", "data.template='{text} It was'"]
     own += ["data.label_words=[' terrible',' great']", "batch.sequences=4", "batch.micro=4"]
     small = ["run.steps=2", "run.dir=run", "update.lr=1e-3", "data.dev_examples=4"]
-    small += ["batch.max_tokens=48", "batch.fold=8"]  # which two ranks can share
+    small += ["batch.max_tokens=48", "batch.fold=8", "run.threads=1"]  # to share with a second rank
     out = step("train", "recipe=my.yaml", *own, *small)
     assert json.loads(out.splitlines()[-1])["steps"] == 2
     assert (tmp_path / "run" / "report.html").exists()
