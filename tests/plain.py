@@ -1,5 +1,9 @@
 """The plainest run, one dense direction a step that every micro-batch sees, and a model card."""
 
+import tempfile
+from functools import cache
+from pathlib import Path
+
 import pytest
 
 from zo import Trainer, load_config
@@ -50,6 +54,13 @@ def run(overrides, folder, *extra):
     """Train the plainest run with overrides in a folder, in this process."""
     config = plain_config([*overrides, *extra, f"run.dir={folder}"])
     return Trainer(config, command="test").train()
+
+
+@cache
+def fingerprint(*overrides):
+    """Return the fingerprint of such a run, which is trained once in a process."""
+    with tempfile.TemporaryDirectory() as folder:
+        return run(overrides, Path(folder) / "run")["fingerprint"]
 
 
 def assert_refused(said, overrides, folder, *extra):

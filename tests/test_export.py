@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as tf
-import yaml
 from plain import CARD, contents
 from safetensors import safe_open
 from tokenizers import Tokenizer
@@ -26,7 +25,6 @@ from torch import nn
 from zo.errors import UserError
 from zo.run import export
 from zo.run.export import write_folder
-from zo.run.model_card import Card, model_card
 
 pytestmark = pytest.mark.slow  # Whole runs, most of them in processes of their own.
 
@@ -412,62 +410,3 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
         assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="is a mount point"):
         write_folder(build("bert"), None, Path("/proc"), CARD, replace=True)
-
-
-def front_matter(text):
-    return yaml.safe_load(text.split("---\n")[1])
-
-
-def test_the_card_tells_how_to_repeat_and_check_the_run():
-    text = model_card(CARD)
-    assert front_matter(text) == {
-        "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct",
-        "library_name": "transformers",
-        "tags": ["zeroth-order", "forward-only", "zo"],
-    }
-    assert f"```\n{CARD.command}\n```" in text
-    for said in (
-        "| base model | HuggingFaceTB/SmolLM2-135M-Instruct |",
-        f"| base model fingerprint | {CARD.base_fingerprint} |",
-        "| data | movie-reviews |",
-        f"| data checksum | {CARD.data_checksum} |",
-        "| recipe | quickstart |",
-        f"| method | {CARD.method} |",
-        "| steps | 7 |",
-        "| seed | 3 |",
-        "| accuracy | 0.753906 |",
-        "| torch | 2.13.0 |",
-        CARD.fingerprint,
-    ):
-        assert said in text
-
-
-@pytest.mark.parametrize(
-    ("name", "is_id"),
-    [
-        ("facebook/opt-125m", True),
-        ("meta-llama/Llama-3.1-8B", True),
-        ("smollm2-135m-instruct", False),
-        ("/data/model", False),
-        ("../models/opt", False),
-        ("folder/train.jsonl", False),
-        ("tests/fixture", False),
-        ("a: b/c", False),
-    ],
-)
-def test_only_what_the_hub_has_is_linked(name, is_id, tmp_path, monkeypatch):
-    """The hub refuses a card whose base_model or datasets are no ids."""
-    (tmp_path / "tests" / "fixture").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path)
-    matter = front_matter(model_card(Card(**{**CARD.__dict__, "base": name, "data": name})))
-    assert matter.get("base_model") == (name if is_id else None)
-    assert matter.get("datasets") == ([name] if is_id else None)
-
-
-def test_a_card_survives_awkward_values():
-    text = model_card(
-        Card(**{**CARD.__dict__, "recipe": "a|b\nc", "metrics": {}, "data": "{x}: - [y"})
-    )
-    assert "| recipe | a\\|b c |" in text
-    assert "Not evaluated." in text
-    assert "base_model" in front_matter(text)
