@@ -6,11 +6,16 @@
         --out quality.jsonl
     python benchmarks/quality.py --rates trials.jsonl --table quality.jsonl
 
+    python benchmarks/quality.py --timed step_s.json --seconds 120 --schedule linear --trial \
+        --only MeZO --lr 1e-4,3e-4 --out longer-trials.jsonl
+    (and so on, with the same --seconds and --schedule)
+
 A step of each method is timed first, in turn, on a quiet machine. Plain MeZO's steps in the given
 seconds are the budget: the others get as many seconds, or as many forwards, and are scored at both
-ends of one run at a constant rate. Each run of zo is ``launch/train.py`` on one core, and may share
-the machine; AdamW is torch's, on the same batches. A method's rate is the one whose trials have
-the lowest mean held-out loss. A restart goes on after the records in the file.
+ends of one run at a constant rate; with a rate that falls to 0, at equal seconds alone. Each run of
+zo is ``launch/train.py`` on one core, and may share the machine; AdamW is torch's, on the same
+batches. A method's rate is the one whose trials have the lowest mean held-out loss. A restart goes
+on after the records in the file.
 """
 
 import argparse
@@ -31,6 +36,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from zo.config.table import BatchConfig, EstimatorConfig
 from zo.data.rows import permutation
 from zo.io.quickstart import snippets
+from zo.method.update import SCHEDULES
 from zo.run.evaluate import evaluate
 from zo.run.restore import load_run
 from zo.state.log import read
@@ -44,7 +50,7 @@ TEMPLATES = {
 LONGEST, HELD_OUT, TRAINED_ON = 100, 256, 1000
 """Characters of a text at most, rows held out, and rows to train on at most; classes are equal."""
 COMMON = ['data.label_words=[" negative"," positive"]', "batch.sequences=16", "run.threads=1"]
-COMMON += [f"data.dev_examples={HELD_OUT}", "update.schedule=constant", "run.trackers=[]"]
+COMMON += [f"data.dev_examples={HELD_OUT}", "run.trackers=[]"]
 COMMON += ["run.divergence=warn"]  # A rate that is too large is a result too.
 EPS = "estimator.eps=1e-3"
 ALL = ["estimator.part=all", "estimator.probes=1"]
@@ -108,11 +114,14 @@ def write_rows(data, seed, folder):
     return keys
 
 
-def lines_of(method, keys, lr, steps, scored, folder):
+def lines_of(method, keys, lr, schedule, steps, scored, folder):
     """Train; return or yield lines as a run's ``metrics.jsonl`` has them."""
     if method.choose:
-        return adamw(keys, method.choose, lr, lambda step: 1.0, steps, scored, torch.bfloat16)
-    keys = [*keys, *method.keys, f"update.lr={lr}", f"run.steps={steps}", "eval.every=0"]
+        factor = SCHEDULES[schedule]
+        falling = lambda step: factor(step / steps) if steps else 1.0  # noqa: E731
+        return adamw(keys, method.choose, lr, falling, steps, scored, torch.bfloat16)
+    keys = [*keys, *method.keys, f"update.lr={lr}", f"update.schedule={schedule}"]
+    keys += [f"run.steps={steps}", "eval.every=0"]
     return [*launch(keys, folder), *scores_of(folder, scored)]
 
 
@@ -133,7 +142,7 @@ def scores_of(folder, steps):
     run.mesh.close()
 
 
-def train(data, name, seed, lr, marks):
+def train(data, name, seed, lr, schedule, marks):
     """Train to the last of some steps; return a record with the scores after each.
 
     Args:
@@ -141,12 +150,13 @@ def train(data, name, seed, lr, marks):
         name: of :data:`METHODS`.
         seed: of the split, the batches and the directions.
         lr: learning rate.
+        schedule: ``update.schedule``.
         marks: step to score after, by name of the budget.
     """
     method, forwards, scores, spent = METHODS[name], {0: 0.0}, {}, 0.0
     with tempfile.TemporaryDirectory() as folder:
         keys, steps = write_rows(data, seed, folder), {*marks.values()}
-        for line in lines_of(method, keys, lr, max(steps), steps, Path(folder, "run")):
+        for line in lines_of(method, keys, lr, schedule, max(steps), steps, Path(folder, "run")):
             if "tokens" in line:
                 spent += line["tokens"] * method.forwards
                 forwards[line["step"]] = spent
@@ -176,7 +186,8 @@ def time_steps():
                 continue
             with tempfile.TemporaryDirectory() as folder:
                 keys, lr = write_rows(TRIAL, TRIAL_SEEDS[0], folder), method.rates[0]
-                lines = lines_of(method, keys, lr, TIMED_STEPS, (), Path(folder, "run"))
+                where = Path(folder, "run")
+                lines = lines_of(method, keys, lr, "constant", TIMED_STEPS, (), where)
                 times[name] += [line["step_s"] for line in lines if "step_s" in line][1:]
             print(name, times[name], flush=True)
     return {name: round(statistics.median(found), 3) for name, found in times.items()}
@@ -236,9 +247,10 @@ def table(records, budget):
     return "\n".join(lines)
 
 
-def recipes(rates):
+def recipes(rates, schedule):
     """Return the keys of zo's methods over the quickstart's recipe."""
-    lines = [f"common: {shlex.join(COMMON)} eval.every=0 export.at_end=false"]
+    common = [*COMMON, f"update.schedule={schedule}", "eval.every=0", "export.at_end=false"]
+    lines = [f"common: {shlex.join(common)}"]
     for name, method in METHODS.items():
         if not method.choose:
             keys = shlex.join([*method.keys, f"update.lr={rates.get(name)}"])
@@ -253,7 +265,9 @@ def main():
     parser.add_argument("--seconds", type=float, default=30)
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--only", action="append", choices=METHODS)
+    parser.add_argument("--schedule", default="constant", choices=("constant", "linear"))
     parser.add_argument("--trial", action="store_true")
+    parser.add_argument("--lr", help="rates to try in place of a method's")
     for name in ("time", "timed", "rates", "out", "table"):
         parser.add_argument(f"--{name}", type=Path)
     arguments = parser.parse_args()
@@ -264,12 +278,19 @@ def main():
     rates = best_rates(trials)
     if arguments.table:
         records = [r for r in records_of(arguments.table) if r["lr"] == rates.get(r["method"], 0)]
-        tables = [table(records, budget) for budget in ("seconds", "forwards")]
-        print(trial_table(trials), *tables, recipes(rates), sep="\n\n")
+        budgets = [budget for budget in ("seconds", "forwards") if budget in records[0]]
+        tables = [table(records, budget) for budget in budgets]
+        print(trial_table(trials), *tables, recipes(rates, arguments.schedule), sep="\n\n")
         return
     step_s, names = json.loads(arguments.timed.read_text()), arguments.only or [*METHODS]
     if arguments.trial:
-        runs = [(TRIAL, s, n, lr) for s in TRIAL_SEEDS for n in names for lr in METHODS[n].rates]
+        given = [float(lr) for lr in arguments.lr.split(",")] if arguments.lr else None
+        runs = [
+            (TRIAL, seed, name, lr)
+            for seed in TRIAL_SEEDS
+            for name in names
+            for lr in given or METHODS[name].rates
+        ]
     else:
         seeds = map(int, arguments.seeds.split(","))
         runs = [(d, seed, n, rates.get(n, 0)) for seed in seeds for d in TEMPLATES for n in names]
@@ -278,9 +299,9 @@ def main():
         if (data, seed, name, lr) in done:
             continue
         marks = marks_of(name, step_s, arguments.seconds)
-        if arguments.trial:
+        if arguments.trial or arguments.schedule != "constant":
             del marks["forwards"]
-        record = train(data, name, seed, lr, marks)
+        record = train(data, name, seed, lr, arguments.schedule, marks)
         with arguments.out.open("a") as out:
             out.write(json.dumps(record) + "\n")
         print(json.dumps(record), flush=True)
