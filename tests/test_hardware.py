@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_llama
-from plain import PLAIN
+from plain import PLAIN, run
 
 from zo.config import cli as launcher
 from zo.errors import UserError
@@ -178,24 +178,22 @@ def test_too_little_host_memory_is_one_line_and_exit_code_2(reviews, tokenizer, 
 
 
 @pytest.mark.slow
-def test_a_run_is_scored_on_its_own_device_and_torchrun_speaks_once(overrides, tmp_path):
+def test_a_run_is_scored_on_its_own_device_and_torchrun_speaks_once(command, overrides, tmp_path):
     """Scores, fingerprint and the one JSON line are the same with two ranks; only one may
     export."""
-    run = lambda *words: subprocess.run(  # noqa: E731
-        [str(w) for w in (sys.executable, *words)],
+    summary = run([*overrides, "run.device=cpu"], tmp_path / "run")
+    ranks = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    torchrun = lambda name, *words: subprocess.run(  # noqa: E731
+        [sys.executable, *ranks, ROOT / "launch" / f"{name}.py", f"run={tmp_path}/run", *words],
         cwd=tmp_path,
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    trained = run(ROOT / "launch/train.py", *overrides, f"run.dir={tmp_path}/run", "run.device=cpu")
-    summary = json.loads(trained.stdout)
-    scored = run(*torchrun, ROOT / "launch/evaluate.py", f"run={tmp_path}/run")
-    (line,) = scored.stdout.splitlines()
+    (line,) = torchrun("evaluate").stdout.splitlines()
     assert json.loads(line)["eval"] == summary["eval"]
     assert json.loads(line)["fingerprint"] == summary["fingerprint"]
-    refused = run(*torchrun, ROOT / "launch/export.py", f"run={tmp_path}/run", f"to={tmp_path}/out")
+    refused = torchrun("export", f"to={tmp_path}/out")
     assert (
         refused.stderr.count(
             "error: a model is exported by one process; start it with python launch/export.py"
@@ -204,10 +202,8 @@ def test_a_run_is_scored_on_its_own_device_and_torchrun_speaks_once(overrides, t
     )
     assert not (tmp_path / "out").exists()
     if not torch.cuda.is_available():
-        for command in ("evaluate", "export"):
-            words = [f"run={tmp_path}/run", "run.device=cuda"] + [f"to={tmp_path}/out"] * (
-                command == "export"
-            )
-            refused = run(ROOT / f"launch/{command}.py", *words)
-            assert refused.returncode == 2
-            assert refused.stderr.startswith("error: run.device=cuda needs a GPU")
+        for name in ("evaluate", "export"):
+            words = [f"to={tmp_path}/out"] * (name == "export")
+            code, _, err = command(name, f"run={tmp_path}/run", "run.device=cuda", *words)
+            assert code == 2
+            assert err.startswith("error: run.device=cuda needs a GPU")
