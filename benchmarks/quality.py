@@ -8,7 +8,7 @@
 
     python benchmarks/quality.py --timed step_s.json --seconds 120 --schedule linear --trial \
         --only MeZO --lr 1e-4,3e-4 --out longer-trials.jsonl
-    (and so on, with the same --seconds and --schedule)
+    (and so on, with the same --seconds and --schedule; --prompt mezo is another prompt)
 
 A step of each method is timed first, in turn, on a quiet machine. Plain MeZO's steps in the given
 seconds are the budget: the others get as many seconds, or as many forwards, and are scored at both
@@ -47,9 +47,14 @@ TEMPLATES = {
     "product-reviews": "Review: {text}\nSentiment:",
     "editorials": "Editorial: {text}\nSentiment:",
 }
+PROMPTS = {
+    "named": (TEMPLATES, (" negative", " positive")),
+    "mezo": (dict.fromkeys(TEMPLATES, "{text} It was"), (" terrible", " great")),
+}
+"""Templates and label words: what the text is and what is asked, or MeZO's prompt for SST-2."""
 LONGEST, HELD_OUT, TRAINED_ON = 100, 256, 1000
 """Characters of a text at most, rows held out, and rows to train on at most; classes are equal."""
-COMMON = ['data.label_words=[" negative"," positive"]', "batch.sequences=16", "run.threads=1"]
+COMMON = ["batch.sequences=16", "run.threads=1"]
 COMMON += [f"data.dev_examples={HELD_OUT}", "run.trackers=[]"]
 COMMON += ["run.divergence=warn"]  # A rate that is too large is a result too.
 EPS = "estimator.eps=1e-3"
@@ -99,14 +104,16 @@ TRIAL, TRIAL_SEEDS = "movie-reviews", (8, 9)
 TIMED_STEPS, ROUNDS = 3, 2
 
 
-def write_rows(data, seed, folder):
+def write_rows(data, prompt, seed, folder):
     """Write rows to train on and rows held out, drawn by the seed; return the keys of their use."""
+    templates, words = PROMPTS[prompt]
     rows = [row for row in snippets(data) if len(row["text"]) <= LONGEST]
     drawn = {rows[i]["text"]: rows[i] for i in permutation(seed, 0, len(rows))}
     classes = [[row for row in drawn.values() if row["label"] == label] for label in (0, 1)]
     even = [row for pair in zip(*classes, strict=False) for row in pair]
     parts = {"dev": even[:HELD_OUT], "name": even[HELD_OUT:][:TRAINED_ON]}
-    keys = [f"data.template={json.dumps(TEMPLATES[data])}", f"run.seed={seed}", *COMMON]
+    keys = [f"data.template={json.dumps(templates[data])}", f"data.label_words={json.dumps(words)}"]
+    keys += [f"run.seed={seed}", *COMMON]
     for key, part in parts.items():
         file = Path(folder, f"{data}-{key}.jsonl")
         file.write_text("".join(json.dumps(row) + "\n" for row in part))
@@ -142,11 +149,12 @@ def scores_of(folder, steps):
     run.mesh.close()
 
 
-def train(data, name, seed, lr, schedule, marks):
+def train(data, prompt, name, seed, lr, schedule, marks):
     """Train to the last of some steps; return a record with the scores after each.
 
     Args:
         data: of :data:`TEMPLATES`.
+        prompt: of :data:`PROMPTS`.
         name: of :data:`METHODS`.
         seed: of the split, the batches and the directions.
         lr: learning rate.
@@ -155,7 +163,7 @@ def train(data, name, seed, lr, schedule, marks):
     """
     method, forwards, scores, spent = METHODS[name], {0: 0.0}, {}, 0.0
     with tempfile.TemporaryDirectory() as folder:
-        keys, steps = write_rows(data, seed, folder), {*marks.values()}
+        keys, steps = write_rows(data, prompt, seed, folder), {*marks.values()}
         for line in lines_of(method, keys, lr, schedule, max(steps), steps, Path(folder, "run")):
             if "tokens" in line:
                 spent += line["tokens"] * method.forwards
@@ -177,15 +185,16 @@ def marks_of(name, step_s, seconds):
     return {budget: max(1, int(steps)) for budget, steps in spent.items()}
 
 
-def time_steps():
-    """Return the seconds of a step of each method, on one core."""
+def time_steps(names, prompt):
+    """Return the seconds of a step of each method that trains, on one core."""
     times = defaultdict(list)
     for _ in range(ROUNDS):
-        for name, method in METHODS.items():
+        for name in names:
+            method = METHODS[name]
             if not method.forwards:
                 continue
             with tempfile.TemporaryDirectory() as folder:
-                keys, lr = write_rows(TRIAL, TRIAL_SEEDS[0], folder), method.rates[0]
+                keys, lr = write_rows(TRIAL, prompt, TRIAL_SEEDS[0], folder), method.rates[0]
                 where = Path(folder, "run")
                 lines = lines_of(method, keys, lr, "constant", TIMED_STEPS, (), where)
                 times[name] += [line["step_s"] for line in lines if "step_s" in line][1:]
@@ -220,9 +229,9 @@ def best_rates(trials):
 
 def trial_table(trials):
     """Return a Markdown table of the trials of rates: accuracy and loss at each."""
-    lines, ends = ["| | rate: accuracy (loss) |", "|---|---|"], ends_of(trials)
-    for name in METHODS:
-        found = [f"{lr:g}: {100 * a:.1f} ({b:.3f})" for lr, (a, b) in ends.get(name, {}).items()]
+    lines = ["| | rate: accuracy (loss) |", "|---|---|"]
+    for name, ends in ends_of(trials).items():
+        found = [f"{lr:g}: {100 * a:.1f} ({b:.3f})" for lr, (a, b) in ends.items()]
         lines.append(f"| {name} | {'; '.join(found)} |")
     return "\n".join(lines)
 
@@ -236,7 +245,7 @@ def table(records, budget):
     for record in records:
         cells[record["method"], record["data"]].append(record[budget])
     lines = [f"| equal {budget} | steps | {' | '.join(TEMPLATES)} |", "|---" * 6 + "|"]
-    for name in METHODS:
+    for name in [name for name in METHODS if any(name in cell for cell in cells)]:
         found, steps = [], ""
         for data in TEMPLATES:
             scores = [100 * one["accuracy"] for one in cells[name, data]]
@@ -247,9 +256,10 @@ def table(records, budget):
     return "\n".join(lines)
 
 
-def recipes(rates, schedule):
+def recipes(rates, prompt, schedule):
     """Return the keys of zo's methods over the quickstart's recipe."""
-    common = [*COMMON, f"update.schedule={schedule}", "eval.every=0", "export.at_end=false"]
+    common = [f"data.label_words={json.dumps(PROMPTS[prompt][1])}", *COMMON]
+    common += [f"update.schedule={schedule}", "eval.every=0", "export.at_end=false"]
     lines = [f"common: {shlex.join(common)}"]
     for name, method in METHODS.items():
         if not method.choose:
@@ -265,14 +275,17 @@ def main():
     parser.add_argument("--seconds", type=float, default=30)
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--only", action="append", choices=METHODS)
+    parser.add_argument("--prompt", default="named", choices=PROMPTS)
     parser.add_argument("--schedule", default="constant", choices=("constant", "linear"))
     parser.add_argument("--trial", action="store_true")
     parser.add_argument("--lr", help="rates to try in place of a method's")
     for name in ("time", "timed", "rates", "out", "table"):
         parser.add_argument(f"--{name}", type=Path)
     arguments = parser.parse_args()
+    names = arguments.only or [*METHODS]
     if arguments.time:
-        arguments.time.write_text(json.dumps(time_steps(), indent=1))
+        found = time_steps(names, arguments.prompt)
+        arguments.time.write_text(json.dumps(found, indent=1))
         return
     trials = records_of(arguments.rates)
     rates = best_rates(trials)
@@ -280,9 +293,10 @@ def main():
         records = [r for r in records_of(arguments.table) if r["lr"] == rates.get(r["method"], 0)]
         budgets = [budget for budget in ("seconds", "forwards") if budget in records[0]]
         tables = [table(records, budget) for budget in budgets]
-        print(trial_table(trials), *tables, recipes(rates, arguments.schedule), sep="\n\n")
+        lines = recipes(rates, arguments.prompt, arguments.schedule)
+        print(trial_table(trials), *tables, lines, sep="\n\n")
         return
-    step_s, names = json.loads(arguments.timed.read_text()), arguments.only or [*METHODS]
+    step_s = json.loads(arguments.timed.read_text())
     if arguments.trial:
         given = [float(lr) for lr in arguments.lr.split(",")] if arguments.lr else None
         runs = [
@@ -301,7 +315,7 @@ def main():
         marks = marks_of(name, step_s, arguments.seconds)
         if arguments.trial or arguments.schedule != "constant":
             del marks["forwards"]
-        record = train(data, name, seed, lr, arguments.schedule, marks)
+        record = train(data, arguments.prompt, name, seed, lr, arguments.schedule, marks)
         with arguments.out.open("a") as out:
             out.write(json.dumps(record) + "\n")
         print(json.dumps(record), flush=True)
