@@ -229,9 +229,9 @@ def best_rates(trials):
 
 def trial_table(trials):
     """Return a Markdown table of the trials of rates: accuracy and loss at each."""
-    lines = ["| | rate: accuracy (loss) |", "|---|---|"]
-    for name, ends in ends_of(trials).items():
-        found = [f"{lr:g}: {100 * a:.1f} ({b:.3f})" for lr, (a, b) in ends.items()]
+    lines, ends = ["| | rate: accuracy (loss) |", "|---|---|"], ends_of(trials)
+    for name in [name for name in METHODS if ends.get(name)]:
+        found = [f"{lr:g}: {100 * a:.1f} ({b:.3f})" for lr, (a, b) in ends[name].items()]
         lines.append(f"| {name} | {'; '.join(found)} |")
     return "\n".join(lines)
 
