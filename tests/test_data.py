@@ -87,6 +87,26 @@ def test_padding_does_not_change_the_loss_of_a_choice(info):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("sequences", [1, 2, 5, 10])
+@pytest.mark.parametrize("make", ["choice", "completion"])
+def test_short_micro_batches_have_the_same_bits_with_any_number_of_threads(make, sequences):
+    """By default one process has all cores, and of several ranks each its share."""
+    model = make_llama(hidden_size=128, num_attention_heads=2, num_key_value_heads=2)
+    words, threads, found = [[1, 2]] * (make == "choice"), torch.get_num_threads(), []
+    task = getattr(tasks, make)(CAUSAL, 0, *words)
+    try:
+        for number in (1, 2):
+            torch.set_num_threads(number)
+            for length in range(2, 14):
+                ids = (3, *(4 + i % 9 for i in range(length - 1)))
+                batch = [Example(ids, 1)] * sequences
+                found.append(task.terms(model, task.collate(batch, batch)))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.stack(found[:12]).equal(torch.stack(found[12:]))
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("info", [CAUSAL, BARE])
 def test_only_the_tokens_of_a_completion_have_a_loss(info):
     model = make_llama()

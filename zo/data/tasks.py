@@ -37,6 +37,10 @@ IGNORED = -100
 """Label of tokens without a loss."""
 SHORT_SEQUENCES, SHORT_TOKENS = 2, 16
 """Sequences, and tokens of each, that show how a model computes."""
+UNSTEADY = range(5, 12)
+"""Rows of a float32 product on CPU whose bits may depend on the number of threads: oneMKL's did
+with 5, 6, 7, 9, 10 and 11 rows, and with no larger number. Ranks share the cores, so that a short
+micro-batch would have other bits on another mesh."""
 
 
 @dataclass(frozen=True)
@@ -302,11 +306,17 @@ def classification(info: ModelInfo, pad: int) -> Task:
     return Task("class", collate, terms, "accuracy", examine)
 
 
+def steady_length(sequences: int, length: int) -> int:
+    """Return a length of at least ``length`` whose products have no :data:`UNSTEADY` rows."""
+    few = sequences * length in UNSTEADY
+    return -(-UNSTEADY.stop // sequences) if few else length
+
+
 def _pad_right(
     examples: Sequence[Example], among: Sequence[Example], pad: int
 ) -> dict[str, Tensor]:
     """Return token ids, masks, ``[B, T]``, right-padded to the longest of ``among``, and labels."""
-    longest = max(len(e.ids) for e in among)
+    longest = steady_length(len(examples), max(len(e.ids) for e in among))
     ids = torch.full((len(examples), longest), pad)
     mask = torch.zeros_like(ids)
     for i, e in enumerate(examples):
@@ -319,7 +329,7 @@ def pad_left(
     examples: Sequence[Example], among: Sequence[Example], info: ModelInfo, pad: int
 ) -> dict[str, Tensor]:
     """Return token ids and masks, ``[B, T]``, left-padded to the longest of ``among``."""
-    longest = max(len(e.ids) for e in among)
+    longest = steady_length(len(examples), max(len(e.ids) for e in among))
     ids = torch.full((len(examples), longest), pad)
     mask = torch.zeros_like(ids)
     for i, e in enumerate(examples):
@@ -347,9 +357,10 @@ def logits_of(
 def _last_logits(model: nn.Module, batch: Batch, info: ModelInfo, count: int) -> Tensor:
     """Return logits of the last ``count`` positions, ``[B, count, V]``.
 
-    A model that accepts ``logits_to_keep`` computes no others.
+    A model that accepts ``logits_to_keep`` computes no more than :func:`steady_length` asks for.
     """
-    options = {"logits_to_keep": count} if "logits_to_keep" in info.accepts else {}
+    kept = steady_length(len(batch["input_ids"]), count)
+    options = {"logits_to_keep": kept} if "logits_to_keep" in info.accepts else {}
     return logits_of(model, batch, info, options)[:, -count:]
 
 
