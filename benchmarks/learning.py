@@ -43,7 +43,7 @@ METHODS = {
         *DENSE,
         *FULL,
         "batch.micro=8",
-        "update.lr=1.5e-4",
+        "update.lr=3e-4",
         "update.clip=null",
     ],
     "dense, one a sequence": [*DENSE, *EACH, *CLIP, "estimator.part=all", "update.lr=3e-4"],
@@ -55,7 +55,7 @@ METHODS = {
     "rank-one, top 8": [*ONE, *EACH, *CLIP, "estimator.part=top:8", "update.lr=1e-3"],
     "rank-one, top 16": [*ONE, *EACH, *CLIP, "estimator.part=top:16", "update.lr=6e-4"],
     "rank-one, sampled": [*ONE, *EACH, *CLIP, "estimator.part=sampled", "update.lr=1e-3"],
-    "MeZO": [*DENSE, *FULL, "estimator.distribution=gaussian", "batch.micro=8", "update.lr=1e-4"],
+    "MeZO": [*DENSE, *FULL, "estimator.distribution=gaussian", "batch.micro=8", "update.lr=3e-4"],
 }
 """Settings of each."""
 PROBES = {"top 1": 63, "top 2": 31, "top 4": 15, "top 8": 7, "top 16": 3, "sampled": 7}

@@ -262,8 +262,8 @@ def recipes(rates, prompt, schedule):
     common += [f"update.schedule={schedule}", "eval.every=0", "export.at_end=false"]
     lines = [f"common: {shlex.join(common)}"]
     for name, method in METHODS.items():
-        if not method.choose:
-            keys = shlex.join([*method.keys, f"update.lr={rates.get(name)}"])
+        if name in rates and not method.choose:
+            keys = shlex.join([*method.keys, f"update.lr={rates[name]}"])
             lines.append(f"{name}: {keys}")
     return "\n".join(lines)
 

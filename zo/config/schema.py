@@ -268,7 +268,7 @@ class RunConfig:
     """``cpu``, ``cuda``, or ``auto`` for ``cuda`` where there is one."""
     threads: int | None = None
     """Threads that a rank computes with on CPU; by default the machine's cores, shared among its
-    ranks. Products of a few rows in float32 may depend on it."""
+    ranks. Products of 5 to 11 rows in float32 may depend on it."""
     max_skipped: int = 10
     """Steps in a row that may give no finite estimate before the run stops."""
     divergence: str = "stop"
