@@ -43,7 +43,7 @@ METHODS = {
         *DENSE,
         *FULL,
         "batch.micro=8",
-        "update.lr=3e-4",
+        "update.lr=1.5e-4",
         "update.clip=null",
     ],
     "dense, one a sequence": [*DENSE, *EACH, *CLIP, "estimator.part=all", "update.lr=3e-4"],
