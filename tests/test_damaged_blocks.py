@@ -11,6 +11,7 @@ import pytest
 from conftest import make_llama, make_tokenizer
 from plain import fingerprint, run
 from ranks import KILLED, kill_at, train
+from test_stores import BITS, DISK
 from torch.utils.cpp_extension import _get_build_directory
 
 from zo.errors import UserError
@@ -18,9 +19,6 @@ from zo.run import trainer
 from zo.state.log import read
 
 pytestmark = pytest.mark.slow  # Whole runs, most of them in processes of their own.
-
-BITS = ["model.dtype=bfloat16", "update.weight_decay=0.1", "run.steps=6"]
-DISK = ["memory.store=disk", "memory.unit=module", "memory.lag=2"]
 
 
 @pytest.fixture
